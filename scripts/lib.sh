@@ -22,9 +22,16 @@ find_python() {
 
 # Without a writable home folder the tools have nowhere to cache: then they download into a temporary folder.
 use_caches_if_writable() {
-    local caches="${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}"
+    local caches="${XDG_CACHE_HOME:-${HOME:-/dev/null}/.cache}"
     if [[ -z "${UV_CACHE_DIR:-}" ]] && ! { mkdir -p "$caches" && [[ -w "$caches" ]]; } 2>/dev/null; then
         export UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1
+    fi
+}
+
+# Where the system has a certificate store, a proxy's own certificate is in it and not among those that uv carries.
+trust_system_certificates() {
+    if [[ "$(uname -s)" == Darwin || -n "$(ls /etc/ssl/certs /etc/pki/tls/certs 2>/dev/null)" ]]; then
+        export UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS:-1}"
     fi
 }
 
@@ -34,6 +41,7 @@ ensure_uv() {
     local wanted="config/lock/uv.txt" made_from=".venv-uv/made-from" python
     uv="$root/.venv-uv/bin/uv"
     use_caches_if_writable
+    trust_system_certificates
     if cmp -s "$wanted" "$made_from" && "$uv" --version >/dev/null 2>&1; then
         return
     fi
