@@ -1,0 +1,111 @@
+"""What crosses the border between the event loop and the generation thread.
+
+Inwards: Submit, Cancel. Outwards: Token, ChoiceFinished, and exactly one Finished or Failed for each
+Submit, always last. All are immutable, so that either side may keep them. No text here: tokens only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from adapters_core.routing import RowAdapters
+
+__all__ = [
+    "Cancel",
+    "ChoiceFinished",
+    "Event",
+    "Failed",
+    "FinishReason",
+    "Finished",
+    "SamplingParams",
+    "Submit",
+    "Token",
+]
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token of a row is chosen.
+
+    `temperature` 0 is greedy. `seed` makes a row's draws a function of the seed, the choice's index and
+    the step alone, whatever else is in the batch. The penalties look back over the whole row, prompt
+    included. `top_logprobs` None returns no log-probabilities, 0 those of the chosen tokens alone.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """One request: `choices` continuations of one prompt, computed with one row of adapters."""
+
+    request_id: str
+    row: RowAdapters
+    prompt_tokens: tuple[int, ...]
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    choices: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop computing a request (`choice` None) or one of its choices.
+
+    A cancelled request still ends in Finished; a cancelled choice in ChoiceFinished with "stop".
+    """
+
+    request_id: str
+    choice: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token of one choice; a stop token is never sent.
+
+    `logprob` (natural logarithm) and `top` ((token, logprob) pairs, most likely first) are there when
+    the request asked for them.
+    """
+
+    choice: int
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinished:
+    """A choice will send no more tokens. `completion_tokens` counts the stop token, as OpenAI does."""
+
+    choice: int
+    reason: FinishReason
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request ended as it should (also by Cancel). `cached_tokens` of the prompt were not recomputed."""
+
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended by an error of the engine; nothing more is computed for it."""
+
+    message: str
+
+
+Event = Token | ChoiceFinished | Finished | Failed
