@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: where the project is, how it fails, and the pinned uv.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 
 say() { printf '%s\n' "$*" >&2; }
