@@ -1,0 +1,141 @@
+"""AdapterRows follows the KV rows, and a plan lays out every term of every row exactly once."""
+
+from __future__ import annotations
+
+import copy
+
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters_core.errors import BlendError
+from adapters_core.routing import (
+    AdapterRows,
+    BatchPlan,
+    Placement,
+    ResidentAdapter,
+    StackKey,
+    make_row,
+    row_key,
+)
+
+
+def resident(name: str, kind: str = "lora") -> ResidentAdapter:
+    return ResidentAdapter(f"sha256:{name}", kind, 8, 2.0, ("layer",), 0)
+
+
+ADAPTERS = [resident(name) for name in "abcdef"]
+KEYS = [StackKey("lora", 4, mx.float32), StackKey("lora", 8, mx.float32)]
+terms = st.lists(
+    st.tuples(st.sampled_from(ADAPTERS), st.sampled_from([-1.0, 0.5, 1.0, 2.0])),
+    max_size=3,
+    unique_by=lambda term: term[0].digest,
+)
+rows = st.lists(terms.map(make_row), min_size=1, max_size=8)
+
+
+class Layer:
+    """Places the adapters it knows: odd ones in one stack, even ones in the other."""
+
+    def __init__(self, known: set[int]) -> None:
+        self.known = known
+
+    def placement(self, adapter: ResidentAdapter) -> Placement | None:
+        index = ADAPTERS.index(adapter)
+        return Placement(KEYS[index % 2], index, 3.0) if index in self.known else None
+
+
+@given(rows, st.sets(st.integers(0, 5)))
+def test_a_plan_holds_every_term_that_the_layer_knows_once(rows, known) -> None:
+    found = []
+    for group in BatchPlan(rows).groups(Layer(known)):
+        at = list(range(len(rows))) if group.rows is None else group.rows.tolist()
+        assert len(set(at)) == len(at)
+        found += zip(at, group.slots.tolist(), group.weights.reshape(-1).tolist(), strict=True)
+    expected = [
+        (row, ADAPTERS.index(adapter), 3.0 * weight)
+        for row, row_terms in enumerate(rows)
+        for adapter, weight in row_terms
+        if ADAPTERS.index(adapter) in known
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+@given(rows, st.sets(st.integers(0, 5)))
+def test_select_puts_the_adapted_rows_back_in_their_places(rows, known) -> None:
+    for group in BatchPlan(rows).groups(Layer(known)):
+        if group.rows is None:
+            assert group.select is None
+            continue
+        assert group.select is not None
+        at = group.rows.tolist()
+        new = {row: len(rows) + index for index, row in enumerate(at)}
+        assert group.select.tolist() == [new.get(row, row) for row in range(len(rows))]
+
+
+@given(st.data())
+def test_adapter_rows_move_as_a_list_of_rows_does(data) -> None:
+    mine = data.draw(rows)
+    entry = AdapterRows.merge([AdapterRows([row]) for row in mine])
+    for _ in range(data.draw(st.integers(0, 5))):
+        if data.draw(st.booleans()):
+            more = data.draw(rows)
+            entry.extend(AdapterRows(more))
+            mine = mine + more
+        else:
+            keep = data.draw(st.lists(st.integers(0, len(mine) - 1), min_size=1, unique=True))
+            entry.filter(mx.array(keep) if data.draw(st.booleans()) else keep)
+            mine = [mine[index] for index in keep]
+        assert list(entry.rows) == mine
+        plan = entry.plan(0)
+        assert (plan is None) == (not any(mine))
+        assert plan is None or plan.batch_size == len(mine)
+    for index, row in enumerate(mine):
+        assert entry.extract(index).rows == (row,)
+
+
+def test_a_copy_shares_the_residents_and_not_the_rows() -> None:
+    entry = AdapterRows([make_row([(ADAPTERS[0], 1.0)]), ()])
+    other = copy.deepcopy(entry)
+    other.filter([1])
+    assert entry.rows[0][0][0] is ADAPTERS[0]
+    assert (len(entry.rows), len(other.rows)) == (2, 1)
+
+
+def test_a_plan_is_laid_out_anew_after_a_change_of_the_bank_or_of_the_rows() -> None:
+    entry = AdapterRows([make_row([(ADAPTERS[0], 1.0)])])
+    first = entry.plan(1)
+    assert entry.plan(1) is first
+    assert entry.plan(2) is not first
+    second = entry.plan(2)
+    entry.extend(AdapterRows([()]))
+    assert entry.plan(2) is not second
+
+
+@given(terms, st.randoms())
+def test_a_row_does_not_depend_on_the_order_of_its_terms(terms, random) -> None:
+    shuffled = list(terms)
+    random.shuffle(shuffled)
+    assert row_key(make_row(shuffled)) == row_key(make_row(terms))
+
+
+def test_weights_of_the_same_adapter_add_up_and_zero_drops_out() -> None:
+    a, b = ADAPTERS[:2]
+    assert make_row([(a, 0.5), (a, 0.25), (b, 0.0)]) == ((a, 0.75),)
+    assert make_row([(a, 1.0), (a, -1.0)]) == ()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_refused(weight) -> None:
+    with pytest.raises(BlendError, match="finite"):
+        make_row([(ADAPTERS[0], weight)])
+
+
+def test_dora_is_alone_and_at_weight_one() -> None:
+    dora = resident("dora", "dora")
+    assert make_row([(dora, 1.0)]) == ((dora, 1.0),)
+    with pytest.raises(BlendError, match="weight 1"):
+        make_row([(dora, 0.5)])
+    with pytest.raises(BlendError, match="blended"):
+        make_row([(dora, 1.0), (ADAPTERS[0], 1.0)])
