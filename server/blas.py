@@ -1,9 +1,10 @@
 """Gives MLX on a Linux CPU a fast BLAS: loads OpenBLAS before MLX is imported.
 
 MLX's Linux CPU wheel is linked with the reference BLAS, whose matrix product is tens of times slower than
-OpenBLAS'. A library that is already loaded with global visibility wins over the one that MLX was linked with, so
-loading is all it takes. This module imports no MLX (it must run before MLX is imported), keeps no state, and
-does not know what MLX will compute. It runs on the main thread, once, as the first thing that a process does.
+OpenBLAS'. A library that is already loaded with global visibility wins over the one that MLX was linked
+with, so loading is all it takes. This module imports no MLX (it must run before MLX is imported), keeps no
+state, and does not know what MLX will compute. It runs on the main thread, once, as the first thing that a
+process does.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def load_openblas() -> Path | None:
         return library
     if "mlx.core" in sys.modules:
         raise OpenBlasOrderError(
-            "expected load_openblas() to be called before mlx.core is imported, but mlx.core is already imported "
-            "and has bound its own BLAS. Call load_openblas() first, before any import that imports mlx."
+            "expected load_openblas() to be called before mlx.core is imported, but mlx.core is imported "
+            "already and has bound its own BLAS. Call load_openblas() before anything that imports mlx."
         )
     try:
         _load(library)

@@ -1,0 +1,19 @@
+"""What every test shares: a fast BLAS, loaded before anything imports MLX, and the demo's real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.blas import load_openblas
+
+load_openblas()
+
+from server.demo.model import default_cache_dir, demo_model  # noqa: E402 (MLX may be imported only from here on)
+
+
+@pytest.fixture(scope="session")
+def demo_model_path() -> Path:
+    """SmolLM2-135M-Instruct in float32: a model folder, converted once and kept in the cache between runs."""
+    return demo_model("float32", default_cache_dir(), progress=lambda message: None)
