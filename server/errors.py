@@ -1,0 +1,231 @@
+"""The one table from errors to HTTP, and the shape that every error body has.
+
+ApiError
+├── InvalidRequestError          400, something is wrong with what was sent
+│   ├── UnsupportedParameterError  a known parameter that this server does not support (yet)
+│   └── ContextLengthError         prompt, or prompt and completion, do not fit into the model's context
+├── AuthenticationError          401, no key or a wrong one
+├── ForbiddenError               403, a host, origin or path that is not allowed
+├── NotFoundError                404
+├── ConflictError                409, the state of the server does not allow it
+├── BodyTooLargeError            413
+├── OverloadedError              503, with Retry-After
+└── InternalError                500, says nothing of the inside
+
+Other packages raise errors that know no HTTP; `to_api_error` gives each its status. It knows no route.
+Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from adapters_core.errors import BlendError, ContainerStateError, InvalidAdapterError, UnsupportedModelError
+from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
+from server.validation import describe_problems
+
+__all__ = [
+    "ApiError",
+    "AuthenticationError",
+    "BodyTooLargeError",
+    "ConflictError",
+    "ContextLengthError",
+    "ForbiddenError",
+    "InternalError",
+    "InvalidRequestError",
+    "NotFoundError",
+    "OverloadedError",
+    "UnsupportedParameterError",
+    "error_response",
+    "install",
+    "to_api_error",
+]
+
+_RETRY_AFTER_SECONDS = 1
+_MAX_MESSAGE_CHARS = 4000
+
+# Clients retry 408, 409, 429 and 5xx by themselves unless they are told that it is of no use.
+_NO_RETRY = {"x-should-retry": "false"}
+
+
+class ApiError(Exception):
+    """An error as a client sees it. `details` is put into the body only when given."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        details: Sequence[Any] | Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.details = details
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that is sent, `{"error": {"message", "type", "param", "code"}}`."""
+        error: dict[str, Any] = {
+            "message": _bounded(self.message),
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        if self.details is not None:
+            error["details"] = self.details
+        return {"error": error}
+
+
+class InvalidRequestError(ApiError):
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(400, message, param=param, code=code)
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message, param=param, code="unsupported_parameter")
+
+
+class ContextLengthError(InvalidRequestError):
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class AuthenticationError(ApiError):
+    def __init__(self, message: str) -> None:
+        headers = {"WWW-Authenticate": "Bearer"}
+        super().__init__(401, message, type="authentication_error", code="invalid_api_key", headers=headers)
+
+
+class ForbiddenError(ApiError):
+    def __init__(self, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(403, message, type="permission_error", param=param, code=code)
+
+
+class NotFoundError(ApiError):
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(404, message, param=param, code=code)
+
+
+class ConflictError(ApiError):
+    def __init__(
+        self, message: str, param: str | None = None, code: str | None = None, retry: bool = False
+    ) -> None:
+        super().__init__(409, message, param=param, code=code, headers={} if retry else _NO_RETRY)
+
+
+class BodyTooLargeError(ApiError):
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        limit = "" if limit_bytes is None else f" It may have at most {limit_bytes} bytes."
+        super().__init__(413, f"The request's body is too large.{limit}", code="body_too_large")
+
+
+class OverloadedError(ApiError):
+    def __init__(self, message: str, code: str = "server_overloaded") -> None:
+        headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
+        super().__init__(503, message, type="server_error", code=code, headers=headers)
+
+
+class InternalError(ApiError):
+    def __init__(self) -> None:
+        message = "The server met an unexpected error. Its log has it under this reply's x-request-id."
+        super().__init__(500, message, type="server_error", code="internal_error")
+
+
+def _from_invalid_adapter(error: InvalidAdapterError) -> ApiError:
+    return ApiError(422, str(error), code="adapter_invalid", details=list(error.problems), headers=_NO_RETRY)
+
+
+def _from_unsupported_model(error: UnsupportedModelError) -> ApiError:
+    return ApiError(422, str(error), code="model_unsupported", details=list(error.reasons), headers=_NO_RETRY)
+
+
+def _from_http(error: HTTPException) -> ApiError:
+    # FastAPI wraps whatever reading a body raised into a bare 400.
+    if isinstance(error.__cause__, ApiError):
+        return error.__cause__
+    if error.status_code == 413:
+        return BodyTooLargeError()
+    if error.status_code == 400 and isinstance(error.__cause__, (RecursionError, ValueError)):
+        return InvalidRequestError("The body cannot be read as JSON: wrong encoding, or nested too deeply.")
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return ApiError(error.status_code, str(error.detail), type=kind, headers=error.headers)
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    message, param, code = describe_problems(error.errors(), error.body)
+    return InvalidRequestError(message, param=param, code=code)
+
+
+# The nearest class in an error's ancestry decides.
+_TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
+    ApiError: lambda error: error,
+    BlendError: lambda error: InvalidRequestError(str(error), param="adapters", code="not_blendable"),
+    ContainerStateError: lambda error: ConflictError(str(error), code="adapter_state"),
+    InvalidAdapterError: _from_invalid_adapter,
+    UnsupportedModelError: _from_unsupported_model,
+    EngineOverloadedError: lambda error: OverloadedError(f"The server is busy: {error}."),
+    EngineStoppedError: lambda error: OverloadedError("The model is not served.", code="engine_stopped"),
+    InvalidSubmitError: lambda error: InvalidRequestError(str(error)),
+    HTTPException: _from_http,
+    RequestValidationError: _from_validation,
+    Exception: lambda error: InternalError(),
+}
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """What a client is told about `error`. Whoever calls it logs an error that turns out internal."""
+    translate = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
+    return translate(error)
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The reply to a request that ended in `error`."""
+    known = to_api_error(error)
+    return JSONResponse(known.body(), status_code=known.status, headers=known.headers)
+
+
+async def _handle(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException):
+        error = _with_place(request, error)
+    return error_response(error)
+
+
+def _with_place(request: Request, error: HTTPException) -> Exception:
+    """Starlette's two own errors, of routing, with what was asked for."""
+    if error.status_code == 404 and error.detail == "Not Found":
+        path = _bounded(request.url.path, 200)
+        return NotFoundError(f"There is no {request.method} {path!r} here.", code="unknown_url")
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "none")
+        message = f"{request.method} is not allowed here; allowed: {allowed}."
+        return ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    return error
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the table in the contract's shape.
+
+    The table's last row, what nobody expected, is not installed here: `UnexpectedErrorMiddleware` logs
+    and answers it.
+    """
+    for kind in _TABLE:
+        if kind is not Exception:
+            app.add_exception_handler(kind, _handle)
+
+
+def _bounded(text: str, limit_chars: int = _MAX_MESSAGE_CHARS) -> str:
+    return text if len(text) <= limit_chars else f"{text[:limit_chars]}…"
