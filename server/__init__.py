@@ -1,1 +1,1 @@
-"""The HTTP server: one resident base model, adapters chosen per request. Imports adapters_core, never the reverse."""
+"""The HTTP server: one resident base, adapters chosen per request. Imports adapters_core; never reversed."""
