@@ -1,0 +1,1 @@
+"""The command line. Nothing here imports MLX or FastAPI before the command that needs them runs."""

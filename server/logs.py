@@ -1,0 +1,102 @@
+"""Logs: structlog for our lines and, through the standard library, for everyone else's (uvicorn's, mlx-lm's).
+
+`configure_logging` sets structlog's and logging's own process-wide configuration, once, at the start, on the main
+thread. It does not know what is logged. Lines go to standard error, so that standard output stays the commands'.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+import sys
+from typing import TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from server.printable import escape_controls
+from server.settings import LogFormat, LogLevel
+
+__all__ = ["configure_logging"]
+
+# They tell at level info what they do for each request that they send or each file that they fetch.
+_TALKATIVE = ("httpx", "httpcore", "huggingface_hub", "filelock", "urllib3", "asyncio")
+
+# Its lines repeat, without the request's id, those of the application's own access log.
+_REPEATING = "uvicorn.access"
+
+
+def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
+    """Send every log line of the process, ours and the libraries', to standard error in one form.
+
+    `log_format` auto is console on a terminal, else json. Control characters in what is logged are escaped, so
+    that nothing from a request starts a line of its own or drives a terminal. May be called again.
+    """
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        _drop_uvicorn_colours,
+        _escape,
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+    formatter = {
+        "()": structlog.stdlib.ProcessorFormatter,
+        "foreign_pre_chain": [structlog.stdlib.ExtraAdder(), *shared],
+        "processors": [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_rendering(log_format)],
+    }
+    talkative_level = "INFO" if level == "debug" else "WARNING"
+    loggers: dict[str, dict[str, object]] = {name: {"level": talkative_level} for name in _TALKATIVE}
+    loggers |= {name: {"handlers": [], "propagate": True} for name in ("uvicorn", "uvicorn.error")}
+    loggers[_REPEATING] = {"handlers": [], "propagate": False}
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"structlog": formatter},
+            "handlers": {"stderr": {"()": _StandardError, "formatter": "structlog"}},
+            "root": {"level": level.upper(), "handlers": ["stderr"]},
+            "loggers": loggers,
+        }
+    )
+    logging.captureWarnings(True)
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at that moment: a progress display puts itself there while it is shown."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
+def _rendering(log_format: LogFormat) -> list[Processor]:
+    terminal = sys.stderr.isatty()
+    if log_format == "console" or (log_format == "auto" and terminal):
+        # Not rich's tracebacks: they show the values of local variables, a key's among them.
+        plain = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=terminal, pad_event_to=0, exception_formatter=plain)]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+
+
+def _drop_uvicorn_colours(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event.pop("color_message", None)
+    return event
+
+
+def _escape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {key: escape_controls(value) if isinstance(value, str) else value for key, value in event.items()}
