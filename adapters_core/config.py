@@ -1,0 +1,235 @@
+"""adapter_config.json: read, checked and written without loss.
+
+Fields that this package does not use (mlx-lm writes its training options there) are kept as they are.
+Knows no tensors and no model. Runs on any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+
+from .errors import InvalidAdapterError
+from .files import replacing
+
+__all__ = [
+    "CONFIG_FILE",
+    "MAX_CONFIG_BYTES",
+    "MAX_RANK",
+    "AdapterConfig",
+    "FineTuneType",
+    "LoRAParameters",
+]
+
+CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK = 4096
+_MAX_SCALE = 1e6
+_MAX_LAYERS = 100_000
+_MAX_NESTING = 64
+
+_Key = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=512)]
+
+# What each field has to be, for the messages.
+_EXPECTED = {
+    "fine_tune_type": '"lora" or "dora"',
+    "num_layers": f"a whole number up to {_MAX_LAYERS} (-1 for all layers)",
+    "lora_parameters": "an object with rank, scale, dropout and keys",
+    "lora_parameters.rank": f"a whole number from 1 to {MAX_RANK}",
+    "lora_parameters.scale": f"a finite number between -{_MAX_SCALE:g} and {_MAX_SCALE:g}",
+    "lora_parameters.dropout": "a number from 0 to below 1",
+    "lora_parameters.keys": "null, or a list with at least one module path",
+    "lora_parameters.keys.[]": "a module path (a string of 1 to 512 characters)",
+}
+
+
+class FineTuneType(StrEnum):
+    """The kinds of adapters: LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353)."""
+
+    LORA = "lora"
+    DORA = "dora"
+
+
+class LoRAParameters(BaseModel):
+    """The low-rank update s·B A, with A of `rank` rows.
+
+    `keys` are module paths, None stands for all linear layers.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    rank: int = Field(default=8, ge=1, le=MAX_RANK, strict=True)
+    scale: float = Field(default=10.0, ge=-_MAX_SCALE, le=_MAX_SCALE, allow_inf_nan=False, strict=True)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False, strict=True)
+    keys: list[_Key] | None = Field(default=None, min_length=1)
+
+
+class AdapterConfig(BaseModel):
+    """What adapter_config.json says.
+
+    `num_layers` counts from the last layer; any number <= 0 means all, as in mlx-lm. Keys are paths
+    relative to a layer, or full paths in the model.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    fine_tune_type: FineTuneType = FineTuneType.LORA
+    num_layers: int = Field(default=16, ge=-_MAX_LAYERS, le=_MAX_LAYERS, strict=True)
+    lora_parameters: LoRAParameters = Field(default_factory=LoRAParameters)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Self:
+        """Read `adapter_config.json` in `directory`.
+
+        Raises:
+            InvalidAdapterError: it is missing or wrong; every problem is listed.
+        """
+        directory = Path(directory)
+        return cls.from_values(_read_json(directory / CONFIG_FILE, directory.name), directory.name)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read the file at `path`, at most 1 MiB of JSON.
+
+        Raises:
+            InvalidAdapterError: it is missing or wrong; every problem is listed.
+        """
+        path = Path(path)
+        return cls.from_values(_read_json(path, path.name), path.name)
+
+    @classmethod
+    def from_values(cls, values: object, source: str) -> Self:
+        """Check `values`, as JSON gives them.
+
+        Raises:
+            InvalidAdapterError: naming `source` and every problem.
+        """
+        if not isinstance(values, dict):
+            raise InvalidAdapterError(
+                source, [f"{CONFIG_FILE}: expected a JSON object, got {_shown(values)}"]
+            )
+        if "peft_type" in values:
+            raise InvalidAdapterError(source, [_PEFT_ADVICE])
+        problems = _advice(values)
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            advised = {"fine_tune_type"} if problems and values.get("fine_tune_type") == "full" else set()
+            problems += [
+                problem
+                for details in error.errors(include_url=False, include_context=False)
+                if (problem := _problem(details["loc"], details["input"], advised))
+            ]
+            raise InvalidAdapterError(source, problems) from None
+        if problems:
+            raise InvalidAdapterError(source, problems)
+        return config
+
+    def to_values(self) -> dict[str, JsonValue]:
+        """The JSON object to write: every field with its value, and all that was kept."""
+        values = self.model_dump(mode="json")
+        if "keys" not in self.lora_parameters.model_fields_set:
+            del values["lora_parameters"]["keys"]
+        return values
+
+    def write(self, path: str | Path) -> None:
+        """Write to `path` in full or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        text = json.dumps(self.to_values(), indent=4, allow_nan=False) + "\n"
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+_PEFT_ADVICE = (
+    f"{CONFIG_FILE}: this is a PEFT adapter (it has peft_type), a format that is not supported yet; "
+    "expected mlx-lm's format (fine_tune_type, num_layers, lora_parameters). Convert it first"
+)
+_FULL_ADVICE = (
+    f'{CONFIG_FILE}: fine_tune_type is "full": these are weights of a whole model, not an adapter. '
+    "Serve the folder as a model instead"
+)
+_ALPHA_ADVICE = (
+    f"{CONFIG_FILE}: lora_parameters has alpha but no scale; expected scale, the factor of the update "
+    "itself (alpha / rank in other tools)"
+)
+
+
+def _advice(values: dict[str, Any]) -> list[str]:
+    """Problems that deserve better than the general message."""
+    problems = []
+    if values.get("fine_tune_type") == "full":
+        problems.append(_FULL_ADVICE)
+    parameters = values.get("lora_parameters")
+    if isinstance(parameters, dict) and "alpha" in parameters and "scale" not in parameters:
+        problems.append(_ALPHA_ADVICE)
+    return problems
+
+
+def _problem(location: tuple[int | str, ...], value: object, advised: set[str]) -> str | None:
+    name = ".".join("[]" if isinstance(part, int) else part for part in location)
+    if name in advised:
+        return None
+    shown = ".".join(str(part) for part in location)
+    return f"{CONFIG_FILE}: {shown}: expected {_EXPECTED.get(name, 'a JSON value')}, got {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_json(path: Path, source: str) -> object:
+    def refuse(problem: str) -> InvalidAdapterError:
+        return InvalidAdapterError(source, [f"{path.name}: {problem}"])
+
+    if not path.is_file():
+        raise refuse("expected a file of this name, there is none")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise refuse(f"cannot be read: {error.strerror}") from None
+    if len(content) > MAX_CONFIG_BYTES:
+        raise refuse(f"expected at most {MAX_CONFIG_BYTES} bytes, the file is larger")
+    try:
+        values = json.loads(content, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise refuse(f"expected at most {_MAX_NESTING} levels of nesting, there are far more") from None
+    except ValueError as error:
+        raise refuse(f"expected JSON, got something else ({error})") from None
+    if _nests_deeper(values, _MAX_NESTING):
+        raise refuse(f"expected at most {_MAX_NESTING} levels of nesting, there are more")
+    return values
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is out of range")
+    return value
+
+
+def _nests_deeper(value: object, levels: int) -> bool:
+    level: list[object] = [value]
+    for _ in range(levels + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True

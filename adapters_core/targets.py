@@ -1,0 +1,185 @@
+"""Which modules of a model an adapter adapts: the model's layers, the default keys, a config's choice.
+
+The choice is mlx-lm's (`mlx_lm.tuner.utils.linear_to_lora_layers`), so that files are interchangeable;
+what mlx-lm would adapt and this package cannot is refused by name, not left out. Wrappers that this
+package put into the model are seen through to the module they stand for. Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from .config import AdapterConfig
+from .errors import InvalidAdapterError, UnsupportedModelError
+from .surgery import locate
+
+__all__ = [
+    "Wrapper",
+    "adaptable_layers",
+    "default_keys",
+    "find_targets",
+    "linear_shape",
+    "module_at",
+    "named_base_modules",
+    "resolve_targets",
+]
+
+_LINEAR = (nn.Linear, nn.QuantizedLinear)
+_ADAPTED_BY_MLX_LM = (*_LINEAR, SwitchLinear, QuantizedSwitchLinear, nn.Embedding, nn.QuantizedEmbedding)
+
+
+@runtime_checkable
+class Wrapper(Protocol):
+    """A module that stands in the place of a base module."""
+
+    def reverted(self) -> nn.Module:
+        """The base module, the very object."""
+        ...
+
+
+def named_base_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`module.named_modules()` as if nothing were wrapped: base modules under the wrappers' paths."""
+    found = module.named_modules()
+    inside = tuple(f"{path}." for path, inner in found if isinstance(inner, Wrapper))
+    return [
+        (path, inner.reverted() if isinstance(inner, Wrapper) else inner)
+        for path, inner in found
+        if not path.startswith(inside)
+    ]
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The base module at `path`, seen through a wrapper.
+
+    Raises:
+        LookupError: there is none.
+    """
+    parent, key = locate(model, path)
+    module = parent[key]
+    return module.reverted() if isinstance(module, Wrapper) else module
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) of an `nn.Linear` or `nn.QuantizedLinear` of any bits and mode."""
+    rows, columns = linear["weight"].shape
+    if isinstance(linear, nn.QuantizedLinear):
+        columns = linear["scales"].shape[-1] * linear.group_size
+    return rows, columns
+
+
+def adaptable_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of `model` in order, each with its path.
+
+    Raises:
+        UnsupportedModelError: they are not reachable as `model.layers`.
+    """
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, Sequence) or not layers:
+        raise UnsupportedModelError(
+            [f"expected the model's layers as a list at model.layers; {type(model).__name__} has none there"]
+        )
+    paths = {id(module): path for path, module in reversed(model.named_modules())}
+    lost = [
+        index
+        for index, layer in enumerate(layers)
+        if not isinstance(layer, nn.Module) or id(layer) not in paths
+    ]
+    if lost:
+        raise UnsupportedModelError(
+            [f"expected model.layers[{index}] to be a module inside the model, it is not" for index in lost]
+        )
+    return [(paths[id(layer)], layer) for layer in layers]
+
+
+def default_keys(model: nn.Module) -> list[str]:
+    """Paths, relative to a layer, of all linear layers that can be adapted, in order of appearance."""
+    return list(
+        dict.fromkeys(
+            key
+            for _, layer in adaptable_layers(model)
+            for key, module in named_base_modules(layer)
+            if _can_adapt(module)
+        )
+    )
+
+
+def resolve_targets(model: nn.Module, config: AdapterConfig, source: str = "config") -> dict[str, nn.Module]:
+    """The base linear layers that `config` adapts in `model`, by full path.
+
+    Raises:
+        UnsupportedModelError: the model's layers cannot be reached.
+        InvalidAdapterError: keys that match nothing, or modules that cannot be adapted; all are named,
+            with `source` as where the config came from.
+    """
+    targets, problems = find_targets(model, config)
+    if problems:
+        raise InvalidAdapterError(source, problems)
+    return targets
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module], list[str]]:
+    """As `resolve_targets`, with the problems returned beside the targets that are well."""
+    layers = adaptable_layers(model)
+    given = config.lora_parameters.keys
+    keys = set(given if given is not None else _mlx_lm_keys(layers))
+    # -0 as a start is the whole list: no number of layers, or a negative one, means all.
+    chosen = layers[-max(config.num_layers, 0) :]
+    matched: dict[str, nn.Module] = {}
+    used: set[str] = set()
+    problems: list[str] = []
+    for path, layer in chosen:
+        for key, module in named_base_modules(layer):
+            if key in keys:
+                matched[f"{path}.{key}" if key else path] = module
+                used.add(key)
+    for path, module in named_base_modules(model):
+        if path in keys:
+            if path in matched:
+                problems.append(f"{path} is named twice by the keys, in full and relative to its layer")
+            matched[path] = module
+            used.add(path)
+    if given is not None:
+        skipped = {key for _, layer in layers for key, _ in named_base_modules(layer)}
+        problems += [
+            _unmatched(key, key in skipped, config.num_layers)
+            for key in dict.fromkeys(given)
+            if key not in used
+        ]
+    targets = {path: module for path, module in matched.items() if _can_adapt(module)}
+    problems += [_unfit(path, module) for path, module in matched.items() if path not in targets]
+    if not matched and not problems:
+        problems.append("no layer of the model has a module that can be adapted")
+    return targets, problems
+
+
+def _mlx_lm_keys(layers: Sequence[tuple[str, nn.Module]]) -> list[str]:
+    return [
+        key
+        for _, layer in layers
+        for key, module in named_base_modules(layer)
+        if hasattr(module, "to_lora") or isinstance(module, _ADAPTED_BY_MLX_LM)
+    ]
+
+
+def _can_adapt(module: nn.Module) -> bool:
+    return isinstance(module, _LINEAR) and not hasattr(module, "to_lora")
+
+
+def _unmatched(key: str, exists: bool, num_layers: int) -> str:
+    if exists:
+        return f"key {key!r} matches only layers that num_layers = {num_layers} leaves out"
+    return (
+        f"key {key!r} matches no module of the model; expected a path relative to a layer "
+        "(such as self_attn.q_proj) or a full path"
+    )
+
+
+def _unfit(path: str, module: nn.Module) -> str:
+    return (
+        f"{path} is a {type(module).__name__}; only nn.Linear and nn.QuantizedLinear can be adapted. "
+        "Train the adapter with lora_parameters.keys that leave it out"
+    )
