@@ -6,6 +6,7 @@ input. Knows nothing of HTTP. Pure functions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ __all__ = ["UNSUPPORTED", "describe", "describe_problems", "parameter_path"]
 # Problems of this type become the error code of the same name.
 UNSUPPORTED = "unsupported_parameter"
 
+_AFTER_VALIDATION = re.compile(" after validation, not .*")
 _SHOWN_PROBLEMS = 3
 _SHOWN_CHARS = 60
 _SHOWN_NAME_CHARS = 64
@@ -36,13 +38,13 @@ def describe_problems(problems: Sequence[Problem], body: Any) -> tuple[str, str 
 def parameter_path(location: Sequence[int | str]) -> str | None:
     """`("body", "messages", 0, "content")` as `messages[0].content`; None for the body as a whole.
 
-    Names in angle brackets are branches of a union, not part of the path.
+    Names in brackets are branches of a union or pydantic's mark for a key, not parts of the path.
     """
     path = ""
     for part in location[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not part.startswith("<"):
+        elif not part.startswith(("<", "[")):
             path += ("." if path else "") + _cut(part, _SHOWN_NAME_CHARS)
     return path or None
 
@@ -87,6 +89,9 @@ def _sentence(problem: Problem) -> str:
     message = message.removeprefix("error, ")
     if message.startswith(("String ", "List ", "Dictionary ")):
         message = message.split(" ", 1)[1]
+    message = _AFTER_VALIDATION.sub("", message)
+    if "param" in problem.get("ctx", {}):  # the input is the whole object that the parameter is in
+        return f"{subject} {message}."
     return f"{subject} {message}, but is {describe(problem.get('input'))}."
 
 

@@ -1,1 +1,1 @@
-"""OpenAI's chat and completions: from a request's JSON to tokens, and from tokens back to text, JSON and events."""
+"""OpenAI's chat and completions: from a request's JSON to tokens, and from tokens to text, JSON, events."""

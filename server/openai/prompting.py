@@ -1,0 +1,127 @@
+"""From messages and prompts to tokens, and whether they fit into the model's context.
+
+The tokenizer of a model is not safe on two threads at once: this module has a copy of it and a single
+thread of its own that uses it. Knows no HTTP route and no adapter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from jinja2 import TemplateError
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from server.errors import ContextLengthError, InvalidRequestError
+from server.openai.wire import Message
+
+__all__ = ["Prompter"]
+
+_T = TypeVar("_T")
+
+
+class Prompter:
+    """Makes prompts for one model.
+
+    `context_tokens` bounds a prompt and its completion together, `vocabulary_tokens` the ids of a prompt that
+    comes as tokens; `default_max_tokens` is how long a completion may get if the client does not say.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        *,
+        context_tokens: int,
+        vocabulary_tokens: int,
+        default_max_tokens: int,
+    ) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._context_tokens = context_tokens
+        self._vocabulary_tokens = vocabulary_tokens
+        self._default_max_tokens = default_max_tokens
+        self._longest_token_chars = max(map(len, tokenizer.get_vocab()), default=1)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+    async def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The tokens of a conversation in the model's chat template, up to where the assistant's turn begins.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or its template refuses the messages.
+            ContextLengthError: the text is so long that its tokens cannot fit.
+        """
+        if not self._tokenizer.has_chat_template:
+            message = "This model has no chat template, so that it cannot chat. Use /v1/completions instead."
+            raise InvalidRequestError(message, param="model", code="no_chat_template")
+        conversation = [message.for_template() for message in messages]
+        self._check_chars(sum(len(message["content"]) for message in conversation), "messages")
+        return await self._on_thread(lambda: self._render(conversation))
+
+    async def completion(self, prompt: str | list[int]) -> tuple[int, ...]:
+        """The tokens of a text, with those that the model wants at its start, or the given tokens.
+
+        Raises:
+            InvalidRequestError: no tokens at all, or ids that the vocabulary does not have.
+            ContextLengthError: the text is so long that its tokens cannot fit.
+        """
+        if isinstance(prompt, str):
+            self._check_chars(len(prompt), "prompt")
+            tokens = await self._on_thread(lambda: tuple(self._tokenizer.encode(prompt)))
+        else:
+            tokens = tuple(prompt)
+            self._check_ids(tokens)
+        if not tokens:
+            raise InvalidRequestError("'prompt' is empty: it has no tokens.", param="prompt")
+        return tokens
+
+    def max_tokens(
+        self, prompt_tokens: int, wanted: int | None, *, prompt_param: str, wanted_param: str
+    ) -> int:
+        """How many tokens a completion may have after a prompt of `prompt_tokens`.
+
+        That many as `wanted`; without a wish the default, or what room there is if that is less.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room, or less than is wanted.
+        """
+        room = self._context_tokens - prompt_tokens
+        limit = f"This model's context has {self._context_tokens} tokens"
+        if room < 1:
+            message = f"{limit}, but the prompt has {prompt_tokens} and must leave room for one more."
+            raise ContextLengthError(message, prompt_param)
+        if wanted is not None and wanted > room:
+            message = (
+                f"{limit}, but {prompt_tokens + wanted} were asked for: {prompt_tokens} in the prompt and "
+            )
+            raise ContextLengthError(f"{message}{wanted} for the completion. Reduce either.", wanted_param)
+        return min(self._default_max_tokens, room) if wanted is None else wanted
+
+    def close(self) -> None:
+        """End the thread; prompts that wait for it are dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    async def _on_thread(self, fn: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, fn)
+
+    def _render(self, conversation: list[dict[str, str]]) -> tuple[int, ...]:
+        try:
+            tokens = self._tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
+        except TemplateError as error:
+            message = f"The model's chat template refuses these messages: {error}"
+            raise InvalidRequestError(message, param="messages", code="chat_template_error") from None
+        return tuple(tokens)  # pyright: ignore[reportArgumentType]
+
+    def _check_chars(self, chars: int, param: str) -> None:
+        """Refuse, before any work, what is too long even if each token were the vocabulary's longest."""
+        least_tokens = chars // self._longest_token_chars
+        if least_tokens > self._context_tokens:
+            message = f"This model's context has {self._context_tokens} tokens, but the prompt has at least "
+            raise ContextLengthError(f"{message}{least_tokens}.", param)
+
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        largest = max(tokens, default=0)
+        if largest >= self._vocabulary_tokens:
+            message = f"'prompt' should have token ids below {self._vocabulary_tokens}, but has {largest}."
+            raise InvalidRequestError(message, param="prompt")
