@@ -1,15 +1,20 @@
 """What crosses the border between the event loop and the generation thread.
 
-Inwards: Submit, Cancel. Outwards: Token, ChoiceFinished, and exactly one Finished or Failed for each
-Submit, always last. All are immutable, so that either side may keep them. No text here: tokens only.
+Inwards: Submit, Cancel, Update, Stop. Outwards: Token, ChoiceFinished, and exactly one Finished or Failed
+for each Submit, always last. All are immutable, so that either side may keep them. No text here: tokens only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_core.routing import RowAdapters
+
+if TYPE_CHECKING:
+    from .container import ModelContext
 
 __all__ = [
     "Cancel",
@@ -18,9 +23,12 @@ __all__ = [
     "Failed",
     "FinishReason",
     "Finished",
+    "Message",
     "SamplingParams",
+    "Stop",
     "Submit",
     "Token",
+    "Update",
 ]
 
 FinishReason = Literal["stop", "length"]
@@ -31,8 +39,9 @@ class SamplingParams:
     """How the next token of a row is chosen.
 
     `temperature` 0 is greedy. `seed` makes a row's draws a function of the seed, the choice's index and
-    the step alone, whatever else is in the batch. The penalties look back over the whole row, prompt
-    included. `top_logprobs` None returns no log-probabilities, 0 those of the chosen tokens alone.
+    the step alone, whatever else is in the batch. The repetition penalty (1 is none) looks back over prompt
+    and completion; presence and frequency penalties over the completion alone. `top_logprobs` None returns
+    no log-probabilities, 0 those of the chosen tokens alone.
     """
 
     temperature: float = 1.0
@@ -69,6 +78,28 @@ class Cancel:
 
     request_id: str
     choice: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Run `fn` on the generation thread between two steps and put what comes of it into `future`.
+
+    With `drain`, no request is admitted any more, those being computed finish first, then `fn` runs.
+    """
+
+    fn: Callable[[ModelContext], Any]
+    future: Future[Any]
+    drain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the thread: what it has been given goes on for at most `timeout_seconds`, the rest fails."""
+
+    timeout_seconds: float
+
+
+Message = Submit | Cancel | Update | Stop
 
 
 @dataclass(frozen=True, slots=True)
