@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -16,25 +18,39 @@ import mlx.nn as nn
 
 from .config import CONFIG_FILE, AdapterConfig, FineTuneType
 from .errors import ContainerStateError, InvalidAdapterError
-from .layers import LinearWeights, LoRALayer
-from .targets import Wrapper, find_targets, linear_shape
-from .weights import AdapterWeights, read_weights
+from .fusion import FuseReport, Fusion, Precision, fuse_layers
+from .layers import DoRALinear, LinearWeights, LoRALayer, LoRALinear, adapted, with_weights
+from .surgery import Modes, Surgery, copy_modes, replace_modules
+from .targets import Wrapper, find_targets, linear_shape, module_at, resolve_targets
+from .weights import WEIGHTS_FILE, digest_of, read_weights, save_weights
 
 __all__ = ["AdapterContainer", "LinearWeights"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A container's layers in a model; `before` are the model's modes without them."""
+
+    model: nn.Module
+    layers: dict[str, LoRALinear | DoRALinear]
+    surgery: Surgery
+    before: Modes
 
 
 class AdapterContainer:
     """An adapter's config and tensors, and whether they are in a model now.
 
-    Made by `from_directory` or `from_model`. A call that fails changes nothing.
+    Made by `from_directory` or `from_model`. It can be in one model at a time, alone. A call that fails
+    changes nothing.
     """
 
-    def __init__(self, config: AdapterConfig, weights: AdapterWeights, source: str) -> None:
+    def __init__(self, config: AdapterConfig, tensors: Mapping[str, mx.array], source: str) -> None:
+        """Use `from_directory` or `from_model`. `tensors` are evaluated; `source` is named in errors."""
         self._config = config
-        self._tensors = weights.tensors
-        self._tensors_digest = weights.digest
-        self._size_bytes = weights.size_bytes
+        self._tensors = dict(tensors)
+        self._tensors_digest: str | None = None
         self._source = source
+        self._loaded: _Loaded | None = None
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Self:
@@ -56,7 +72,34 @@ class AdapterContainer:
             problems += error.problems
         if config is None or weights is None:
             raise InvalidAdapterError(directory.name, problems)
-        return cls(config, weights, directory.name)
+        container = cls(config, weights.tensors, directory.name)
+        container._tensors_digest = weights.digest
+        return container
+
+    @classmethod
+    def from_model(cls, model: nn.Module, config: AdapterConfig) -> Self:
+        """A new adapter, in `model` and ready for training.
+
+        The base is frozen, the adapter's parameters alone are trainable, and the model is in training
+        mode. The adapter changes nothing yet; its factors are drawn as mlx-lm draws them, from MLX's
+        global random state.
+
+        Raises:
+            InvalidAdapterError: keys that match nothing, or modules that cannot be adapted.
+            UnsupportedModelError: the model's layers cannot be reached.
+            ContainerStateError: an adapter is loaded into the model.
+        """
+        require_bare(model)
+        targets = resolve_targets(model, config, "new adapter")
+        layers = {path: adapted(linear, config) for path, linear in targets.items()}
+        mx.eval([list(_tensors_of(path, layer).values()) for path, layer in layers.items()])
+        container = cls(config, {}, "new adapter")
+        container._attach(model, layers)
+        model.freeze()
+        for layer in layers.values():
+            layer.unfreeze(recurse=False)
+        model.train()
+        return container
 
     @property
     def config(self) -> AdapterConfig:
@@ -65,12 +108,23 @@ class AdapterContainer:
 
     @property
     def parameters(self) -> dict[str, mx.array]:
-        """The tensors by path in the model, as mlx-lm names them."""
+        """The tensors by path in the model, as mlx-lm names them; while loaded, as they are in the model."""
+        if self._loaded is not None:
+            live: dict[str, mx.array] = {}
+            for path, layer in self._loaded.layers.items():
+                live |= _tensors_of(path, layer)
+            if live.keys() != self._tensors.keys() or any(live[n] is not self._tensors[n] for n in live):
+                mx.eval(live)
+                self._tensors = live
+                self._tensors_digest = None
         return dict(self._tensors)
 
     @property
     def digest(self) -> str:
-        """ "sha256:…" of what the adapter computes: its tensors, and the fields of the config that matter."""
+        """What the adapter computes, as "sha256:…": its tensors and the fields of the config that matter."""
+        tensors = self.parameters
+        if self._tensors_digest is None:
+            self._tensors_digest = digest_of(tensors)
         parameters = self._config.lora_parameters
         meaning = [
             self._config.fine_tune_type.value,
@@ -85,7 +139,7 @@ class AdapterContainer:
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
-        return self._size_bytes
+        return sum(tensor.nbytes for tensor in self.parameters.values())
 
     def check(self, model: nn.Module) -> dict[str, LinearWeights]:
         """What this adapter brings to each linear layer of `model`, by path. Changes nothing.
@@ -129,19 +183,142 @@ class AdapterContainer:
             for path in targets
         }
 
+    def load(self, into: nn.Module) -> None:
+        """Adapt `into`: its targeted linear layers are replaced by layers with this adapter, in eval mode.
+
+        Raises:
+            InvalidAdapterError, UnsupportedModelError: as `check`.
+            ContainerStateError: this container is loaded already, or the model carries another adapter.
+        """
+        if self._loaded is not None:
+            raise ContainerStateError(f"adapter {self._source!r} is loaded already; unload it first")
+        require_bare(into)
+        layers = self._layers(into)
+        for layer in layers.values():
+            if isinstance(layer, DoRALinear):
+                layer.settle()
+        self._attach(into, layers)
+        for layer in layers.values():
+            layer.eval()
+
+    def unload(self, from_: nn.Module) -> None:
+        """Put the very base modules back, frozen and training as they were before this adapter came.
+
+        Raises:
+            ContainerStateError: it is not loaded into this model, or later changes of the model come first.
+        """
+        loaded = self._loaded
+        if loaded is None or loaded.model is not from_:
+            where = "any model" if loaded is None else "this model, but into another one"
+            raise ContainerStateError(f"adapter {self._source!r} is not loaded into {where}")
+        tensors = self.parameters
+        loaded.surgery.undo()
+        loaded.before.restore()
+        self._tensors = tensors
+        self._loaded = None
+
+    def fused_modules(
+        self, model: nn.Module, precision: Precision = "auto"
+    ) -> tuple[dict[str, nn.Module], FuseReport]:
+        """Plain layers, by path, that do what `model` with this adapter would do; changes nothing.
+
+        Raises:
+            ValueError: there is no such precision.
+            InvalidAdapterError, UnsupportedModelError: as `check`; or weights that do not stay finite.
+            ContainerStateError: another adapter is loaded into the model.
+        """
+        here = self._loaded is not None and self._loaded.model is model
+        layers = self._loaded.layers if self._loaded is not None and here else self._layers(model)
+        return fuse_layers(layers, precision, self._source)
+
+    def fuse(self, with_: nn.Module, precision: Precision = "auto") -> Fusion:
+        """Merge this adapter into the model's own layers, whether it is loaded into it or not.
+
+        On quantised layers, "requantize" keeps the quantisation, "dequantize" makes dense layers of the
+        base's compute dtype, and "auto" quantises a layer again only if the relative error of its change
+        stays within 0.05. Dense layers keep their dtype. The adapter is not loaded afterwards.
+
+        Raises:
+            As `fused_modules`; ContainerStateError also if the model carries any other adapter.
+        """
+        loaded = self._loaded
+        if loaded is None or loaded.model is not with_:
+            require_bare(with_)
+            loaded = None
+        modules, report = self.fused_modules(with_, precision)
+        during = Modes(with_)
+        if loaded is not None:
+            self.unload(from_=with_)
+        surgery = replace_modules(with_, modules)
+        for path, base in surgery.replaced.items():
+            copy_modes(base, modules[path])
+
+        def restore() -> None:
+            if loaded is not None:
+                self._attach(with_, loaded.layers)
+                during.restore()
+
+        return Fusion(report, surgery, restore)
+
+    def save(self, directory: str | Path) -> None:
+        """Write adapter_config.json and adapters.safetensors, as mlx-lm reads them, into `directory`.
+
+        The folder is made if need be. Each file is replaced in full or not at all, the tensors first.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_weights(directory / WEIGHTS_FILE, self.parameters)
+        self._config.write(directory / CONFIG_FILE)
+
+    def _layers(self, model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
+        weights = self.check(model)
+        return {
+            path: with_weights(module_at(model, path), linear, self._config)
+            for path, linear in weights.items()
+        }
+
+    def _attach(self, model: nn.Module, layers: dict[str, LoRALinear | DoRALinear]) -> None:
+        before = Modes(model)
+        self._loaded = _Loaded(model, layers, replace_modules(model, dict(layers)), before)
+
+
+def require_bare(model: nn.Module) -> None:
+    """Refuse a model whose modules are wrapped, by an adapter or by a bank: adapters are never stacked.
+
+    Raises:
+        ContainerStateError: naming the first such module.
+    """
+    _refuse(model, lambda module: isinstance(module, Wrapper) or "lora_a" in module)
+
 
 def _require_no_adapter(model: nn.Module) -> None:
-    """Refuse a model that carries an adapter, ours or another library's: adapters are never stacked."""
-    carriers = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALayer) or ("lora_a" in module and not isinstance(module, Wrapper))
-    ]
+    # The wrappers of a bank are seen through: checking an adapter against a served model is its business.
+    _refuse(
+        model,
+        lambda module: (
+            isinstance(module, LoRALayer) or ("lora_a" in module and not isinstance(module, Wrapper))
+        ),
+    )
+
+
+def _refuse(model: nn.Module, carries: Callable[[nn.Module], bool]) -> None:
+    carriers = [path for path, module in model.named_modules() if carries(module)]
     if carriers:
         raise ContainerStateError(
             f"expected a model without an adapter, but {len(carriers)} module(s) carry one, first "
-            f"{carriers[0]}; unload it first"
+            f"{min(carriers)}; unload it first"
         )
+
+
+def _tensors_of(path: str, layer: LoRALinear | DoRALinear) -> dict[str, mx.array]:
+    weights = layer.weights
+    tensors = {f"{path}.lora_a": weights.lora_a, f"{path}.lora_b": weights.lora_b}
+    if weights.magnitude is not None:
+        tensors[f"{path}.m"] = weights.magnitude
+    return tensors
 
 
 def _left_over(name: str, modules: set[str], config: AdapterConfig) -> str:

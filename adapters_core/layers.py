@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AdapterConfig, FineTuneType
+from .surgery import copy_modes
 from .targets import linear_shape
 
 __all__ = [
@@ -239,8 +240,7 @@ def _empty(kind: type[_M], base: nn.Module) -> _M:
     nn.Module.__init__(linear)
     if (bias := base.get("bias")) is not None:
         linear.bias = bias
-    linear._no_grad = set(base._no_grad)
-    linear.train(base.training)
+    copy_modes(base, linear)
     return linear
 
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .errors import ContainerStateError, UnsupportedModelError
 
-__all__ = ["Surgery", "locate", "replace_modules"]
+__all__ = ["Modes", "Surgery", "copy_modes", "locate", "replace_modules"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +108,26 @@ def locate(model: nn.Module, path: str) -> tuple[Any, Any]:
     if not isinstance(node, nn.Module):
         raise LookupError(f"the model has no module at {path!r}")
     return parent, key
+
+
+class Modes:
+    """Which parameters of a model's modules are frozen, and whether the modules train, at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = [(module, set(module._no_grad), module.training) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Set the modules that were there to what they were."""
+        for module, frozen, training in self._modes:
+            _set_modes(module, frozen, training)
+
+
+def copy_modes(source: nn.Module, target: nn.Module) -> None:
+    """Freeze in `target` what is frozen in `source`, and let it train if `source` does."""
+    _set_modes(target, set(source._no_grad), source.training)
+
+
+def _set_modes(module: nn.Module, frozen: set[str], training: bool) -> None:
+    module._no_grad = frozen
+    if module.training is not training:
+        module._set_training_mode(training)

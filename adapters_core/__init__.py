@@ -1,0 +1,96 @@
+"""LoRA and DoRA adapters for MLX models: read, checked, loaded, fused, served side by side, saved.
+
+Knows no HTTP and no threads, and keeps no state. The names are imported on first use, so that importing
+the package, its errors or its config does not import MLX.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank, PreparedAdapter
+    from .config import AdapterConfig, FineTuneType, LoRAParameters
+    from .container import AdapterContainer
+    from .errors import (
+        AdapterError,
+        BlendError,
+        ContainerStateError,
+        InvalidAdapterError,
+        UnsupportedModelError,
+    )
+    from .fusion import FuseReport, Fusion, Precision
+    from .layers import DoRALinear, LinearWeights, LoRALayer, LoRALinear, QDoRALinear, QLoRALinear
+    from .routing import AdapterRows, ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row, row_key
+    from .targets import adaptable_layers, default_keys, resolve_targets
+
+__all__ = [
+    "AdapterBank",
+    "AdapterConfig",
+    "AdapterContainer",
+    "AdapterError",
+    "AdapterRows",
+    "BlendError",
+    "ContainerStateError",
+    "DoRALinear",
+    "FineTuneType",
+    "FuseReport",
+    "Fusion",
+    "InvalidAdapterError",
+    "LinearWeights",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAParameters",
+    "Precision",
+    "PreparedAdapter",
+    "QDoRALinear",
+    "QLoRALinear",
+    "ResidentAdapter",
+    "RoutedModel",
+    "Routing",
+    "RowAdapters",
+    "UnsupportedModelError",
+    "adaptable_layers",
+    "default_keys",
+    "make_row",
+    "resolve_targets",
+    "row_key",
+]
+
+_MODULES = {
+    "bank": ("AdapterBank", "PreparedAdapter"),
+    "config": ("AdapterConfig", "FineTuneType", "LoRAParameters"),
+    "container": ("AdapterContainer",),
+    "errors": (
+        "AdapterError",
+        "BlendError",
+        "ContainerStateError",
+        "InvalidAdapterError",
+        "UnsupportedModelError",
+    ),
+    "fusion": ("FuseReport", "Fusion", "Precision"),
+    "layers": ("DoRALinear", "LinearWeights", "LoRALayer", "LoRALinear", "QDoRALinear", "QLoRALinear"),
+    "routing": (
+        "AdapterRows",
+        "ResidentAdapter",
+        "RoutedModel",
+        "Routing",
+        "RowAdapters",
+        "make_row",
+        "row_key",
+    ),
+    "targets": ("adaptable_layers", "default_keys", "resolve_targets"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{home}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
