@@ -1,0 +1,103 @@
+"""Random adapters for any model: real files in mlx-lm's format, with an effect that leaves answers text.
+
+Made through adapters_core. Runs on the calling thread; the model is loaded lazily and dropped again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import load_model
+
+from adapters_core.config import CONFIG_FILE, AdapterConfig, LoRAParameters
+from adapters_core.layers import compute_dtype, dense_weight
+from adapters_core.targets import default_keys, linear_shape, resolve_targets
+from adapters_core.weights import WEIGHTS_FILE, save_weights
+
+__all__ = ["KINDS", "AdapterKind", "KindName", "write_adapters"]
+
+_SCALE = 10.0
+_RELATIVE_SIZE = 0.1  # root mean square of the delta over that of the weight: other answers, still text
+
+
+class KindName(StrEnum):
+    """The names of the kinds, for the command line."""
+
+    RANK_8_QV = "rank8-qv"
+    RANK_16_ALL = "rank16-all"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterKind:
+    """Rank, and the ends of the module paths that are adapted in every layer; none for all linear layers."""
+
+    rank: int
+    module_names: tuple[str, ...]
+
+
+KINDS = {
+    KindName.RANK_8_QV: AdapterKind(8, ("q_proj", "v_proj")),
+    KindName.RANK_16_ALL: AdapterKind(16, ()),
+}
+
+
+def write_adapters(
+    model_path: Path, root: Path, count: int, kind: AdapterKind, seed: int
+) -> tuple[Path, ...]:
+    """Write `count` LoRA adapters of `kind` into folders under `root`, each different, the same for a `seed`.
+
+    Raises: ValueError if the model has no module that `kind` names; AdapterError if it cannot be adapted.
+    """
+    model, _ = load_model(model_path, lazy=True)
+    keys = [key for key in default_keys(model) if not kind.module_names or key.endswith(kind.module_names)]
+    if not keys:
+        raise ValueError(
+            f"expected modules named {' or '.join(kind.module_names)} in the layers of {model_path.name}, "
+            f"which has {', '.join(default_keys(model))}: choose --adapter-kind {KindName.RANK_16_ALL}"
+        )
+    parameters = LoRAParameters(rank=kind.rank, scale=_SCALE, keys=keys)
+    config = AdapterConfig(num_layers=-1, lora_parameters=parameters)
+    targets = resolve_targets(model, config)
+    sizes = {path: _root_mean_square(linear) for path, linear in targets.items()}
+    folders = []
+    for index in range(count):
+        folder = root / f"bench-{index}"
+        folder.mkdir(parents=True)
+        key = mx.random.key(seed + index)
+        tensors: dict[str, mx.array] = {}
+        for path, linear in targets.items():
+            key, for_a, for_b = mx.random.split(key, 3)
+            factors = _factors(linear, sizes[path], kind.rank, for_a, for_b)
+            tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = factors
+        save_weights(folder / WEIGHTS_FILE, tensors)
+        config.write(folder / CONFIG_FILE)
+        folders.append(folder)
+    return tuple(folders)
+
+
+def _root_mean_square(linear: nn.Module) -> float:
+    weight = dense_weight(linear).astype(mx.float32)
+    return float(mx.sqrt(mx.mean(weight * weight)))
+
+
+def _factors(
+    linear: nn.Module, weight_size: float, rank: int, key_a: mx.array, key_b: mx.array
+) -> tuple[mx.array, mx.array]:
+    """A (in, rank) and B (rank, out), in the dtype that the base computes in.
+
+    A is uniform in ±1/√in, of variance 1/(3·in), as training begins with; B is normal, of the variance
+    that gives scale·A·B, whose variance is scale²·rank·var(A)·var(B), the wanted size.
+    """
+    rows, columns = linear_shape(linear)
+    dtype = compute_dtype(linear)
+    bound = 1 / math.sqrt(columns)
+    spread_a = bound / math.sqrt(3)
+    spread_b = _RELATIVE_SIZE * weight_size / (_SCALE * math.sqrt(rank) * spread_a)
+    lora_a = mx.random.uniform(-bound, bound, (columns, rank), key=key_a)
+    lora_b = spread_b * mx.random.normal((rank, rows), key=key_b)
+    return lora_a.astype(dtype), lora_b.astype(dtype)
