@@ -1,0 +1,285 @@
+"""Rows with different adapters in one forward compute what mlx-lm computes for each adapter alone."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from mlx_lm.tuner.utils import load_adapters
+
+from adapters_core.bank import AdapterBank
+from adapters_core.container import AdapterContainer
+from adapters_core.errors import ContainerStateError, InvalidAdapterError, UnsupportedModelError
+from adapters_core.mixed import MixedLinear, padded_rank
+from adapters_core.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from tests.models import (
+    adapter_tensors,
+    adapter_values,
+    logits,
+    make_adapter,
+    relative_error,
+    snapshot,
+    tiny_llama,
+    tokens,
+    write_adapter,
+)
+
+ALL = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+RECIPES: list[dict[str, Any]] = [
+    {"kind": "lora", "rank": 4},
+    {"kind": "lora", "rank": 6, "keys": ALL, "scale": 0.7},
+    {"kind": "lora", "rank": 16, "keys": None, "num_layers": 2},
+    {"kind": "dora", "rank": 3},
+    {"kind": "dora", "rank": 8, "keys": ALL, "num_layers": 1},
+    {"kind": "lora", "rank": 8, "keys": ["self_attn.o_proj", "lm_head"]},
+]
+
+
+class Resident:
+    """A model with a bank, and its logits for given rows of adapters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        routing = Routing()
+        self.model = model
+        self.bank = AdapterBank(model, routing)
+        self.routed = RoutedModel(model, routing)
+
+    def add(self, directory: Path) -> ResidentAdapter:
+        return self.bank.add(AdapterContainer.from_directory(directory))
+
+    def logits(self, inputs: mx.array, rows: list[RowAdapters]) -> np.ndarray:
+        caches = [self.routed.new_cache(row) for row in rows]
+        merged = [entries[0].merge(list(entries)) for entries in zip(*caches, strict=True)]
+        return np.array(self.routed(inputs, cache=merged).astype(mx.float32))
+
+
+def only(adapter: ResidentAdapter) -> RowAdapters:
+    return make_row([(adapter, 1.0)])
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(None, 32), (4, 32), (8, 64)])
+def test_mixed_rows_equal_mlx_lm_one_at_a_time(bits: int | None, group_size: int, tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        return tiny_llama(0, bits, group_size=group_size)
+
+    folders = [
+        make_adapter(tmp_path / str(seed), model(), seed=seed, **recipe)
+        for seed, recipe in enumerate(RECIPES)
+    ]
+    resident = Resident(model())
+    rows: list[RowAdapters] = [(), *(only(resident.add(folder)) for folder in folders), ()]
+    inputs = tokens(len(rows), 9)
+    mixed = resident.logits(inputs, rows)
+    base = np.array(model()(inputs))
+    for row, folder in enumerate([None, *folders, None]):
+        if folder is None:
+            assert relative_error(mixed[row], base[row]) < 1e-6
+            continue
+        reference = load_adapters(model(), str(folder))
+        reference.eval()
+        expected = np.array(reference(inputs[row : row + 1]))[0]
+        assert relative_error(mixed[row], expected) < 1e-4
+        assert relative_error(mixed[row], base[row]) > 1e-2, "the adapter has no effect to be checked"
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_dora_rows_on_bit_widths_that_do_not_divide_32(bits: int, tmp_path: Path) -> None:
+    model = tiny_llama(0, bits, group_size=32)
+    folder = make_adapter(tmp_path / "dora", model, "dora", rank=4)
+    resident = Resident(model)
+    row = only(resident.add(folder))
+    inputs = tokens(1, 9)
+    mixed = resident.logits(inputs, [row])
+    resident.bank.close()
+    AdapterContainer.from_directory(folder).load(into=model)
+    assert relative_error(mixed, np.array(model(inputs))) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_half_precision_base_keeps_its_dtype_beside_float32_factors(
+    dtype: mx.Dtype, tmp_path: Path
+) -> None:
+    def model() -> nn.Module:
+        made = tiny_llama()
+        made.set_dtype(dtype)
+        return made
+
+    folder = make_adapter(tmp_path / "a", model(), rank=4)
+    resident = Resident(model())
+    row = only(resident.add(folder))
+    inputs = tokens(2, 9)
+    caches = [
+        entries[0].merge(list(entries)) for entries in zip(*[resident.routed.new_cache(row)] * 2, strict=True)
+    ]
+    assert resident.routed(inputs, cache=caches).dtype == dtype
+    reference = load_adapters(model(), str(folder))
+    expected = np.array(reference(inputs).astype(mx.float32))
+    assert relative_error(resident.logits(inputs, [row, row]), expected) < 2e-2
+
+
+def test_weights_and_blends_are_sums_of_the_deltas(tmp_path: Path) -> None:
+    resident = Resident(tiny_llama())
+    folders = [
+        make_adapter(tmp_path / str(seed), tiny_llama(), seed=seed, rank=rank)
+        for seed, rank in ((1, 4), (2, 4), (3, 8))
+    ]
+    a, b, c = (resident.add(folder) for folder in folders)
+    blend = resident.logits(tokens(1, 9), [make_row([(a, 0.7), (b, -0.4), (c, 1.5)])])
+    containers = [AdapterContainer.from_directory(folder) for folder in folders]
+    dense = tiny_llama()
+    changes = {}
+    for container, weight in zip(containers, (0.7, -0.4, 1.5), strict=True):
+        for path, part in container.check(dense).items():
+            changes[path] = changes.get(path, 0) + weight * part.scale * (part.lora_a @ part.lora_b).T
+    modules = dict(dense.named_modules())
+    for path, delta in changes.items():
+        modules[path].weight = modules[path].weight + delta
+    assert relative_error(blend, np.array(dense(tokens(1, 9)))) < 1e-4
+
+
+def test_base_rows_are_bit_exact_while_adapters_are_resident(tmp_path: Path) -> None:
+    model = tiny_llama()
+    before = logits(model)
+    resident = Resident(model)
+    resident.add(make_adapter(tmp_path / "a", tiny_llama(), rank=4))
+    assert np.array_equal(resident.logits(tokens(2, 9), [(), ()]), before)
+
+
+def test_memory_is_the_adapters_own_and_comes_back(tmp_path: Path) -> None:
+    resident = Resident(tiny_llama())
+    folder = make_adapter(tmp_path / "a", tiny_llama(), rank=8, keys=ALL)
+    container = AdapterContainer.from_directory(folder)
+    added = [resident.bank.add(container) for _ in range(24)]
+    assert all(one.size_bytes == container.size_bytes for one in added)
+    assert resident.bank.resident_bytes <= 1.15 * 24 * container.size_bytes
+    freed = sum(resident.bank.remove(one) for one in added[::2])
+    assert freed >= 0.8 * 12 * container.size_bytes
+    row = only(added[1])
+    assert (
+        relative_error(
+            resident.logits(tokens(1, 9), [row]),
+            np.array(load_adapters(tiny_llama(), str(folder))(tokens(1, 9))),
+        )
+        < 1e-4
+    )
+    resident.bank.close()
+    assert resident.bank.resident_bytes == 0
+
+
+def test_a_padded_rank_is_the_next_power_of_two() -> None:
+    assert [padded_rank(rank) for rank in (1, 4, 5, 8, 9, 64)] == [4, 4, 8, 8, 16, 64]
+
+
+def test_input_whose_first_axis_is_not_the_rows_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    resident = Resident(model)
+    row = only(resident.add(make_adapter(tmp_path / "a", tiny_llama(), rank=4)))
+    with pytest.raises(TypeError, match=r"2 row\(s\)"):
+        resident.routed(tokens(2, 3), cache=resident.routed.new_cache(row))
+    layer = next(module for module in model.modules() if isinstance(module, MixedLinear))
+    routing = layer._routing
+    routing.plan = resident.routed.new_cache(row)[-1].plan(routing.generation)
+    with pytest.raises(UnsupportedModelError, match="axis 0"):
+        layer(mx.zeros((3, 64)))
+
+
+def test_calls_out_of_turn_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    resident = Resident(model)
+    prepared = resident.bank.prepare(
+        AdapterContainer.from_directory(make_adapter(tmp_path / "a", tiny_llama(), rank=4))
+    )
+    assert snapshot(model) == before
+    adapter = resident.bank.add(prepared)
+    with pytest.raises(ContainerStateError, match="already"):
+        resident.bank.add(prepared)
+    resident.bank.remove(adapter)
+    with pytest.raises(ContainerStateError, match="not resident"):
+        resident.bank.remove(adapter)
+    assert snapshot(model) == before
+
+
+class Life(RuleBasedStateMachine):
+    """Any sequence of adding, removing, fusing and failing; the base is bit for bit itself once all is undone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temporary = tempfile.TemporaryDirectory()
+        root = Path(self.temporary.name)
+        self.resident = Resident(tiny_llama())
+        self.before = snapshot(self.resident.model)
+        self.folders = [
+            make_adapter(root / str(seed), tiny_llama(), seed=seed, **recipe)
+            for seed, recipe in enumerate(RECIPES)
+        ]
+        self.expected = []
+        for folder in self.folders:
+            reference = load_adapters(tiny_llama(), str(folder))
+            reference.eval()
+            self.expected.append(np.array(reference(tokens(1, 5))))
+        values = adapter_values()
+        broken = adapter_tensors(tiny_llama(), values)
+        broken.pop(min(broken))
+        self.broken = write_adapter(root / "broken", values, broken)
+        self.added: list[tuple[int, ResidentAdapter]] = []
+        self.fusion: Any = None
+
+    def teardown(self) -> None:
+        if self.fusion is not None:
+            self.fusion.undo()
+        self.resident.bank.close()
+        assert snapshot(self.resident.model) == self.before
+        self.temporary.cleanup()
+
+    @precondition(lambda self: self.fusion is None)
+    @rule(which=st.integers(0, len(RECIPES) - 1))
+    def add(self, which: int) -> None:
+        self.added.append((which, self.resident.add(self.folders[which])))
+
+    @precondition(lambda self: self.added)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        _, adapter = self.added.pop(data.draw(st.integers(0, len(self.added) - 1)))
+        self.resident.bank.remove(adapter)
+
+    @rule()
+    def fail_to_add(self) -> None:
+        before = snapshot(self.resident.model)
+        with pytest.raises(InvalidAdapterError):
+            self.resident.add(self.broken)
+        assert snapshot(self.resident.model) == before
+
+    @precondition(lambda self: not self.added and self.fusion is None)
+    @rule(which=st.integers(0, len(RECIPES) - 1))
+    def fuse(self, which: int) -> None:
+        self.fusion = AdapterContainer.from_directory(self.folders[which]).fuse(with_=self.resident.model)
+        fused = np.array(self.resident.model(tokens(1, 5)))
+        assert relative_error(fused, self.expected[which]) < 1e-4
+
+    @precondition(lambda self: self.fusion is not None)
+    @rule()
+    def unfuse(self) -> None:
+        self.fusion.undo()
+        self.fusion = None
+
+    @invariant()
+    def every_resident_computes_what_it_did(self) -> None:
+        if not self.added:
+            return
+        rows = [only(adapter) for _, adapter in self.added]
+        found = self.resident.logits(mx.repeat(tokens(1, 5), len(rows), axis=0), rows)
+        for row, (which, _) in enumerate(self.added):
+            assert relative_error(found[row], self.expected[which][0]) < 1e-4
+
+
+Life.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
+TestLife = Life.TestCase
