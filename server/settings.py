@@ -1,8 +1,8 @@
 """The server's settings: what can be set, within which limits, and where a value comes from.
 
-The sources, strongest first: flags (arguments of `Settings`), GRAFT_* environment variables, the TOML file that
-`config` names, the defaults below. A stronger source replaces a weaker one's value whole; nothing is merged.
-This module knows no command line and no model; it reads the environment and files once, on the main thread.
+The sources, strongest first: flags (arguments of `Settings`), GRAFT_* environment variables, the TOML file
+that `config` names, the defaults below. A stronger source replaces a weaker one's value whole. This module
+knows no command line and no model; it reads the environment and files once, on the main thread.
 """
 
 from __future__ import annotations
@@ -64,6 +64,14 @@ def _split_pairs(value: object) -> object:
     return pairs
 
 
+def _check_folders(folders: dict[str, str]) -> dict[str, str]:
+    expanded = {name: os.path.expanduser(path) for name, path in folders.items()}
+    for name, path in expanded.items():
+        if not os.path.isdir(path):
+            raise ValueError(f"expected adapter {name!r} to have an existing folder, but got {path!r}")
+    return expanded
+
+
 def _expand_home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
@@ -71,7 +79,7 @@ def _expand_home(value: object) -> object:
 def _check_key(key: SecretStr) -> SecretStr:
     text = key.get_secret_value()
     if not text or not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError("expected a key of printable ASCII characters without spaces, and at least one of them")
+        raise ValueError("expected at least one character, all of them printable ASCII, and no spaces")
     return key
 
 
@@ -88,7 +96,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _default_allowed_hosts(validated: dict[str, Any]) -> list[str]:
-    """Loopback names for a loopback address, any name otherwise: then a key is required, which a page lacks."""
+    """Loopback names for a loopback address; else any, for then a key is required, which a web page lacks."""
     host = validated.get("host", "127.0.0.1")
     return ["localhost", "127.0.0.1", "[::1]"] if is_loopback(host) else ["*"]
 
@@ -127,7 +135,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", json_schema_extra=_group("Model")
     )
-    """Type that the unquantised weights are held and computed in; auto keeps the model's own."""
+    """Type that weights are computed in; auto is float32 on a CPU and the model's own on a GPU."""
 
     cache_dir: PlainPath = Field(default_factory=_default_cache_dir, json_schema_extra=_group("Model"))
     """Folder for what can be made again, such as the converted demo model."""
@@ -135,10 +143,13 @@ class Settings(BaseSettings):
     adapters_dir: Folder | None = Field(default=None, json_schema_extra=_group("Adapters"))
     """Adapters root: the folder whose sub-folders may be loaded as adapters by a call or a request."""
 
-    adapters: Annotated[dict[str, str], NoDecode, BeforeValidator(_split_pairs)] = Field(
-        default_factory=dict, json_schema_extra=_group("Adapters") | {"flag": "--adapter", "metavar": "ID=PATH"}
+    adapters: Annotated[
+        dict[str, str], NoDecode, BeforeValidator(_split_pairs), AfterValidator(_check_folders)
+    ] = Field(
+        default_factory=dict,
+        json_schema_extra=_group("Adapters") | {"flag": "--adapter", "metavar": "ID=PATH"},
     )
-    """Adapter to load at the start, as ID=PATH, with PATH under the adapters root."""
+    """Adapter to load at the start, as ID=PATH; its folder may lie anywhere. May be repeated."""
 
     models_dir: Folder | None = Field(default=None, json_schema_extra=_group("Adapters"))
     """Models root: the folder in which a fused model may be saved; saving is refused when unset."""
@@ -194,7 +205,7 @@ class Settings(BaseSettings):
     """Memory for resident adapters, in bytes or with a unit such as 512MB; no limit when unset."""
 
     unload_timeout_seconds: float = Field(default=30, ge=0, le=86400, json_schema_extra=_group("Timeouts"))
-    """Seconds that unloading an adapter waits for the requests that use it, unless the call says otherwise."""
+    """Seconds that unloading an adapter waits for requests that use it, unless the call says otherwise."""
 
     health_timeout_seconds: float = Field(default=60, gt=0, le=86400, json_schema_extra=_group("Timeouts"))
     """Seconds without a sign of life of the generation thread after which /health answers 503."""
@@ -243,7 +254,7 @@ class Settings(BaseSettings):
     def _require_key(self) -> Settings:
         if not is_loopback(self.host) and self.api_key is None:
             raise ValueError(
-                f"expected an API key, because host {self.host} can be reached from other machines: put a key into "
-                f"{ENV_PREFIX}API_KEY or into a file named by --api-key-file, or listen on 127.0.0.1"
+                f"expected an API key, because host {self.host} can be reached from other machines: put a "
+                f"key into {ENV_PREFIX}API_KEY or into a file named by --api-key-file, or listen on 127.0.0.1"
             )
         return self

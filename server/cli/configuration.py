@@ -1,6 +1,6 @@
 """Settings for the command line: a flag for each, and every problem as a sentence that says where it is.
 
-Knows pydantic's errors and typer's parameters; does not know what a setting does. Main thread, before the start.
+Knows pydantic's errors and typer's parameters; does not know what a setting does. Main thread, at the start.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_origin
+from typing import Annotated, Any, get_origin
 
 import typer
 from pydantic import ValidationError
@@ -22,7 +22,7 @@ from server.settings import ENV_PREFIX, Settings
 
 __all__ = ["InvalidSettingsError", "flag_of", "load_settings", "with_flags"]
 
-# Variables with our prefix that are not the server's: scripts/install reads the first, the client commands the second.
+# They have our prefix and are not the server's: scripts/install reads the first, client commands the second.
 _OTHER_VARIABLES = frozenset({"GRAFT_BACKEND", "GRAFT_URL"})
 _SECRET = frozenset({"api_key"})
 
@@ -63,9 +63,9 @@ def flag_of(name: str) -> str:
 
 
 def with_flags(command: Callable[..., None], *, without: frozenset[str] = frozenset()) -> Callable[..., None]:
-    """`command`, which takes `**flags`, with a flag for every setting but those in `without` and its own parameters.
+    """`command`, which takes `**flags`, with a flag for every setting not in `without` nor its own parameter.
 
-    Flags are taken as text and validated by `Settings`, so that a wrong value reads the same wherever it came from.
+    Flags are taken as text and validated by `Settings`: a wrong value reads the same wherever it came from.
     """
     signature = inspect.signature(command, eval_str=True)
     own = {name: item for name, item in signature.parameters.items() if item.kind is not item.VAR_KEYWORD}
@@ -92,13 +92,15 @@ def _option(name: str, field: FieldInfo) -> Any:
     flag = flag_of(name)
     kind: Any
     if field.annotation is bool:
-        kind, metavar, flag = Optional[bool], None, f"{flag}/--no-{flag[2:]}"
+        kind, metavar, flag = bool | None, None, f"{flag}/--no-{flag[2:]}"
     elif get_origin(field.annotation) in (list, dict):
-        kind, metavar = Optional[list[str]], extra.get("metavar", "TEXT") + " …"
+        kind, metavar = list[str] | None, extra.get("metavar", "TEXT") + " …"
     else:
-        kind, metavar = Optional[str], extra.get("metavar", _metavar(name, field))
+        kind, metavar = str | None, extra.get("metavar", _metavar(name, field))
     help_text = f"{field.description}{_default(field)}"
-    option = typer.Option(flag, help=help_text, metavar=metavar, show_default=False, rich_help_panel=extra["group"])
+    option = typer.Option(
+        flag, help=help_text, metavar=metavar, show_default=False, rich_help_panel=extra["group"]
+    )
     return Annotated[kind, option]
 
 
@@ -149,7 +151,7 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 
 def _is_cause(details: ErrorDetails) -> bool:
-    """Whether an error is a problem itself, rather than pydantic's note that another kept it from a default."""
+    """Whether an error is a problem itself, not pydantic's note that another one kept it from a default."""
     return details["type"] != "default_factory_not_called"
 
 
@@ -166,6 +168,8 @@ def _sentence(details: ErrorDetails, flags: Mapping[str, object]) -> str:
     if details["type"] == "extra_forbidden":
         return f"{where}: there is no such setting.{_suggest(name, Settings.model_fields)}"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    message = message.replace("expected greater", "expected a number greater")
+    message = message.replace("expected less", "expected a number less")
     if details["type"].startswith("path_"):
         message = "expected an existing folder"
     got = "" if name in _SECRET or "but" in message else f", but got {details['input']!r}"

@@ -1,0 +1,199 @@
+"""`mlx-graft adapters …`: look after the adapters of a running server. A client; main thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from server.cli.client import ApiKey, ApiKeyFile, Client, ClientError, Url, adapter_path
+from server.cli.output import adapter_sentence, adapters_table, fail, human_bytes, report_table, say, show
+
+__all__ = ["DEFAULT_URL", "adapters_app"]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+Id = Annotated[str, typer.Argument(metavar="ID", help="Name of the adapter.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON as it is, and nothing else.")]
+
+
+def adapters_app() -> typer.Typer:
+    """The group of commands."""
+    app = typer.Typer(help="List, load, unload, swap and fuse the adapters of a running server.")
+    app.command("list")(list_adapters)
+    app.command("load")(load)
+    app.command("unload")(unload)
+    app.command("swap")(swap)
+    app.command("fuse")(fuse)
+    app.command("unfuse")(unfuse)
+    return app
+
+
+def list_adapters(
+    url: Url = DEFAULT_URL, api_key: ApiKey = None, api_key_file: ApiKeyFile = None, json: Json = False
+) -> None:
+    """Show the adapters that are loaded, and those that could be."""
+
+    def tell(listing: Mapping[str, Any]) -> None:
+        loaded, available = listing.get("data") or [], listing.get("available") or []
+        if loaded:
+            show(adapters_table(loaded))
+        else:
+            say("No adapter is loaded.")
+        resident = human_bytes(listing.get("resident_bytes"))
+        say(f"Active: {listing.get('active') or 'none'}." + (f" Resident: {resident}." if resident else ""))
+        if available:
+            say(f"Not loaded: {', '.join(map(str, available))}.")
+
+    _run(url, api_key, api_key_file, json, tell, "GET", "/v1/adapters")
+
+
+def load(
+    id: Id,
+    path: Annotated[
+        str | None,
+        typer.Option(
+            "--path", help="Folder under the adapters root; the ID when left out.", metavar="FOLDER"
+        ),
+    ] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it loaded when memory is needed.")] = False,
+    activate: Annotated[bool, typer.Option("--activate", help="Make it the active adapter.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Load a new version if it is loaded.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    json: Json = False,
+) -> None:
+    """Load an adapter from the server's adapters root."""
+    body: dict[str, Any] = {"id": id}
+    if path is not None:
+        body["path"] = path
+    body |= {name: True for name, on in (("pinned", pin), ("activate", activate), ("replace", replace)) if on}
+
+    def tell(adapter: Mapping[str, Any]) -> None:
+        say(f"Loaded {id}: {adapter_sentence(adapter)}.")
+
+    _run(url, api_key, api_key_file, json, tell, "POST", "/v1/adapters", body)
+
+
+def unload(
+    id: Id,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", min=0, help="Seconds to wait for requests that use it.", metavar="SECONDS"),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    json: Json = False,
+) -> None:
+    """Unload an adapter once the requests that use it have finished."""
+
+    def tell(adapter: Mapping[str, Any]) -> None:
+        freed = human_bytes(adapter.get("freed_bytes"))
+        say(f"Unloaded {id}." + (f" Freed {freed}." if freed else ""))
+
+    params = {} if timeout is None else {"timeout_seconds": timeout}
+    _run(url, api_key, api_key_file, json, tell, "DELETE", adapter_path(id), params=params)
+
+
+def swap(
+    id: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Adapter to make active.", show_default=False)
+    ] = None,
+    none: Annotated[bool, typer.Option("--none", help="Make no adapter active: the base answers.")] = False,
+    unload_previous: Annotated[
+        bool, typer.Option("--unload-previous", help="Unload the one that was active.")
+    ] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    json: Json = False,
+) -> None:
+    """Choose the adapter that answers requests which name none."""
+    if none == (id is not None):
+        fail("expected either the ID of an adapter or --none.", code=2)
+    body = {"id": id, **({"unload_previous": True} if unload_previous else {})}
+
+    def tell(swapped: Mapping[str, Any]) -> None:
+        seconds = swapped.get("swap_seconds")
+        took = f", in {seconds * 1000:.3g} ms" if isinstance(seconds, int | float) else ""
+        now, before = swapped.get("active") or "none", swapped.get("previous") or "none"
+        say(f"Active: {now} (before: {before}){took}.")
+
+    _run(url, api_key, api_key_file, json, tell, "PUT", "/v1/adapters/active", body)
+
+
+def fuse(
+    id: Id,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="How fused weights are kept; auto when left out.", metavar="TEXT"),
+    ] = None,
+    unload_others: Annotated[
+        bool, typer.Option("--unload-others", help="Unload the other adapters first.")
+    ] = False,
+    save_to: Annotated[
+        str | None,
+        typer.Option(
+            "--save-to",
+            help="Write a complete model under the server's models root, and leave the resident one alone.",
+            metavar="NAME",
+        ),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    json: Json = False,
+) -> None:
+    """Fuse an adapter into the resident base model, or into a copy of it on disk."""
+    given = {"precision": precision, "unload_others": unload_others or None, "save_to": save_to}
+    body = {name: value for name, value in given.items() if value is not None}
+
+    def tell(report: Mapping[str, Any]) -> None:
+        say(f"Fused {id} into {f'the folder {save_to}' if save_to else 'the resident base'}.")
+        show(report_table(report))
+
+    _run(url, api_key, api_key_file, json, tell, "POST", adapter_path(id, "fuse"), body)
+
+
+def unfuse(
+    id: Id,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    json: Json = False,
+) -> None:
+    """Make the base what it was before an adapter was fused into it."""
+
+    def tell(_report: Mapping[str, Any]) -> None:
+        say(f"Unfused {id}: the base is what it was.")
+
+    _run(url, api_key, api_key_file, json, tell, "DELETE", adapter_path(id, "fuse"))
+
+
+def _run(
+    url: str,
+    api_key: str | None,
+    api_key_file: Any,
+    json: bool,
+    tell: Callable[[Mapping[str, Any]], None],
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    params: Mapping[str, float] | None = None,
+) -> None:
+    """One call; its answer as JSON or as `tell` puts it. An error is a sentence and exit code 1."""
+    try:
+        with Client(url, api_key, api_key_file) as client:
+            text = client.call(method, path, body, params)
+            answer = client.parse(text)
+    except ClientError as error:
+        if json and error.body is not None:
+            typer.echo(error.body)
+        fail(str(error))
+    if json:
+        typer.echo(text)
+    else:
+        tell(answer)

@@ -1,0 +1,128 @@
+"""`mlx-graft serve`: a model and its adapters over HTTP. Main thread.
+
+Imports MLX only once the settings are valid and the port is ours; `load_openblas` comes before that.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+
+from server.cli.configuration import InvalidSettingsError, load_settings
+from server.cli.listening import AddressError, bind, url_of
+from server.cli.output import fail, say, warn
+from server.cli.progress import Progress
+from server.logs import configure_logging
+from server.settings import Settings
+
+__all__ = ["prepare_mlx", "serve", "serve_model", "valid_settings"]
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Base model: a folder in MLX's format, or a hub id such as mlx-community/Qwen3-4B-4bit.",
+            show_default=False,
+        ),
+    ] = None,
+    **flags: Any,
+) -> None:
+    """Serve a model, and its adapters, on an HTTP port."""
+    settings = valid_settings({"model": model, **flags})
+
+    def welcome(url: str) -> None:
+        name = settings.served_model_name or Path(settings.model).name
+        say(f"Serving {name} on {url}. Press Ctrl-C to stop.")
+
+    serve_model(settings, lambda progress: settings, welcome)
+
+
+def valid_settings(flags: dict[str, Any]) -> Settings:
+    """The settings, with the logs set up as they say; ends the command with exit code 2 if they are wrong."""
+    try:
+        settings = load_settings(flags)
+    except InvalidSettingsError as error:
+        fail(*error.problems, code=2)
+    configure_logging(settings.log_level, settings.log_format)
+    return settings
+
+
+def prepare_mlx() -> None:
+    """Give MLX a fast BLAS where it needs one. To be called before anything imports MLX."""
+    from server.blas import load_openblas
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_openblas()
+    for warning in caught:
+        warn(f"warning: {warning.message}")
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        fail(
+            f"MLX cannot be imported: {error}. On Linux exactly one of its back ends has to be installed: "
+            f"mlx-graft[cpu] or mlx-graft[cuda13]."
+        )
+
+
+def serve_model(
+    settings: Settings, prepare: Callable[[Progress], Settings], welcome: Callable[[str], None]
+) -> None:
+    """Serve until told to stop. `prepare` makes what has to be made first, and gives the final settings.
+
+    `welcome` is called with the URL once requests are answered. A failure ends the command with a sentence.
+    """
+    try:
+        sockets = bind(settings.host, settings.port)
+    except AddressError as error:
+        fail(str(error))
+    url = url_of(settings.host, sockets)
+    with Progress() as progress:
+        prepare_mlx()
+        settings = prepare(progress)
+        _run(settings, sockets, progress, lambda: welcome(url))
+
+
+def _run(settings: Settings, sockets: list[Any], progress: Progress, welcome: Callable[[], None]) -> None:
+    # These take seconds to import, and must not be before `prepare_mlx`.
+    from server.app import create_app
+    from server.cli.running import StartError, run
+
+    if Path(settings.model).expanduser().is_dir():
+        progress.step(f"Loading {settings.model} …")
+    else:
+        progress.stop()  # the hub's own progress bars are shown instead
+        warn(f"Fetching {settings.model}, unless it is in the cache, and loading it …")
+
+    def on_ready() -> None:
+        progress.stop()
+        welcome()
+
+    try:
+        run(create_app(settings), settings, sockets, on_ready=on_ready, on_end=progress.stop, say=warn)
+    except StartError as error:
+        progress.stop()
+        fail(_reason(error.__cause__))
+    except OSError as error:
+        progress.stop()
+        fail(f"port {settings.port} of {settings.host} cannot be listened on: {error}.")
+
+
+def _reason(failure: BaseException | None) -> str:
+    """Why the application did not start. The log has the whole of what nobody foresaw."""
+    from adapters_core.errors import AdapterError
+    from server.adapters.errors import LifeCycleError
+    from server.engine.errors import EngineError
+    from server.errors import ApiError
+
+    if isinstance(failure, AdapterError | LifeCycleError | EngineError | ApiError | OSError):
+        return f"the server cannot start: {failure}"
+    structlog.get_logger(__name__).error("the server could not start", exc_info=failure)
+    return f"the server could not start, for a reason that was not foreseen: {failure!r}"
