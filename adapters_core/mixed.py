@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import UnsupportedModelError
-from .routing import Placement, ResidentAdapter, RowGroup, Routing, StackKey
+from .routing import Placement, ResidentAdapter, Routing, RowGroup, StackKey
 
 __all__ = ["LayerFactors", "MixedLinear", "padded_rank"]
 

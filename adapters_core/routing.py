@@ -227,8 +227,7 @@ class AdapterRows:
 
     def filter(self, batch_indices: Iterable[int] | mx.array) -> None:
         """Keep the rows at `batch_indices`, in that order."""
-        indices = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
-        self._set(tuple(self.rows[index] for index in indices))
+        self._set(tuple(self.rows[int(index)] for index in batch_indices))
 
     def extract(self, index: int) -> AdapterRows:
         """The entry of one row alone."""

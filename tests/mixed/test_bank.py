@@ -209,7 +209,7 @@ def test_calls_out_of_turn_are_refused_and_change_nothing(tmp_path: Path) -> Non
 
 
 class Life(RuleBasedStateMachine):
-    """Any sequence of adding, removing, fusing and failing; the base is bit for bit itself once all is undone."""
+    """Any sequence of adding, removing, fusing and failing; undone, the base is bit for bit itself."""
 
     def __init__(self) -> None:
         super().__init__()
