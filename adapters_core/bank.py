@@ -8,6 +8,7 @@ no names, versions or requests: whoever removes a resident makes sure that no ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from .container import AdapterContainer, LinearWeights
 from .errors import ContainerStateError
-from .layers import dense_weight
+from .layers import compute_dtype, dense_weight
 from .mixed import LayerFactors, MixedLinear, padded_rank
 from .routing import ResidentAdapter, Routing, RowAdapters, make_row, row_key
 from .surgery import replace_modules
@@ -131,7 +132,7 @@ class AdapterBank:
 
 def _lay_out(linear: nn.Module, weights: LinearWeights, default: mx.Dtype) -> LayerFactors:
     """A as (R, in), B as (R, out), padded to R, in a dtype that holds the file's and the layer's."""
-    compute = _compute_dtype(linear, default)
+    compute = compute_dtype(linear, default)
     dtype = (mx.zeros(1, compute) + mx.zeros(1, weights.lora_a.dtype)).dtype
     missing = padded_rank(weights.lora_a.shape[1]) - weights.lora_a.shape[1]
     a = mx.pad(weights.lora_a.T, [(0, missing), (0, 0)]).astype(dtype)
@@ -145,16 +146,8 @@ def _lay_out(linear: nn.Module, weights: LinearWeights, default: mx.Dtype) -> La
     return LayerFactors(mx.contiguous(a), mx.contiguous(b), weights.scale, factor)
 
 
-def _compute_dtype(linear: nn.Module, default: mx.Dtype) -> mx.Dtype:
-    for name in ("scales", "weight"):
-        array = linear.get(name)
-        if array is not None and mx.issubdtype(array.dtype, mx.floating):
-            return array.dtype
-    return default
-
-
 def _float_dtype(model: nn.Module) -> mx.Dtype:
-    for _, array in tree_flatten(model.parameters()):
+    for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())):
         if mx.issubdtype(array.dtype, mx.floating):
             return array.dtype
     return mx.float32

@@ -80,13 +80,13 @@ def dense_weight(linear: nn.Module) -> mx.array:
     )
 
 
-def compute_dtype(linear: nn.Module) -> mx.Dtype:
-    """The dtype that a dense version of `linear` has: the weight's, the scales', the bias', or bfloat16."""
+def compute_dtype(linear: nn.Module, default: mx.Dtype = mx.bfloat16) -> mx.Dtype:
+    """The dtype that a dense version of `linear` has: the scales', the weight's, the bias', or `default`."""
     for name in ("scales", "weight", "bias"):
         array = linear.get(name)
         if array is not None and mx.issubdtype(array.dtype, mx.floating):
             return array.dtype
-    return mx.bfloat16
+    return default
 
 
 class _AdaptedLinear(nn.Module):

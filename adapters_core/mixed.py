@@ -75,7 +75,7 @@ class _Stack:
     def _grow(self, new: Sequence[mx.array], by: int) -> None:
         blank = [mx.zeros((by, *value.shape), dtype=value.dtype) for value in new]
         if self.arrays:
-            blank = [mx.concatenate(pair) for pair in zip(self.arrays, blank, strict=True)]
+            blank = [mx.concatenate(list(pair)) for pair in zip(self.arrays, blank, strict=True)]
         self.arrays = blank
 
     def drop(self, adapter: ResidentAdapter) -> None:
