@@ -25,7 +25,7 @@ from benchmarks.sides import SideContext
 from server.demo.gguf import Variant
 from server.demo.model import DemoModelError, default_cache_dir, demo_model
 
-__all__ = ["Options", "main", "measure"]
+__all__ = ["Options", "main", "measure", "run_to_end"]
 
 T = TypeVar("T")
 _INTERRUPTED = 130  # the exit code of a program that a person stopped
@@ -156,13 +156,11 @@ def measure(cases: Sequence[Case], model_path: Path, options: Options, progress:
         context = SideContext(
             model_path, written, Path(folder), options.ready_timeout_seconds, options.load_timeout_seconds
         )
-        outcome = _run_to_end(
-            run_cases(cases, loads, context, options.rounds, options.side_seconds, progress)
-        )
+        outcome = run_to_end(run_cases(cases, loads, context, options.rounds, options.side_seconds, progress))
     return Report(outcome, loads, asdict(options), facts, environment, time.perf_counter() - start)
 
 
-def _run_to_end(running: Coroutine[Any, Any, T]) -> T:
+def run_to_end(running: Coroutine[Any, Any, T]) -> T:
     """Run; a request to end from outside cancels it, as Ctrl-C does, so that no process is left behind."""
 
     async def run() -> T:

@@ -112,9 +112,12 @@ def ratio_result(ratio: Ratio, rounds: Mapping[Measure, Rounds]) -> RatioResult:
 
 
 def agreement(left: Rounds, right: Rounds) -> tuple[int, int]:
-    """(answers with the same text, answers compared), over the rounds that both ran."""
+    """(answers with the same text, answers compared), over the rounds that both ran.
+
+    Space around a text does not count: mlx-lm's streaming detokenizer drops an answer's first space.
+    """
     pairs = [
-        (ours.text, theirs.text)
+        (ours.text.strip(), theirs.text.strip())
         for index in left.keys() & right.keys()
         for ours, theirs in zip(left[index].answers, right[index].answers, strict=True)
     ]
