@@ -10,6 +10,7 @@ ApiError
 ├── ConflictError                409, the state of the server does not allow it
 ├── BodyTooLargeError            413
 ├── OverloadedError              503, with Retry-After
+├── GenerationFailedError        500, the engine gave a request up
 └── InternalError                500, says nothing of the inside
 
 Other packages raise errors that know no HTTP; `to_api_error` gives each its status. It knows no route.
@@ -27,6 +28,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters_core.errors import BlendError, ContainerStateError, InvalidAdapterError, UnsupportedModelError
+from server.adapters.errors import AdapterBusyError, LifeCycleError
 from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
 from server.validation import describe_problems
 
@@ -37,6 +39,7 @@ __all__ = [
     "ConflictError",
     "ContextLengthError",
     "ForbiddenError",
+    "GenerationFailedError",
     "InternalError",
     "InvalidRequestError",
     "NotFoundError",
@@ -139,6 +142,14 @@ class OverloadedError(ApiError):
         super().__init__(503, message, type="server_error", code=code, headers=headers)
 
 
+class GenerationFailedError(ApiError):
+    """`message` is the engine's, which names nothing of the inside."""
+
+    def __init__(self, message: str) -> None:
+        message = f"The request was not finished: {message}."
+        super().__init__(500, message, type="server_error", code="generation_failed")
+
+
 class InternalError(ApiError):
     def __init__(self) -> None:
         message = "The server met an unexpected error. Its log has it under this reply's x-request-id."
@@ -151,6 +162,20 @@ def _from_invalid_adapter(error: InvalidAdapterError) -> ApiError:
 
 def _from_unsupported_model(error: UnsupportedModelError) -> ApiError:
     return ApiError(422, str(error), code="model_unsupported", details=list(error.reasons), headers=_NO_RETRY)
+
+
+def _from_life_cycle(error: LifeCycleError) -> ApiError:
+    kinds = {403: "permission_error", 507: "server_error"}
+    return ApiError(
+        error.status,
+        str(error),
+        type=kinds.get(error.status, "invalid_request_error"),
+        param=error.param,
+        code=error.code,
+        details=error.details,
+        # Only waiting can mend a busy adapter; the others come back the same.
+        headers={} if isinstance(error, AdapterBusyError) else _NO_RETRY,
+    )
 
 
 def _from_http(error: HTTPException) -> ApiError:
@@ -179,6 +204,7 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     UnsupportedModelError: _from_unsupported_model,
     EngineOverloadedError: lambda error: OverloadedError(f"The server is busy: {error}."),
     EngineStoppedError: lambda error: OverloadedError("The model is not served.", code="engine_stopped"),
+    LifeCycleError: _from_life_cycle,
     InvalidSubmitError: lambda error: InvalidRequestError(str(error)),
     HTTPException: _from_http,
     RequestValidationError: _from_validation,

@@ -16,9 +16,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, BodyTooLargeError, ForbiddenError, InternalError, error_response
-from server.printable import escape_controls
 
 __all__ = ["BodyLimitMiddleware", "HostGuardMiddleware", "RequestIdMiddleware", "UnexpectedErrorMiddleware"]
+
+_log = structlog.get_logger(__name__)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HOST_AND_PORT = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:/@\[\]]+)(?::(?P<port>[0-9]{1,5}))?")
@@ -52,10 +53,10 @@ class RequestIdMiddleware:
             try:
                 await self._app(scope, receive, send_with_id)
             finally:
-                structlog.get_logger(__name__).info(
+                _log.info(
                     "request",
                     method=scope["method"],
-                    path=escape_controls(scope["path"][:200]),
+                    path=scope["path"][:200],
                     status=status,
                     seconds=round(time.monotonic() - started, 3),
                 )
@@ -173,7 +174,7 @@ class UnexpectedErrorMiddleware:
         try:
             await self._app(scope, receive, send_and_note)
         except Exception:
-            structlog.get_logger(__name__).exception("unexpected_error")
+            _log.exception("unexpected_error")
             if started:
                 raise
             await error_response(InternalError())(scope, receive, send)
