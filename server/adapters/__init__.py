@@ -1,0 +1,1 @@
+"""The adapters' life cycle: names, versions, pins, loading, unloading, swapping, fusing. Knows no HTTP."""

@@ -1,0 +1,181 @@
+"""The tree of errors that the adapters' life cycle raises, each with the facts that a reply needs.
+
+LifeCycleError
+├── InvalidAdapterIdError   400, an id that no adapter may have
+├── AdaptersWithModelError  400, `model` names an adapter and `adapters` are given as well
+├── PathNotAllowedError     403, a path that leads out of its root
+├── UnknownModelError       404, a name in a request that nothing is served under
+├── AdapterNotFoundError    404, an id or a folder that is not there
+├── AdapterExistsError      409
+├── AdapterBusyError        409, requests in flight did not end in time
+├── BaseIsFusedError        409, an adapter is fused into the base
+├── AdapterChangedError     409, its folder does not hold any more what was loaded from it
+├── AdapterNotFusedError    409
+├── AdaptersLoadedError     409, others are loaded
+├── ModelExistsError        409, a folder that would be overwritten
+└── AdapterMemoryError      507
+
+No message holds an absolute path, and what a client sent is quoted on one line and cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+__all__ = [
+    "AdapterBusyError",
+    "AdapterChangedError",
+    "AdapterExistsError",
+    "AdapterMemoryError",
+    "AdapterNotFoundError",
+    "AdapterNotFusedError",
+    "AdaptersLoadedError",
+    "AdaptersWithModelError",
+    "BaseIsFusedError",
+    "InvalidAdapterIdError",
+    "LifeCycleError",
+    "ModelExistsError",
+    "PathNotAllowedError",
+    "UnknownModelError",
+    "quoted",
+    "some_of",
+]
+
+_SHOWN_CHARS = 80
+_SHOWN_NAMES = 20
+
+
+def quoted(text: str) -> str:
+    """`text` as one line of printable characters in quotes, cut to a few words."""
+    return ascii(text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}...")
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    shown = ", ".join(quoted(name) for name in names[:_SHOWN_NAMES])
+    more = len(names) - _SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown or "none"
+
+
+class LifeCycleError(Exception):
+    """Anything that this package raises on purpose.
+
+    `status` is the nearest HTTP status, `code` a short constant word, `param` the field that is at fault,
+    `details` something to put beside the message.
+    """
+
+    status: ClassVar[int]
+    code: ClassVar[str]
+    param: str | None = None
+    details: Any = None
+
+
+class InvalidAdapterIdError(LifeCycleError):
+    status, code, param = 400, "invalid_adapter_id", "id"
+
+    def __init__(self, adapter_id: str, reason: str) -> None:
+        super().__init__(f"{quoted(adapter_id)} cannot be an adapter's id: {reason}.")
+
+
+class AdaptersWithModelError(LifeCycleError):
+    status, code, param = 400, "adapters_with_adapter_model", "adapters"
+
+    def __init__(self, model: str, base: str) -> None:
+        super().__init__(
+            f"'model' names the adapter {quoted(model)}, and 'adapters' are given as well: "
+            f"with 'adapters', name the base {quoted(base)} or leave 'model' out."
+        )
+
+
+class PathNotAllowedError(LifeCycleError):
+    status, code, param = 403, "path_not_allowed", "path"
+
+
+class UnknownModelError(LifeCycleError):
+    status, code, param = 404, "model_not_found", "model"
+
+    def __init__(self, name: str, served: Sequence[str], param: str = "model") -> None:
+        super().__init__(f"The model {quoted(name)} is not served here. Served are: {some_of(served)}.")
+        self.param = param
+
+
+class AdapterNotFoundError(LifeCycleError):
+    status, code = 404, "adapter_not_found"
+
+
+class AdapterExistsError(LifeCycleError):
+    status, code, param = 409, "adapter_exists", "id"
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__(f'Adapter {quoted(adapter_id)} is loaded. Send "replace": true for a new version.')
+
+
+class AdapterBusyError(LifeCycleError):
+    """`in_flight` requests still use what was to be changed; nothing was."""
+
+    status, code = 409, "adapter_busy"
+
+    def __init__(self, message: str, in_flight: int) -> None:
+        super().__init__(message)
+        self.details = {"in_flight": in_flight}
+
+
+class BaseIsFusedError(LifeCycleError):
+    status, code = 409, "base_is_fused"
+
+    def __init__(self, fused: str, refused: str) -> None:
+        super().__init__(
+            f"Adapter {quoted(fused)} is fused into the base, so {refused}. "
+            f"Unfuse it first: DELETE /v1/adapters/{fused}/fuse."
+        )
+        self.details = {"fused": fused}
+
+
+class AdapterChangedError(LifeCycleError):
+    status, code = 409, "adapter_changed"
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__(
+            f"The folder of adapter {quoted(adapter_id)} has changed since it was loaded, so that fusing it "
+            'would not fuse what is served. Load it again with "replace": true.'
+        )
+
+
+class AdapterNotFusedError(LifeCycleError):
+    status, code = 409, "adapter_not_fused"
+
+    def __init__(self, adapter_id: str, fused: str | None) -> None:
+        now = "no adapter is" if fused is None else f"{quoted(fused)} is"
+        super().__init__(f"Adapter {quoted(adapter_id)} is not fused into the base; {now}.")
+
+
+class AdaptersLoadedError(LifeCycleError):
+    status, code = 409, "adapters_loaded"
+
+    def __init__(self, adapter_id: str, others: Sequence[str]) -> None:
+        super().__init__(
+            f"Fusing {quoted(adapter_id)} would change the base under other adapters: {some_of(others)}. "
+            'Unload them first, or send "unload_others": true.'
+        )
+        self.details = {"adapters": list(others)}
+
+
+class ModelExistsError(LifeCycleError):
+    status, code, param = 409, "model_exists", "save_to"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is a {quoted(name)} under the models root already; choose another name.")
+
+
+class AdapterMemoryError(LifeCycleError):
+    """Resident adapters would take `needed_bytes`, and may take `limit_bytes`."""
+
+    status, code = 507, "adapter_memory_exceeded"
+
+    def __init__(self, needed_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"With this one, resident adapters would take {needed_bytes} bytes, of {limit_bytes} allowed. "
+            "Unload one first, or raise the server's adapter_memory_bytes."
+        )
+        self.details = {"needed_bytes": needed_bytes, "limit_bytes": limit_bytes}

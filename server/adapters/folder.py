@@ -1,0 +1,148 @@
+"""Which ids an adapter may have, and which folder an id or a path leads to.
+
+A path from a request leads, symbolic links followed, to a place under the adapters root or it is refused;
+so do the files in the folder. A folder that the operator named at the start may lie anywhere. Knows no
+adapter's contents. Reads the file system, so it runs on a worker thread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters_core.config import CONFIG_FILE
+from adapters_core.weights import WEIGHTS_FILE
+
+from .errors import AdapterNotFoundError, InvalidAdapterIdError, PathNotAllowedError, quoted
+
+__all__ = ["RESERVED_IDS", "AdapterFolder", "AdapterFolders", "check_id", "configured_folders", "is_valid_id"]
+
+RESERVED_IDS = frozenset({"default", "active"})
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_id(adapter_id: str, base: str) -> None:
+    """Accept `adapter_id` as an adapter's id beside the base model `base`.
+
+    Raises:
+        InvalidAdapterIdError: it does not match, or it means something else already.
+    """
+    if not _ID.fullmatch(adapter_id):
+        raise InvalidAdapterIdError(
+            adapter_id, "expected 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        )
+    if adapter_id in RESERVED_IDS:
+        raise InvalidAdapterIdError(adapter_id, "the name is reserved")
+    if adapter_id == base:
+        raise InvalidAdapterIdError(adapter_id, "it is the base model's name")
+
+
+def is_valid_id(adapter_id: str, base: str) -> bool:
+    """Whether `check_id` accepts it."""
+    try:
+        check_id(adapter_id, base)
+    except InvalidAdapterIdError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """A folder that may be read: where it is, and how clients see it (relative to the root, no more)."""
+
+    path: Path
+    shown: str
+
+
+class AdapterFolders:
+    """The folders under `root` (None: there are none), and those in `configured`, by id, anywhere."""
+
+    def __init__(self, root: Path | None, configured: Mapping[str, Path] | None = None) -> None:
+        self._root = None if root is None else Path(os.path.realpath(root))
+        self._configured = {name: Path(os.path.realpath(path)) for name, path in (configured or {}).items()}
+
+    def find(self, adapter_id: str, path: str | None = None) -> AdapterFolder:
+        """The folder at `path` in the root; without it the configured one, or the one named as the id.
+
+        Raises:
+            PathNotAllowedError: the path, or a file in the folder, lies outside the root.
+            AdapterNotFoundError: there is no such folder.
+        """
+        if path is None and adapter_id in self._configured:
+            folder = self._configured[adapter_id]
+            return self._existing(folder, self._shown(folder))
+        wanted = adapter_id if path is None else path
+        if self._root is None:
+            raise PathNotAllowedError(
+                "This server has no adapters root, so no folder can be loaded; it is set with --adapters-dir."
+            )
+        folder = _inside(self._root, wanted, wanted)
+        found = self._existing(folder, wanted)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            _inside(self._root, folder / name, f"{wanted}/{name}")
+        return found
+
+    def on_demand(self, adapter_id: str) -> AdapterFolder | None:
+        """The adapter's folder directly under the root with this very name, if it may be read."""
+        if self._root is None or not os.path.isfile(self._root / adapter_id / CONFIG_FILE):
+            return None
+        # A file system that ignores case would find the folder under many names.
+        if adapter_id not in os.listdir(self._root):
+            return None
+        try:
+            return self.find(adapter_id, adapter_id)
+        except (AdapterNotFoundError, PathNotAllowedError):
+            return None
+
+    def available(self, base: str, loaded: Collection[str]) -> list[str]:
+        """Ids of the folders directly under the root that look like adapters and are not in `loaded`."""
+        if self._root is None or not self._root.is_dir():
+            return []
+        return [
+            name
+            for name in sorted(os.listdir(self._root))
+            if name not in loaded and is_valid_id(name, base) and self._looks_like_adapter(self._root, name)
+        ]
+
+    def _looks_like_adapter(self, root: Path, name: str) -> bool:
+        try:
+            return os.path.isfile(_inside(root, name, name) / CONFIG_FILE)
+        except PathNotAllowedError:
+            return False
+
+    def _existing(self, folder: Path, asked: str) -> AdapterFolder:
+        if not os.path.isdir(folder):
+            raise AdapterNotFoundError(f"There is no folder {quoted(asked)} under the adapters root.")
+        return AdapterFolder(folder, self._shown(folder))
+
+    def _shown(self, folder: Path) -> str:
+        if self._root is not None and self._root in folder.parents:
+            return folder.relative_to(self._root).as_posix()
+        return folder.name
+
+
+def configured_folders(adapters: Mapping[str, str], root: Path | None) -> dict[str, Path]:
+    """The folders that the operator named for ids: as they are, else those of that name under the root."""
+    folders: dict[str, Path] = {}
+    for adapter_id, name in adapters.items():
+        path = Path(name).expanduser()
+        in_root = root is not None and not path.is_dir() and (root / path).is_dir()
+        folders[adapter_id] = root / path if root is not None and in_root else path
+    return folders
+
+
+def _inside(root: Path, path: str | Path, shown: str) -> Path:
+    """Where `path`, relative to `root`, really is. Raises PathNotAllowedError unless that is under `root`."""
+    try:
+        resolved = Path(os.path.realpath(root / path))
+    except ValueError:  # an embedded null character
+        resolved = root
+    if root not in resolved.parents:
+        raise PathNotAllowedError(
+            f"The path {quoted(shown)} lies outside the adapters root, or is the root itself. "
+            "Name a folder under it, relative to it."
+        )
+    return resolved

@@ -1,0 +1,335 @@
+"""The adapters' life cycle: resolve, load, replace, unload, swap, fuse, unfuse.
+
+A call that changes adapters runs to its end even if its caller leaves meanwhile, so that names and bank
+never disagree; calls on one id take turns, calls on different ids do not wait for each other. Loads and
+unloads pass the gate together, surgery on the base passes it alone. Knows no HTTP. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import structlog
+
+from server.engine.container import ModelContainer
+from server.engine.model import ModelInfo
+
+from .errors import AdapterBusyError, AdapterExistsError, BaseIsFusedError, LifeCycleError, quoted
+from .folder import AdapterFolder, AdapterFolders, check_id
+from .fusing import Fuser, FuseResult, Precision
+from .gate import Gate
+from .loading import load_version, remove_residents
+from .registry import Entry, Pin, Registry, Terms
+
+__all__ = ["AdapterService", "Listing", "Loaded", "ServiceOptions", "Swapped"]
+
+_log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """`memory_bytes` bounds what adapters take, if given; `models_dir` is where models are saved."""
+
+    load_on_demand: bool = True
+    memory_bytes: int | None = None
+    unload_timeout_seconds: float = 30.0
+    models_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """`entry` has a new version; `created` says whether its id is new as well."""
+
+    entry: Entry
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """What "default" means now and meant before."""
+
+    active: str | None
+    previous: str | None
+    swap_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """`resident_bytes` is what the bank takes; `available` are ids that could be loaded."""
+
+    entries: list[Entry]
+    resident_bytes: int
+    available: list[str]
+
+
+class AdapterService:
+    """The adapters beside the one model in `container`, which is served under the name `base`.
+
+    `on_load` is told how many seconds each load took.
+    """
+
+    def __init__(
+        self,
+        container: ModelContainer,
+        info: ModelInfo,
+        base: str,
+        folders: AdapterFolders,
+        options: ServiceOptions,
+        on_load: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.registry = Registry(base, self._on_release)
+        self._container = container
+        self._folders = folders
+        self._options = options
+        self._on_load = on_load
+        self._gate = Gate()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._released = asyncio.Event()
+        self._fuser = Fuser(container, info, self.registry, self._gate, self._idle, options.models_dir)
+
+    async def start(self, adapter_ids: Iterable[str]) -> None:
+        """Load the adapters that the operator named. Raises what `load` raises."""
+        for adapter_id in adapter_ids:
+            await self.load(adapter_id)
+
+    async def close(self) -> None:
+        """Wait for the changes that are under way; call it when no more requests come."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def resolve(self, model: str | None, adapters: Terms | None = None) -> Pin:
+        """What a request that names `model` and `adapters` computes with; loads on demand.
+
+        The caller releases the pin when the request has ended in any way.
+
+        Raises:
+            UnknownModelError, AdaptersWithModelError, BaseIsFusedError, BlendError: as `Registry.pin`.
+            InvalidAdapterError, AdapterMemoryError: an adapter that was to be loaded on demand.
+        """
+        for adapter_id, _ in self.registry.terms(model, adapters):
+            if self.registry.find(adapter_id) is None:
+                await self._load_on_demand(adapter_id)
+        await self._gate.opened()
+        return self.registry.pin(model, adapters)
+
+    async def list(self) -> Listing:
+        """All adapters, loaded and not."""
+        loaded = {entry.id for entry in self.registry.entries}
+        available = await asyncio.to_thread(self._folders.available, self.registry.base, loaded)
+        resident_bytes = await self._container.perform(lambda context: context.bank.resident_bytes)
+        entries = self.registry.entries
+        gone = {entry.id for entry in entries}
+        return Listing(entries, resident_bytes, [name for name in available if name not in gone])
+
+    async def load(
+        self,
+        adapter_id: str,
+        path: str | None = None,
+        *,
+        pinned: bool | None = None,
+        activate: bool = False,
+        replace: bool = False,
+    ) -> Loaded:
+        """Load an adapter, or with `replace` a new version of it; on failure everything is as before.
+
+        Raises:
+            InvalidAdapterIdError, PathNotAllowedError, AdapterNotFoundError, AdapterExistsError,
+            InvalidAdapterError, AdapterMemoryError, BaseIsFusedError
+        """
+        check_id(adapter_id, self.registry.base)
+        loaded = await self._to_the_end(self._load(adapter_id, path, pinned, activate, replace))
+        await self._to_the_end(self._reap())
+        return loaded
+
+    async def unload(self, adapter_id: str, timeout_seconds: float | None = None) -> tuple[Entry, int]:
+        """Serve an adapter to no new request, wait for those in flight, take it out of the bank.
+
+        Returns the entry as it was at the end and the bytes that were freed.
+
+        Raises:
+            AdapterNotFoundError: it is not loaded.
+            AdapterBusyError: requests still use it when the time is up; it is served again.
+            BaseIsFusedError: it, or another, is fused.
+        """
+        if timeout_seconds is None:
+            timeout_seconds = self._options.unload_timeout_seconds
+        return await self._to_the_end(self._unload(adapter_id, timeout_seconds))
+
+    async def swap(self, adapter_id: str | None, unload_previous: bool = False) -> Swapped:
+        """Change at one instant what "default" means; an adapter that is not loaded is loaded first.
+
+        With `unload_previous`, an idle previous one is gone when this returns; a busy one is served to no new
+        request and goes when those in flight have ended, if that is soon enough for an unload.
+
+        Raises: as `load`, except that the adapter may be loaded already.
+        """
+        started = time.perf_counter()
+        if unload_previous and self.registry.active not in (None, adapter_id):
+            self._refuse_if_fused("none can be unloaded")
+        if adapter_id is not None and self.registry.find(adapter_id) is None:
+            with suppress(AdapterExistsError):  # another call was faster
+                await self.load(adapter_id)
+        previous = self.registry.activate(adapter_id)
+        if unload_previous and previous not in (None, adapter_id):
+            await self._unload_if_idle(previous)
+        return Swapped(adapter_id, previous, time.perf_counter() - started)
+
+    async def fuse(self, adapter_id: str, precision: Precision, unload_others: bool = False) -> FuseResult:
+        """Fuse an adapter into the resident base. As `Fuser.fuse`."""
+        timeout_seconds = self._options.unload_timeout_seconds
+        work = self._fuser.fuse(adapter_id, precision, unload_others, timeout_seconds)
+        return await self._to_the_end(self._in_turn(adapter_id, work))
+
+    async def save_fused(self, adapter_id: str, precision: Precision, name: str) -> FuseResult:
+        """Write the base with an adapter fused into it to a new model folder. As `Fuser.save`."""
+        work = self._fuser.save(adapter_id, precision, name)
+        return await self._to_the_end(self._in_turn(adapter_id, work))
+
+    async def unfuse(self, adapter_id: str) -> Entry:
+        """Put the base back as it was. As `Fuser.unfuse`."""
+        timeout_seconds = self._options.unload_timeout_seconds
+        work = self._fuser.unfuse(adapter_id, timeout_seconds)
+        return await self._to_the_end(self._in_turn(adapter_id, work))
+
+    async def _load(
+        self, adapter_id: str, path: str | None, pinned: bool | None, activate: bool, replace: bool
+    ) -> Loaded:
+        async with self._lock(adapter_id), self._gate.shared():
+            self._refuse_if_fused(f"{quoted(adapter_id)} cannot be loaded")
+            entry = self.registry.find(adapter_id)
+            if entry is not None and not replace:
+                raise AdapterExistsError(adapter_id)
+            folder = await asyncio.to_thread(self._folders.find, adapter_id, path)
+            published = await self._publish(adapter_id, folder, entry, pinned)
+            if activate:
+                self.registry.activate(adapter_id)
+            return Loaded(published, created=entry is None)
+
+    async def _publish(
+        self, adapter_id: str, folder: AdapterFolder, entry: Entry | None, pinned: bool | None
+    ) -> Entry:
+        number = 1 if entry is None else entry.current.number + 1
+        leaving = [] if entry is None else [v.resident for v in entry.versions if not v.pins]
+        version = await load_version(
+            self._container, folder, number, limit_bytes=self._options.memory_bytes, leaving=leaving
+        )
+        self._on_load(version.load_seconds)
+        _log.info("adapter_loaded", adapter=adapter_id, version=number, digest=version.resident.digest)
+        return self.registry.publish(adapter_id, version, pinned)
+
+    async def _load_on_demand(self, adapter_id: str) -> None:
+        """Load the adapter if it may be; those who want it at the same time wait for one load."""
+        if not self._options.load_on_demand or adapter_id in self.registry.unloaded:
+            return
+        task = self._loading.get(adapter_id)
+        if task is None:
+            task = self._loading[adapter_id] = self._task(self._demand(adapter_id))
+            task.add_done_callback(lambda _: self._loading.pop(adapter_id, None))
+        await asyncio.shield(task)
+
+    async def _demand(self, adapter_id: str) -> None:
+        folder = await asyncio.to_thread(self._folders.on_demand, adapter_id)
+        if folder is None:
+            return
+        async with self._lock(adapter_id), self._gate.shared():
+            self._refuse_if_fused(f"{quoted(adapter_id)} cannot be loaded")
+            if self.registry.find(adapter_id) is None and adapter_id not in self.registry.unloaded:
+                await self._publish(adapter_id, folder, None, None)
+
+    async def _unload(self, adapter_id: str, timeout_seconds: float) -> tuple[Entry, int]:
+        async with self._lock(adapter_id):
+            async with self._gate.shared():
+                entry = self.registry.get(adapter_id)
+                self._refuse_if_fused("none can be unloaded")
+                was_active = self.registry.start_draining(entry)
+            try:
+                await self._idle(lambda: entry.in_flight, timeout_seconds, f"adapter {quoted(adapter_id)}")
+                async with self._gate.shared():
+                    residents = [version.resident for version in entry.versions]
+                    entry.retired = []
+                    freed_bytes = await remove_residents(self._container, residents)
+            except BaseException:
+                self.registry.stop_draining(entry, was_active)
+                raise
+            self.registry.remove(entry)
+            _log.info("adapter_unloaded", adapter=adapter_id, freed_bytes=freed_bytes)
+            return entry, freed_bytes
+
+    async def _unload_if_idle(self, adapter_id: str) -> None:
+        entry = self.registry.find(adapter_id)
+        if entry is None:
+            return
+        idle = not entry.in_flight
+        task = self._task(self._unload(adapter_id, self._options.unload_timeout_seconds))
+        task.add_done_callback(lambda done: _log_failure("previous_adapter_not_unloaded", adapter_id, done))
+        if idle:
+            await asyncio.wait({task})
+
+    async def _reap(self) -> None:
+        """Take the versions out of the bank that were replaced and that no request uses any more."""
+        async with self._gate.shared():
+            stale = self.registry.take_stale()
+            if stale:
+                await remove_residents(self._container, [version.resident for version in stale])
+
+    async def _idle(self, in_flight: Callable[[], int], timeout_seconds: float, what: str) -> None:
+        """Wait until `in_flight()` is 0. Raises AdapterBusyError when the time is up."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while in_flight():
+                    self._released.clear()
+                    await self._released.wait()
+        except TimeoutError:
+            raise AdapterBusyError(
+                f"After {timeout_seconds:g} s, {in_flight()} request(s) in flight still use {what}; "
+                "everything is as before. Try again, or allow more time.",
+                in_flight(),
+            ) from None
+
+    def _on_release(self) -> None:
+        self._released.set()
+        if any(not version.pins for entry in self.registry.entries for version in entry.retired):
+            self._task(self._reap())
+
+    def _refuse_if_fused(self, refused: str) -> None:
+        if self.registry.fused is not None:
+            raise BaseIsFusedError(self.registry.fused, refused)
+
+    async def _in_turn(self, adapter_id: str, work: Coroutine[Any, Any, _T]) -> _T:
+        async with self._lock(adapter_id):
+            return await work
+
+    def _lock(self, adapter_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(adapter_id, asyncio.Lock())
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """What comes of `work`, which goes on if the caller is cancelled."""
+        return await asyncio.shield(self._task(work))
+
+    def _task(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, LifeCycleError):
+            _log.debug("adapter_call_failed", error=repr(error))
+
+
+def _log_failure(event: str, adapter_id: str, task: asyncio.Task[Any]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        _log.warning(event, adapter=adapter_id, reason=str(error))
