@@ -137,6 +137,8 @@ class Report:
         yield "; ".join(f"{name} {version}" for name, version in environment.packages.items()) + "."
         for left, right, same, compared in self._agreements():
             yield f"Same answers, word for word: {left} and {right}: {same} of {compared}."
+        if environment.device.startswith("CPU") and self.model.tensors.keys() & {"F16", "BF16"}:
+            yield "Note: on a CPU, mlx-graft computes in float32; the other sides in the model's own type."
         for note in self.outcome.notes:
             yield f"Note: {note}"
         yield f"The whole run took {self.seconds:.0f} seconds."
