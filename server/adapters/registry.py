@@ -8,6 +8,7 @@ files or threads. Used on the event loop only.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,8 +24,9 @@ from .errors import (
 )
 from .folder import AdapterFolder, is_valid_id
 
-__all__ = ["Entry", "Pin", "Registry", "State", "Terms", "Version"]
+__all__ = ["Entry", "Kind", "Pin", "Registry", "State", "Terms", "Version"]
 
+Kind = Literal["base", "adapter", "blend"]
 State = Literal["ready", "draining", "fused"]
 
 Terms = Sequence[tuple[str, float]]
@@ -96,6 +98,8 @@ class Registry:
         self.unloaded: set[str] = set()
         self.in_flight = 0
         """Pins of every kind: requests that compute with the base, with or without adapters."""
+        self.totals: Counter[Kind] = Counter()
+        """Requests since the start, by what they were computed with."""
         self._entries: dict[str, Entry] = {}
         self._on_release = on_release
 
@@ -244,6 +248,7 @@ class Registry:
         now = time.time()
         versions = [entry.current for entry in entries]
         self.in_flight += 1
+        self.totals["base" if not entries else "adapter" if len(entries) == 1 else "blend"] += 1
         for entry in entries:
             entry.current.pins += 1
             entry.requests += 1

@@ -86,6 +86,8 @@ class AdapterService:
         on_load: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.registry = Registry(base, self._on_release)
+        self.info = info
+        self.created = time.time()
         self._container = container
         self._folders = folders
         self._options = options
@@ -95,6 +97,7 @@ class AdapterService:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._released = asyncio.Event()
+        self._closing = False
         self._fuser = Fuser(container, info, self.registry, self._gate, self._idle, options.models_dir)
 
     async def start(self, adapter_ids: Iterable[str]) -> None:
@@ -103,7 +106,9 @@ class AdapterService:
             await self.load(adapter_id)
 
     async def close(self) -> None:
-        """Wait for the changes that are under way; call it when no more requests come."""
+        """End the changes that are under way, without waiting for requests; call it when no more come."""
+        self._closing = True
+        self._released.set()
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
@@ -286,15 +291,17 @@ class AdapterService:
         """Wait until `in_flight()` is 0. Raises AdapterBusyError when the time is up."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                while in_flight():
+                while in_flight() and not self._closing:
                     self._released.clear()
                     await self._released.wait()
         except TimeoutError:
+            pass
+        if in_flight():
             raise AdapterBusyError(
                 f"After {timeout_seconds:g} s, {in_flight()} request(s) in flight still use {what}; "
                 "everything is as before. Try again, or allow more time.",
                 in_flight(),
-            ) from None
+            )
 
     def _on_release(self) -> None:
         self._released.set()

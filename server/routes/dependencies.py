@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from fastapi import Request
 
+from server.adapters.service import AdapterService
+from server.engine.engine import Engine
 from server.openai.service import TextService
+from server.settings import Settings
 
-__all__ = ["text_service"]
+__all__ = ["adapter_service", "engine", "settings", "text_service"]
+
+
+async def adapter_service(request: Request) -> AdapterService:
+    """The adapters' life cycle."""
+    return request.app.state.adapters
+
+
+async def engine(request: Request) -> Engine:
+    """The generation thread's face."""
+    return request.app.state.engine
+
+
+async def settings(request: Request) -> Settings:
+    """What the server was started with."""
+    return request.app.state.settings
 
 
 async def text_service(request: Request) -> TextService:
