@@ -132,7 +132,9 @@ class AdapterConfig(BaseModel):
 
     def to_values(self) -> dict[str, JsonValue]:
         """The JSON object to write: every field with its value, and all that was kept."""
-        values = self.model_dump(mode="json")
+        # Not mode="json", which would turn numbers that JSON lacks into null.
+        values = self.model_dump()
+        values["fine_tune_type"] = self.fine_tune_type.value
         if "keys" not in self.lora_parameters.model_fields_set:
             del values["lora_parameters"]["keys"]
         return values
@@ -142,6 +144,7 @@ class AdapterConfig(BaseModel):
 
         Raises:
             OSError: the file cannot be written.
+            ValueError, TypeError: a kept value is not a JSON value.
         """
         text = json.dumps(self.to_values(), indent=4, allow_nan=False) + "\n"
         with replacing(Path(path)) as temporary:

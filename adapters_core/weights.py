@@ -10,10 +10,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .errors import InvalidAdapterError
@@ -62,7 +61,10 @@ def save_weights(path: str | Path, tensors: Mapping[str, mx.array]) -> None:
         OSError: the file cannot be written.
     """
     with replacing(Path(path)) as temporary:
-        mx.save_safetensors(str(temporary), dict(tensors))
+        try:
+            mx.save_safetensors(str(temporary), dict(tensors))
+        except RuntimeError as error:
+            raise OSError(f"{Path(path).name} cannot be written to its folder") from error
 
 
 def digest_of(tensors: Mapping[str, mx.array]) -> str:
@@ -70,7 +72,8 @@ def digest_of(tensors: Mapping[str, mx.array]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name}\n{tensor.dtype}\n{tensor.shape}\n".encode())
-        total.update(np.asarray(mx.contiguous(tensor).reshape(-1).view(mx.uint8)).data)
+        flat: Any = mx.contiguous(tensor).reshape(-1).view(mx.uint8)
+        total.update(memoryview(flat))
     return f"sha256:{total.hexdigest()}"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma2, qwen2
+from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
@@ -140,7 +141,7 @@ def test_other_architectures_give_the_logits_of_mlx_lm(tmp_path: Path, which: in
     assert relative_error(logits(ours), logits(theirs)) < 1e-4
 
 
-class _Losses:
+class _Losses(TrainingCallback):
     """The training losses that mlx-lm reports."""
 
     def __init__(self) -> None:
