@@ -11,6 +11,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from itertools import accumulate
 from types import TracebackType
 from typing import Self
 
@@ -210,8 +211,9 @@ class Engine:
 
     @property
     def waiting_requests(self) -> int:
-        """Requests that were taken and are not being computed yet."""
-        return len(self._streams) - self._stats.running_requests
+        """Requests that have no place in the batch beside those that came before them."""
+        rows = accumulate(stream.submit.choices for stream in self._streams.values())
+        return sum(total > self._options.max_batch_size for total in rows)
 
     def generate(self, submit: Submit, on_end: Callable[[], None] = lambda: None) -> Generation:
         """Submit a request. Call it on the event loop that `start` ran on.
@@ -229,9 +231,10 @@ class Engine:
         check_submit(submit, self.info.vocabulary_tokens)
         if submit.request_id in self._streams:
             raise InvalidSubmitError(f"request id {submit.request_id!r} is in use already")
+        waiting = self.waiting_requests
         rows = submit.choices + sum(stream.submit.choices for stream in self._streams.values())
-        if self.waiting_requests >= self._max_waiting and rows > self._options.max_batch_size:
-            raise EngineOverloadedError(self.waiting_requests, self._max_waiting)
+        if waiting >= self._max_waiting and rows > self._options.max_batch_size:
+            raise EngineOverloadedError(waiting, self._max_waiting)
         stream = _Stream(submit, thread.inbox.put, on_end)
         self._streams[submit.request_id] = stream
         thread.inbox.put(submit)

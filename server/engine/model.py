@@ -95,7 +95,8 @@ def load_model(
         ModelLoadError: not found, not fetched, not a model, or one that wants to run its own code.
         UnsupportedModelError: its KV caches cannot be batched.
     """
-    folder = _local_folder(path_or_repo, revision) or _fetch(path_or_repo, revision, progress)
+    local = _local_folder(path_or_repo, revision)
+    folder = local or _fetch(path_or_repo, revision, progress)
     config = _read_config(folder, path_or_repo)
     _refuse_code(config, path_or_repo)
     progress(f"loading {path_or_repo}")
@@ -107,7 +108,7 @@ def load_model(
     info = ModelInfo(
         tokenizer=tokenizer,
         config=config,
-        model_id=folder.resolve().name if Path(path_or_repo).exists() else path_or_repo.rsplit("/", 1)[-1],
+        model_id=local.absolute().name if local else path_or_repo.rsplit("/", 1)[-1],
         path=folder,
         context_tokens=_context_tokens(config),
         # The graph of one forward tells the shape of the logits; it is never evaluated.

@@ -100,7 +100,7 @@ class GenerationThread:
     def _run_turns(self, loop: GenerationLoop) -> None:
         try:
             self._run_until_stopped(loop)
-        except Exception:
+        except BaseException:
             _log.exception("the generation thread failed")
         finally:
             error = EngineStoppedError("the generation thread has ended")

@@ -1,0 +1,142 @@
+"""Any sequence of requests, cancellations, updates and failures: one end each, and the right tokens."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from server.engine.errors import EngineStoppedError
+from server.engine.messages import Cancel, ChoiceFinished, Failed, Finished, SamplingParams, Submit, Update
+from tests.engine.support import Poisoned, Transcript, make_loop, reference, submit
+from tests.models import tiny_llama
+
+POISON = Poisoned.token
+# Nobody generates the poison by chance.
+MUTE = SamplingParams(temperature=0.0, logit_bias=((POISON, -1e9),))
+MODEL = tiny_llama()
+LONG = list(range(40))
+
+
+class LoopMachine(RuleBasedStateMachine):
+    """What callers do, in any order; the transcript checks that nothing follows an end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = make_loop(Poisoned(MODEL), max_batch_size=4, prefill_batch_size=2, prefill_step_tokens=8)
+        self.transcript = Transcript()
+        self.submits: dict[str, Submit] = {}
+        self.futures: list[Future[Any]] = []
+        self.ran: list[int] = []
+        self.poisoned = False
+
+    # Prompts share beginnings, so that caches are hit at every length.
+    @rule(
+        start=st.integers(0, 2),
+        length=st.integers(1, 35),
+        max_tokens=st.integers(1, 5),
+        choices=st.integers(1, 6),
+        stop=st.frozensets(st.integers(0, 94), max_size=20),
+    )
+    def submit_one(
+        self, start: int, length: int, max_tokens: int, choices: int, stop: frozenset[int]
+    ) -> None:
+        name = f"r{len(self.submits)}"
+        self.submits[name] = submit(
+            name,
+            LONG[start : start + length],
+            max_tokens,
+            choices=choices,
+            stop_token_ids=stop,
+            sampling=MUTE,
+        )
+        self.loop.submit(self.submits[name])
+
+    @precondition(lambda self: not self.poisoned)
+    @rule(length=st.integers(0, 20))
+    def submit_poison(self, length: int) -> None:
+        self.poisoned = True
+        name = f"r{len(self.submits)}"
+        self.submits[name] = submit(name, [*LONG[:length], POISON], 2)
+        self.loop.submit(self.submits[name])
+
+    @precondition(lambda self: self.submits)
+    @rule(which=st.integers(0, 10), choice=st.none() | st.integers(0, 6))
+    def cancel(self, which: int, choice: int | None) -> None:
+        name = list(self.submits)[-1 - which % len(self.submits)]
+        self.loop.cancel(Cancel(name, choice))
+
+    @rule(drain=st.booleans(), fails=st.booleans())
+    def update(self, drain: bool, fails: bool) -> None:
+        number = len(self.futures)
+        future: Future[Any] = Future()
+        self.futures.append(future)
+
+        def run(context: Any) -> None:
+            self.ran.append(number)
+            if drain:
+                assert self.loop.stats.running_rows == 0
+            if fails:
+                raise ValueError(number)
+
+        self.loop.update(Update(run, future, drain))
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.transcript.add(self.loop.step())
+
+    @invariant()
+    def rows_are_bounded(self) -> None:
+        # Six choices on an empty batch of four are the one exception.
+        assert self.loop.stats.running_rows <= 6
+
+    def teardown(self) -> None:
+        while not self.loop.idle:
+            self.transcript.add(self.loop.step())
+        assert self.loop.stats.running_rows == 0
+        assert self.ran == list(range(len(self.futures)))
+        assert all(future.done() for future in self.futures)
+        for name, sent in self.submits.items():
+            assert self.transcript.ended(name)
+            end = self.transcript.end(name)
+            if isinstance(end, Finished):
+                self.check_answer(name, sent)
+            else:
+                assert self.poisoned
+                assert isinstance(end, Failed)
+        self.loop.fail_all("over", EngineStoppedError("over"))
+
+    def check_answer(self, name: str, sent: Submit) -> None:
+        expected = reference(
+            MODEL, list(sent.prompt_tokens), sent.max_tokens, logits_processors=[lambda _, row: forbid(row)]
+        )
+        stopped = next((at for at, token in enumerate(expected) if token in sent.stop_token_ids), None)
+        for choice in range(sent.choices):
+            tokens = self.transcript.tokens(name, choice)
+            end = self.transcript.finish(name, choice)
+            if end == ChoiceFinished(choice, "length", sent.max_tokens):
+                assert tokens == expected
+                assert stopped is None
+            elif stopped is not None and end.completion_tokens == stopped + 1:
+                assert tokens == expected[:stopped]
+            else:  # cancelled
+                assert end == ChoiceFinished(choice, "stop", len(tokens))
+                assert tokens == expected[: len(tokens)]
+
+
+def forbid(row: Any) -> Any:
+    row[:, POISON] -= 1e9
+    return row
+
+
+LoopMachine.TestCase.settings = settings(
+    max_examples=25,
+    stateful_step_count=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestLoop = LoopMachine.TestCase
