@@ -18,7 +18,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
 from adapters_core.layers import DoRALinear, LoRALinear, QDoRALinear, QLoRALinear
-from tests.models import VOCABULARY, adapter_values, logits, make_adapter, relative_error, tiny_llama
+from tests.models import VOCABULARY, adapter_values, logits, make_adapter, relative_error, tiny_llama, tokens
 
 KINDS = ["lora", "dora"]
 ALL_LINEAR = None
@@ -203,3 +203,27 @@ def test_training_with_mlx_lm_learns_and_the_saved_folder_loads_in_mlx_lm(
     np.testing.assert_array_equal(logits(model), base)
     reread.load(into=model)
     np.testing.assert_array_equal(logits(model), trained)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_gradients_are_those_of_mlx_lm(tmp_path: Path, kind: str, bits: int | None) -> None:
+    ours, theirs = tiny_llama(0, bits), tiny_llama(0, bits)
+    folder = make_adapter(tmp_path / "a", ours, kind)
+    AdapterContainer.from_directory(folder).load(into=ours)
+    load_adapters(theirs, str(folder))
+    inputs, outputs = tokens(2, 8), tokens(2, 8, seed=8)
+    gradients = []
+    for model in (ours, theirs):
+        model.freeze()
+        model.unfreeze(keys=["lora_a", "lora_b", "m"])
+        model.train()
+
+        def loss(model: nn.Module) -> mx.array:
+            return nn.losses.cross_entropy(model(inputs), outputs, reduction="mean")
+
+        gradients.append(dict(tree_flatten(nn.value_and_grad(model, loss)(model)[1])))
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) == 9 * (2 if kind == "lora" else 3)
+    for name, gradient in gradients[0].items():
+        assert relative_error(np.array(gradient), np.array(gradients[1][name])) < 1e-4
