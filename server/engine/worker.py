@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import mlx.core as mx
 import structlog
 
 from .container import ModelContext
@@ -83,8 +84,16 @@ class GenerationThread:
                 self._run_turns(loop)
         finally:
             loop = None
-            gc.collect()  # the model goes here, on the thread that made its arrays
+            self._run_clean_up()
             self._tell(self._ended, _drain(self.inbox))
+
+    def _run_clean_up(self) -> None:
+        """Let go of the model on the thread that made its arrays, and end MLX's own threads.
+
+        Without the second, MLX ends them behind our back and may abort the process when it exits meanwhile.
+        """
+        gc.collect()
+        mx.clear_streams()
 
     def _run_start(self) -> GenerationLoop | None:
         try:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -462,3 +465,33 @@ async def test_a_thread_that_dies_fails_what_it_had_and_is_not_alive() -> None:
     assert not engine.alive
     with pytest.raises(EngineStoppedError):
         engine.generate(Submit("late", (), (1,), 1, frozenset()))
+
+
+ONE_LIFE = """
+from server.blas import load_openblas
+load_openblas()
+import asyncio
+from server.engine.engine import Engine
+from server.engine.loop import LoopOptions
+from tests.engine.support import loaded, submit
+from tests.models import tiny_llama
+
+async def main():
+    engine = Engine(lambda: loaded(tiny_llama()), LoopOptions(), prompt_cache_bytes=1 << 20, max_waiting=1)
+    await engine.start()
+    async for event in engine.generate(submit("r", [1, 2, 3], 4)):
+        pass
+    await engine.stop(1.0)
+    print(event)
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_ends_cleanly_right_after_its_engine() -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_LIFE], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "Finished(cached_tokens=0)\n"
