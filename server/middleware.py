@@ -1,7 +1,7 @@
 """What happens around every request: its id, who may send it, how large it may be, and the last resort.
 
-Plain ASGI, outermost first: RequestId, HostGuard, (CORS,) BodyLimit, UnexpectedError. They know no route
-and no model, and hand streams through untouched. Run on the event loop.
+Plain ASGI, outermost first: RequestId, (metrics,) HostGuard, (CORS,) BodyLimit, UnexpectedError. They
+know no route and no model, and hand streams through untouched. Run on the event loop.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ class HostGuardMiddleware:
 
     def _problem(self, headers: Headers, scheme: str) -> ApiError | None:
         host = headers.get("host", "")
-        parsed = _HOST_AND_PORT.fullmatch(host)
-        if parsed is None or not self._allows_host(parsed["name"].lower()):
+        if not self._allows_host(host):
             return ForbiddenError(
                 f"The host {host[:100]!r} is not allowed. If it is this server's, name it in allowed_hosts.",
                 code="host_not_allowed",
@@ -100,10 +99,16 @@ class HostGuardMiddleware:
             code="origin_not_allowed",
         )
 
-    def _allows_host(self, name: str) -> bool:
-        if "*" in self._hosts or name in self._hosts:
+    def _allows_host(self, host: str) -> bool:
+        if "*" in self._hosts:
             return True
-        return any(host.startswith("*.") and name.endswith(host[1:]) for host in self._hosts)
+        parsed = _HOST_AND_PORT.fullmatch(host)
+        if parsed is None:
+            return False
+        name = parsed["name"].lower()
+        return name in self._hosts or any(
+            allowed.startswith("*.") and name.endswith(allowed[1:]) for allowed in self._hosts
+        )
 
     def _allows_origin(self, origin: str, host: str, scheme: str) -> bool:
         if "*" in self._origins or origin in self._origins:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
@@ -15,10 +15,17 @@ from server.routes.dependencies import text_service
 
 __all__ = ["router"]
 
+_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or its chunks",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
 
 
-@router.post("/completions", response_class=Response)
+@router.post("/completions", response_class=Response, responses=_ANSWER)
 async def create_completion(
     request: Request, body: CompletionRequest, service: Annotated[TextService, Depends(text_service)]
 ) -> Response:

@@ -1,0 +1,167 @@
+"""The application: settings in, ASGI out. Its lifespan starts and stops everything that a request needs.
+
+No state outside the application object: its parts are in `app.state` (settings, metrics, engine, adapters,
+text_service), from where dependencies hand them to routes. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.middleware import Middleware
+
+from server.adapters.folder import AdapterFolders, configured_folders
+from server.adapters.service import AdapterService, ServiceOptions
+from server.auth import require_api_key
+from server.engine.engine import Engine
+from server.engine.loop import LoopOptions
+from server.engine.model import ModelInfo, load_model
+from server.errors import install
+from server.metrics import Metrics, MetricsMiddleware
+from server.middleware import (
+    BodyLimitMiddleware,
+    HostGuardMiddleware,
+    RequestIdMiddleware,
+    UnexpectedErrorMiddleware,
+)
+from server.openai.service import TextService
+from server.routes import adapters as adapter_routes
+from server.routes import chat, compat, completions, health, models
+from server.settings import Settings
+
+__all__ = ["create_app"]
+
+_KEY = [Depends(require_api_key)]
+
+
+class ErrorObject(BaseModel):
+    """What went wrong. `param` names the part of the request that is at fault, `code` is for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+    details: Any = Field(default=None, description="More, where an endpoint says so.")
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorObject
+
+
+def create_app(
+    settings: Settings, engine: Engine | None = None, adapters: AdapterService | None = None
+) -> FastAPI:
+    """The application for `settings`; `engine` and `adapters` replace those that they describe.
+
+    Its start raises what stops it: ModelLoadError, InvalidAdapterError and their like.
+    """
+    metrics = Metrics()
+    app = FastAPI(
+        title="mlx-graft",
+        description="One resident base model; adapters chosen, blended, swapped and fused per request.",
+        lifespan=_lifespan(settings, engine or _make_engine(settings), adapters, metrics),
+        middleware=_middleware(settings, metrics),
+        # The document is a route like any other, guarded, and the viewers would load scripts from elsewhere.
+        openapi_url=None,
+        redirect_slashes=False,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
+    app.state.settings = settings
+    app.state.metrics = metrics
+    install(app)
+    for guarded in (chat, completions, models, adapter_routes, compat):
+        app.include_router(guarded.router, dependencies=_KEY)
+    app.include_router(health.router)  # open, but for what it guards itself
+
+    @app.get("/openapi.json", dependencies=_KEY, include_in_schema=False)
+    async def openapi_document() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    return app
+
+
+def _make_engine(settings: Settings) -> Engine:
+    options = LoopOptions(
+        max_batch_size=settings.max_batch_size,
+        prefill_batch_size=settings.prefill_batch_size,
+        prefill_step_tokens=settings.prefill_step_tokens,
+    )
+    return Engine(
+        lambda: load_model(settings.model, dtype=settings.dtype, revision=settings.revision),
+        options,
+        prompt_cache_bytes=settings.prompt_cache_bytes,
+        max_waiting=settings.max_waiting,
+    )
+
+
+def _make_adapters(settings: Settings, engine: Engine, info: ModelInfo, metrics: Metrics) -> AdapterService:
+    root = settings.adapters_dir
+    options = ServiceOptions(
+        load_on_demand=settings.load_on_demand,
+        memory_bytes=settings.adapter_memory_bytes,
+        unload_timeout_seconds=settings.unload_timeout_seconds,
+        models_dir=settings.models_dir,
+    )
+    folders = AdapterFolders(root, configured_folders(settings.adapters, root))
+    base = settings.served_model_name or info.model_id
+    return AdapterService(engine.container, info, base, folders, options, metrics.load_seconds.observe)
+
+
+def _lifespan(
+    settings: Settings, engine: Engine, adapters: AdapterService | None, metrics: Metrics
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            info = await engine.start()
+            # By now the server has waited for its requests, or given them up.
+            stack.push_async_callback(engine.stop, 0.0)
+            service = adapters or _make_adapters(settings, engine, info, metrics)
+            stack.push_async_callback(service.close)
+            await service.start(settings.adapters)
+            text_service = TextService(
+                engine,
+                service,
+                info,
+                default_max_tokens=settings.default_max_tokens,
+                max_n=settings.max_n,
+            )
+            stack.callback(text_service.close)
+            metrics.watch(engine, service)
+            app.state.engine = engine
+            app.state.adapters = service
+            app.state.text_service = text_service
+            yield
+
+    return lifespan
+
+
+def _middleware(settings: Settings, metrics: Metrics) -> Sequence[Middleware]:
+    """Outermost first."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST", "PUT", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
+    return [
+        Middleware(RequestIdMiddleware),
+        Middleware(MetricsMiddleware, metrics=metrics),
+        Middleware(
+            HostGuardMiddleware,
+            allowed_hosts=settings.allowed_hosts,
+            allowed_origins=settings.cors_origins,
+        ),
+        *([cors] if settings.cors_origins else []),
+        Middleware(BodyLimitMiddleware, limit_bytes=settings.max_body_bytes),
+        Middleware(UnexpectedErrorMiddleware),
+    ]
