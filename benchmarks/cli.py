@@ -45,7 +45,7 @@ class Options:
     max_tokens: int = 24
     adapter_kind: KindName = KindName.RANK_8_QV
     side_seconds: float = 120
-    load_timeout_seconds: float = 300
+    load_timeout_seconds: float = 600
     ready_timeout_seconds: float = 120
     seed: int = 0
 
@@ -125,10 +125,15 @@ def _measure_and_show(
     cases: Sequence[Case], model: Path | None, variant: Variant, options: Options, json_file: Path | None
 ) -> None:
     console = Console(stderr=True, highlight=False)
+    start = time.perf_counter()
+
+    def progress(text: str) -> None:
+        console.print(f"{time.perf_counter() - start:4.0f} s  {text}", markup=False)
+
     try:
-        model_path = model or demo_model(variant, default_cache_dir(), console.print)
+        model_path = model or demo_model(variant, default_cache_dir(), progress)
         with console.status("Measuring"):
-            report = measure(cases, model_path.resolve(), options, console.print)
+            report = measure(cases, model_path.resolve(), options, progress)
     except (AdapterError, DemoModelError, ProcessError, OSError, ValueError) as error:
         console.print(f"Error: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
