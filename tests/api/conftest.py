@@ -17,8 +17,8 @@ def parrot() -> LoadedModel:
     return load_parrot()
 
 
-@pytest_asyncio.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(parrot: LoadedModel) -> AsyncIterator[Service]:
-    """The application with default settings."""
+    """One application with default settings for a whole module: what a request spoils shows in the next."""
     async with serving(parrot) as started:
         yield started

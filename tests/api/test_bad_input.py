@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from server.engine.model import LoadedModel
 from tests.api.parrot import CONTEXT_TOKENS, load_parrot
@@ -16,13 +14,6 @@ from tests.api.serving import CHAT, COMPLETIONS, Service, serving
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 JSON = {"content-type": "application/json"}
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def service(parrot: LoadedModel) -> AsyncIterator[Service]:
-    """One application for the whole table: what one bad request does would show in the next."""
-    async with serving(parrot) as started:
-        yield started
 
 
 def user(content: Any = "hello", **fields: Any) -> dict[str, Any]:

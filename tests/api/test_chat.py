@@ -8,6 +8,8 @@ from server.engine.model import LoadedModel
 from tests.api.parrot import TEXTS, load_parrot
 from tests.api.serving import CHAT, Service, serving
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 HELLO = [{"role": "user", "content": "hello"}]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.api.serving import COMPLETIONS, Service
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 def ids(service: Service, *words: str) -> list[int]:
     return [token for word in words for token in service.engine.info.tokenizer.encode(word)]

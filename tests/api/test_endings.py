@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import pytest_asyncio
 from fastapi.sse import KEEPALIVE_COMMENT
 
 from server.adapters.registry import Registry
@@ -19,6 +21,13 @@ from tests.api.serving import CHAT, COMPLETIONS, Service, Visitor, serving
 from tests.models import adapter_tensors, adapter_values, write_adapter
 
 FALL = {"messages": [{"role": "user", "content": "fall"}]}
+
+
+@pytest_asyncio.fixture
+async def service(parrot: LoadedModel) -> AsyncIterator[Service]:
+    """One for each test, since they count what was computed in all."""
+    async with serving(parrot) as started:
+        yield started
 
 
 def endless(path: str, **fields: Any) -> bytes:

@@ -10,6 +10,8 @@ from starlette.routing import BaseRoute, Route
 from server.engine.model import LoadedModel
 from tests.api.serving import CHAT, Service, serving
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 KEY = "a-key-for-tests"
 OPEN = {"/health", "/ready"}
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
