@@ -1,7 +1,7 @@
 """Logs: structlog for our lines and, through the standard library, for everyone else's (uvicorn's, mlx-lm's).
 
-`configure_logging` sets structlog's and logging's own process-wide configuration, once, at the start, on the main
-thread. It does not know what is logged. Lines go to standard error, so that standard output stays the commands'.
+`configure_logging` sets structlog's and logging's own process-wide configuration, once, at the start, on the
+main thread. It does not know what is logged. Lines go to standard error: standard output is the commands'.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import logging.config
 import sys
-from typing import TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -19,8 +18,8 @@ from server.settings import LogFormat, LogLevel
 
 __all__ = ["configure_logging"]
 
-# They tell at level info what they do for each request that they send or each file that they fetch.
-_TALKATIVE = ("httpx", "httpcore", "huggingface_hub", "filelock", "urllib3", "asyncio")
+# At level info they tell each step that they take.
+_TALKATIVE = ("httpx", "httpcore", "huggingface_hub", "filelock", "urllib3", "asyncio", "uvicorn.error")
 
 # Its lines repeat, without the request's id, those of the application's own access log.
 _REPEATING = "uvicorn.access"
@@ -29,8 +28,8 @@ _REPEATING = "uvicorn.access"
 def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
     """Send every log line of the process, ours and the libraries', to standard error in one form.
 
-    `log_format` auto is console on a terminal, else json. Control characters in what is logged are escaped, so
-    that nothing from a request starts a line of its own or drives a terminal. May be called again.
+    `log_format` auto is console on a terminal, else json. Control characters in what is logged are escaped,
+    so that nothing from a request starts a line of its own or drives a terminal. May be called again.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -56,9 +55,8 @@ def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
         "foreign_pre_chain": [structlog.stdlib.ExtraAdder(), *shared],
         "processors": [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_rendering(log_format)],
     }
-    talkative_level = "INFO" if level == "debug" else "WARNING"
+    talkative_level = {"debug": "INFO", "info": "WARNING"}.get(level, level.upper())
     loggers: dict[str, dict[str, object]] = {name: {"level": talkative_level} for name in _TALKATIVE}
-    loggers |= {name: {"handlers": [], "propagate": True} for name in ("uvicorn", "uvicorn.error")}
     loggers[_REPEATING] = {"handlers": [], "propagate": False}
     logging.config.dictConfig(
         {
@@ -73,15 +71,15 @@ def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
     logging.captureWarnings(True)
 
 
-class _StandardError(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is at that moment: a progress display puts itself there while it is shown."""
+class _StandardError(logging.Handler):
+    """Writes to what `sys.stderr` is at that moment: a progress display takes its place while it is shown."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:  # a log line must never stop what it tells of: logging's own rule
+            self.handleError(record)
 
 
 def _rendering(log_format: LogFormat) -> list[Processor]:

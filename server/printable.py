@@ -18,5 +18,6 @@ def escape_controls(text: str, *, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(
-        repr(char)[1:-1] if unicodedata.category(char) in _DRIVING and char not in keep else char for char in text
+        repr(char)[1:-1] if unicodedata.category(char) in _DRIVING and char not in keep else char
+        for char in text
     )

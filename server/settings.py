@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     SecretStr,
     StringConstraints,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_settings import (
@@ -64,10 +65,11 @@ def _split_pairs(value: object) -> object:
     return pairs
 
 
-def _check_folders(folders: dict[str, str]) -> dict[str, str]:
+def _check_folders(folders: dict[str, str], info: ValidationInfo) -> dict[str, str]:
     expanded = {name: os.path.expanduser(path) for name, path in folders.items()}
+    root = info.data.get("adapters_dir")
     for name, path in expanded.items():
-        if not os.path.isdir(path):
+        if not os.path.isdir(path) and (root is None or not os.path.isdir(root / path)):
             raise ValueError(f"expected adapter {name!r} to have an existing folder, but got {path!r}")
     return expanded
 
@@ -149,7 +151,7 @@ class Settings(BaseSettings):
         default_factory=dict,
         json_schema_extra=_group("Adapters") | {"flag": "--adapter", "metavar": "ID=PATH"},
     )
-    """Adapter to load at the start, as ID=PATH; its folder may lie anywhere. May be repeated."""
+    """Adapter to load at the start, as ID=PATH: a folder anywhere, or under the adapters root. Repeatable."""
 
     models_dir: Folder | None = Field(default=None, json_schema_extra=_group("Adapters"))
     """Models root: the folder in which a fused model may be saved; saving is refused when unset."""

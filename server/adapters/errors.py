@@ -13,7 +13,8 @@ LifeCycleError
 ├── AdapterNotFusedError    409
 ├── AdaptersLoadedError     409, others are loaded
 ├── ModelExistsError        409, a folder that would be overwritten
-└── AdapterMemoryError      507
+├── AdapterMemoryError      507
+└── ModelNotSavedError      507, a model folder could not be written
 
 No message holds an absolute path, and what a client sent is quoted on one line and cut.
 """
@@ -36,6 +37,7 @@ __all__ = [
     "InvalidAdapterIdError",
     "LifeCycleError",
     "ModelExistsError",
+    "ModelNotSavedError",
     "PathNotAllowedError",
     "UnknownModelError",
     "quoted",
@@ -179,3 +181,10 @@ class AdapterMemoryError(LifeCycleError):
             "Unload one first, or raise the server's adapter_memory_bytes."
         )
         self.details = {"needed_bytes": needed_bytes, "limit_bytes": limit_bytes}
+
+
+class ModelNotSavedError(LifeCycleError):
+    status, code, param = 507, "model_not_saved", "save_to"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"The model {quoted(name)} could not be written: {reason}. Nothing of it is left.")

@@ -19,7 +19,7 @@ from mlx_lm.utils import save
 from adapters_core.targets import Wrapper
 from server.engine.model import ModelInfo
 
-from .errors import ModelExistsError, PathNotAllowedError, quoted
+from .errors import ModelExistsError, ModelNotSavedError, PathNotAllowedError, quoted
 
 __all__ = ["SavedModels", "bare_copy", "config_of"]
 
@@ -59,7 +59,7 @@ class SavedModels:
         """Save `model`, with the tokenizer and config of `info`, as a folder that mlx-lm loads.
 
         Raises:
-            As `check`; OSError: it cannot be written. Nothing is left behind then.
+            As `check`; ModelNotSavedError: it cannot be written, and nothing is left behind.
         """
         path = self.check(name)
         temporary = path.with_name(f".{name}.{uuid.uuid4().hex}")
@@ -67,11 +67,12 @@ class SavedModels:
             save(
                 temporary, info.path, model, info.tokenizer, config_of(info.config, model), donate_model=False
             )
-            try:
-                os.rename(temporary, path)
-            except OSError:
-                self.check(name)  # another call may have been faster
-                raise
+            os.rename(temporary, path)
+        except OSError as error:
+            self.check(name)  # another call may have been faster
+            raise ModelNotSavedError(name, error.strerror or "the file system refused") from error
+        except RuntimeError as error:  # MLX's own, which names the path
+            raise ModelNotSavedError(name, "the weights could not be stored") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -47,6 +47,12 @@ def version() -> None:
     say(f"Python {platform.python_version()} on {platform.platform()}")
 
 
+def _version_and_exit(asked: bool) -> None:
+    if asked:
+        say(_version_line("mlx-graft"))
+        raise typer.Exit
+
+
 def _add_servers(app: typer.Typer, with_settings: bool) -> None:
     if with_settings:
         from server.cli.configuration import with_flags
@@ -67,13 +73,14 @@ def _add_servers(app: typer.Typer, with_settings: bool) -> None:
 
 
 def _root(
-    show_version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", is_eager=True, callback=_version_and_exit
+        ),
     ] = False,
 ) -> None:
-    if show_version:
-        say(_version_line("mlx-graft"))
-        raise typer.Exit
+    """What comes before a command; the option has done its work when this is called."""
 
 
 def _version_line(name: str) -> str:

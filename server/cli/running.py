@@ -1,26 +1,39 @@
 """Runs the application under uvicorn: start, readiness, stop. Main thread.
 
-Until the server is ready an interrupt ends the process at once: nothing has been promised to anybody. Then the
+Until the server is ready an interrupt ends the process at once: nothing was promised to anybody. Then the
 first one (or SIGTERM) lets requests in flight finish for `shutdown_timeout_seconds`, and a second Ctrl-C ends
 the process at once. Knows nothing of models: what stops a start is an exception of the application's.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.settings import Settings
 
-__all__ = ["StartError", "run"]
+__all__ = ["StartError", "end_process", "run"]
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process here and now, with everything written out.
+
+    Python's own way out waits for a thread that loads a model, and can abort the process while a thread that
+    used MLX is still giving up what it has: that goes on after the thread can be joined.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class StartError(Exception):
@@ -111,10 +124,7 @@ class _Server(uvicorn.Server):
         """A signal has come. Unlike uvicorn's own, a graceful stop is not followed by dying of the signal."""
         if not self.started or (self.should_exit and sig == signal.SIGINT):
             self._on_end()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            # The generation thread may be in a long call that cannot be interrupted.
-            os._exit(128 + sig)
+            end_process(128 + sig)
         if not self.should_exit:
             self.should_exit = True
             seconds = self.config.timeout_graceful_shutdown

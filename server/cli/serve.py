@@ -75,7 +75,7 @@ def prepare_mlx() -> None:
 def serve_model(
     settings: Settings, prepare: Callable[[Progress], Settings], welcome: Callable[[str], None]
 ) -> None:
-    """Serve until told to stop. `prepare` makes what has to be made first, and gives the final settings.
+    """Serve until told to stop, and end the process. `prepare` makes what is needed first, and the last settings.
 
     `welcome` is called with the URL once requests are answered. A failure ends the command with a sentence.
     """
@@ -93,7 +93,7 @@ def serve_model(
 def _run(settings: Settings, sockets: list[Any], progress: Progress, welcome: Callable[[], None]) -> None:
     # These take seconds to import, and must not be before `prepare_mlx`.
     from server.app import create_app
-    from server.cli.running import StartError, run
+    from server.cli.running import StartError, end_process, run
 
     if Path(settings.model).expanduser().is_dir():
         progress.step(f"Loading {settings.model} …")
@@ -105,14 +105,17 @@ def _run(settings: Settings, sockets: list[Any], progress: Progress, welcome: Ca
         progress.stop()
         welcome()
 
+    problem: str | None = None
     try:
         run(create_app(settings), settings, sockets, on_ready=on_ready, on_end=progress.stop, say=warn)
     except StartError as error:
-        progress.stop()
-        fail(_reason(error.__cause__))
+        problem = _reason(error.__cause__)
     except OSError as error:
-        progress.stop()
-        fail(f"port {settings.port} of {settings.host} cannot be listened on: {error}.")
+        problem = f"port {settings.port} of {settings.host} cannot be listened on: {error}."
+    progress.stop()
+    if problem is not None:
+        warn(f"error: {problem}")
+    end_process(0 if problem is None else 1)
 
 
 def _reason(failure: BaseException | None) -> str:
@@ -123,6 +126,6 @@ def _reason(failure: BaseException | None) -> str:
     from server.errors import ApiError
 
     if isinstance(failure, AdapterError | LifeCycleError | EngineError | ApiError | OSError):
-        return f"the server cannot start: {failure}"
+        return f"the server cannot start: {str(failure).rstrip('.')}."
     structlog.get_logger(__name__).error("the server could not start", exc_info=failure)
     return f"the server could not start, for a reason that was not foreseen: {failure!r}"

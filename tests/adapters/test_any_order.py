@@ -1,0 +1,145 @@
+"""Any sequence of calls, some of them wrong: names, bank and answers agree, and nothing is left over."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from adapters_core.container import AdapterContainer
+from adapters_core.errors import InvalidAdapterError
+from server.adapters.errors import LifeCycleError
+from server.adapters.registry import Pin
+from tests.adapters.support import House, greedy, house, make_adapters, read_model, tokens_of
+
+FOLDERS = ["a", "b", "d", "broken", "nowhere"]
+IDS = ["a", "b", "d", "x"]
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Runs each rule to its end on one event loop, with requests held across the rules."""
+
+    model_path: Path
+    expected: dict[str, list[int]]
+    """What mlx-lm answers with each folder's adapter; "" is the base alone."""
+    refusals: set[str]
+    """The kinds of errors that were met."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        root = make_adapters(Path(self.folder.name) / "adapters", read_model(self.model_path))
+        self.loop = asyncio.new_event_loop()
+        self.stack = AsyncExitStack()
+        started = house(self.model_path, root, unload_timeout_seconds=0, load_on_demand=False)
+        self.house: House = self.run(self.stack.enter_async_context(started))
+        self.before = self.run(self.house.snapshot())
+        self.held: list[tuple[Pin, str]] = []
+
+    def run(self, work: Any) -> Any:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 60))
+
+    def attempt(self, work: Any) -> None:
+        try:
+            self.run(work)
+        except (LifeCycleError, InvalidAdapterError) as error:
+            self.refusals.add(type(error).__name__)
+
+    def meaning(self, name: str) -> str:
+        """The folder that a name computes with now."""
+        registry = self.house.service.registry
+        name = registry.fused or (registry.active if name == "default" else name) or ""
+        return registry.get(name).current.folder.shown if name and name != registry.base else ""
+
+    @rule(
+        name=st.sampled_from(IDS),
+        folder=st.sampled_from(FOLDERS),
+        replace=st.booleans(),
+        activate=st.booleans(),
+    )
+    def load(self, name: str, folder: str, replace: bool, activate: bool) -> None:
+        self.attempt(self.house.service.load(name, folder, replace=replace, activate=activate))
+
+    @rule(name=st.sampled_from(IDS))
+    def unload(self, name: str) -> None:
+        self.attempt(self.house.service.unload(name))
+
+    @rule(name=st.sampled_from([*IDS, None]), unload_previous=st.booleans())
+    def swap(self, name: str | None, unload_previous: bool) -> None:
+        self.attempt(self.house.service.swap(name, unload_previous))
+
+    @rule(name=st.sampled_from(IDS), unload_others=st.booleans())
+    def fuse(self, name: str, unload_others: bool) -> None:
+        self.attempt(self.house.service.fuse(name, "auto", unload_others))
+
+    @rule(name=st.sampled_from(IDS))
+    def unfuse(self, name: str) -> None:
+        self.attempt(self.house.service.unfuse(name))
+
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from([*self.house.service.registry.served, "default"]))
+        meaning = self.meaning(name)
+        self.held.append((self.run(self.house.service.resolve(name)), meaning))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        pin, folder = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        assert self.run(tokens_of(self.house.generate(pin))) == self.expected[folder]
+
+    @invariant()
+    def agrees(self) -> None:
+        registry = self.house.service.registry
+        assert registry.in_flight == len(self.held)
+        versions = [version for entry in registry.entries for version in entry.versions]
+        expected = 0 if registry.fused else len(versions)
+        assert self.run(self.house.residents()) == expected
+
+    def teardown(self) -> None:
+        if not hasattr(self, "house"):
+            return
+        try:
+            while self.held:
+                pin, folder = self.held.pop()
+                assert self.run(tokens_of(self.house.generate(pin))) == self.expected[folder]
+            service = self.house.service
+            if service.registry.fused:
+                self.run(service.unfuse(service.registry.fused))
+            for entry in service.registry.entries:
+                self.run(service.unload(entry.id))
+            assert self.run(self.house.snapshot()) == self.before
+            assert self.run(self.house.residents()) == 0
+        finally:
+            self.run(self.stack.aclose())
+            self.loop.close()
+            self.folder.cleanup()
+
+
+def test_any_order(model_path: Path, root: Path) -> None:
+    AnyOrder.model_path = model_path
+    AnyOrder.refusals = set()
+    AnyOrder.expected = {"": greedy(read_model(model_path))}
+    for name in ("a", "b", "d"):
+        model = read_model(model_path)
+        AdapterContainer.from_directory(root / name).load(into=model)
+        AnyOrder.expected[name] = greedy(model)
+    quick = settings(
+        max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    run_state_machine_as_test(AnyOrder, settings=quick)
+    kinds = {"AdapterExistsError", "AdapterNotFoundError", "AdapterBusyError", "BaseIsFusedError"}
+    assert AnyOrder.refusals >= kinds

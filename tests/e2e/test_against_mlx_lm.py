@@ -1,0 +1,96 @@
+"""One mixed batch over HTTP gives, token by token, what mlx-lm gives for one adapter at a time."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import mlx_lm
+import pytest
+from mlx_lm.sample_utils import make_sampler
+
+from tests.e2e.running import BASE, Served
+from tests.models import make_adapter
+
+REQUESTS = 24
+MAX_TOKENS = 20
+
+Asked = tuple[str, str]
+Answered = tuple[str, list[str]]
+"""A text, and its tokens, each as a text."""
+
+
+@pytest.fixture(scope="module")
+def server(own_process: Served, adapters_root: Path, demo_model_path: Path) -> Served:
+    """The demo's adapters and one more: a DoRA of all linear layers, of a rank that fits no other's."""
+    model, *_ = mlx_lm.load(str(demo_model_path))
+    make_adapter(
+        adapters_root / "stranger", model, "dora", rank=5, scale=4.0, num_layers=9, keys=None, size=0.03
+    )
+    return own_process
+
+
+@pytest.fixture(scope="module")
+def asked(server: Served, adapters_root: Path, questions: list[str]) -> list[Asked]:
+    """Who is asked what: the base and every adapter in turn, with ever other questions."""
+    names = [BASE, *sorted(folder.name for folder in adapters_root.iterdir())]
+    return [(names[turn % len(names)], questions[turn * 3 % len(questions)]) for turn in range(REQUESTS)]
+
+
+@pytest.fixture(scope="module")
+def alone(asked: list[Asked], adapters_root: Path, demo_model_path: Path) -> dict[Asked, Answered]:
+    """mlx-lm's own answers, one at a time."""
+    answers: dict[Asked, Answered] = {}
+    for name in dict.fromkeys(name for name, _ in asked):
+        adapter = None if name == BASE else str(adapters_root / name)
+        model, tokenizer, *_ = mlx_lm.load(str(demo_model_path), adapter_path=adapter)
+        for question in [question for other, question in asked if other == name]:
+            messages = [{"role": "user", "content": question}]
+            prompt: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            parts = mlx_lm.stream_generate(
+                model, tokenizer, prompt, max_tokens=MAX_TOKENS, sampler=make_sampler(temp=0)
+            )
+            responses = list(parts)
+            tokens = [part.token for part in responses if part.token not in tokenizer.eos_token_ids]
+            answers[name, question] = (
+                "".join(part.text for part in responses),
+                [tokenizer.decode([token]) for token in tokens],
+            )
+    return answers
+
+
+def test_a_mixed_batch_gives_the_tokens_of_mlx_lm(
+    server: Served, asked: list[Asked], alone: dict[Asked, Answered]
+) -> None:
+    assert len({name for name, _ in asked}) >= 7
+    with server.openai() as client, ThreadPoolExecutor(REQUESTS) as pool:
+
+        def ask(name: str, question: str) -> Answered:
+            messages: list[Any] = [{"role": "user", "content": question}]
+            answer = client.chat.completions.create(
+                model=name, messages=messages, temperature=0, max_tokens=MAX_TOKENS, logprobs=True
+            )
+            assert answer.model == name
+            choice = answer.choices[0]
+            assert choice.logprobs is not None
+            scores = choice.logprobs.content or []
+            return choice.message.content or "", [score.token for score in scores]
+
+        futures = [pool.submit(ask, name, question) for name, question in asked]
+        most_rows = _most_rows(server, futures)
+        answers = [future.result() for future in futures]
+    assert most_rows > REQUESTS // 2, "expected the requests to be decoded together"
+    assert {key: answers[turn] for turn, key in enumerate(asked)} == alone
+
+
+def _most_rows(server: Served, futures: list[Future[Answered]]) -> int:
+    """The most rows that were decoded together until all is answered."""
+    most = 0
+    while wait(futures, timeout=0.1).not_done:
+        text = server.http.get("/metrics").text
+        found = re.search(r"^graft_running_rows (\S+)$", text, re.MULTILINE)
+        assert found is not None
+        most = max(most, int(float(found[1])))
+    return most
