@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from server.engine.model import LoadedModel
@@ -187,6 +189,15 @@ async def test_parts_of_a_content_are_joined_and_developers_are_system(service: 
     ]
     reply = await service.client.post(CHAT, json={"messages": messages})
     assert reply.json()["choices"][0]["message"]["content"] == "Hi there!"
+
+
+async def test_many_at_once_get_each_their_own(service: Service) -> None:
+    words = ["hello", "greek"] * 12
+    answers = await asyncio.gather(*(service.chat(word) for word in words))
+    assert [answer["choices"][0]["message"]["content"] for answer in answers] == [
+        TEXTS[word] for word in words
+    ]
+    assert len({answer["id"] for answer in answers}) == len(words)
 
 
 @pytest.mark.parametrize("model", [None, "", "default", "parrot"])

@@ -15,6 +15,8 @@ from fastapi.sse import KEEPALIVE_COMMENT
 
 from server.adapters.registry import Registry
 from server.engine.model import LoadedModel
+from server.openai.responses import ChatReply, Head
+from server.openai.run import Usage
 from server.openai.streaming import ReplyStream
 from server.openai.wire import ChatRequest
 from tests.api.serving import CHAT, COMPLETIONS, Service, Visitor, serving
@@ -116,6 +118,21 @@ async def test_an_engine_that_fails_in_a_stream_ends_it_with_an_error_and_withou
     assert all("choices" in chunk for chunk in chunks)
     assert error["error"]["code"] == "generation_failed"
     assert {"message", "type", "param", "code"} == error["error"].keys()
+
+
+class _BrokenReply(ChatReply):
+    def closing(self, usage: Usage) -> list[dict[str, Any]]:
+        raise LookupError("the secret is 42")
+
+
+async def test_the_unexpected_in_a_stream_is_an_error_without_a_word_of_it(service: Service) -> None:
+    request = ChatRequest.model_validate({"messages": [{"role": "user", "content": "hello"}], "stream": True})
+    answer = await service.app.state.text_service.chat(request)
+    reply = _BrokenReply(Head("chatcmpl-1", 0, "parrot", "fp"), lambda token: b"", False, False)
+    events = [cast(bytes, event) async for event in ReplyStream(answer.run, reply).body_iterator]
+    assert b"internal_error" in events[-1]
+    assert b"42" not in b"".join(events)
+    assert b"[DONE]" not in b"".join(events)
 
 
 async def test_a_full_server_is_503_with_a_time_to_retry(parrot: LoadedModel) -> None:
