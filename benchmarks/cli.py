@@ -166,12 +166,16 @@ def measure(cases: Sequence[Case], model_path: Path, options: Options, progress:
 
 
 def run_to_end(running: Coroutine[Any, Any, T]) -> T:
-    """Run; a request to end from outside cancels it, as Ctrl-C does, so that no process is left behind."""
+    """Run; a request to end, from a person or the system, cancels it, so that no process is left behind.
+
+    Raises: asyncio.CancelledError after such a request, however often it came.
+    """
 
     async def run() -> T:
         task = asyncio.ensure_future(running)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # In place of asyncio's own handler, whose second Ctrl-C breaks the ending off.
             loop.add_signal_handler(number, task.cancel)
         return await task
 

@@ -45,16 +45,26 @@ async def test_a_side_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
             await side.run([Question("Hello?", 3, None)])
 
 
-def test_a_request_to_end_cancels_the_run() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_end_cancels_the_run_and_a_second_breaks_nothing_off(number: signal.Signals) -> None:
     ended: list[str] = []
+
+    async def interrupted(name: str) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            await asyncio.Event().wait()
+        finally:
+            ended.append(name)
 
     async def run() -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.Event().wait()
+            await interrupted("the work")
         finally:
-            ended.append("all")
+            try:
+                await interrupted("the first process")
+            finally:
+                ended.append("the second process")
 
     with pytest.raises(asyncio.CancelledError):
         run_to_end(run())
-    assert ended == ["all"]
+    assert ended == ["the work", "the first process", "the second process"]
