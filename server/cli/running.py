@@ -7,6 +7,7 @@ the process at once. Knows nothing of models: what stops a start is an exception
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -16,12 +17,16 @@ from collections.abc import Callable, MutableMapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+import structlog
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.settings import Settings
 
 __all__ = ["StartError", "end_process", "run"]
+
+
+_log = structlog.get_logger(__name__)
 
 
 def end_process(code: int) -> NoReturn:
@@ -54,7 +59,7 @@ def run(
     `on_ready` is called once requests are answered, `on_end` before the process is ended at once by a signal.
     Raises: StartError; OSError if the sockets cannot be listened on.
     """
-    watched = _WatchedStart(app)
+    watched = _Watched(app)
     config = uvicorn.Config(
         watched,
         log_config=None,
@@ -74,17 +79,27 @@ def run(
         raise StartError("the application did not start") from watched.failure
 
 
-class _WatchedStart:
-    """Keeps the exception that an application's start ends in, of which ASGI would pass on the text alone."""
+class _Watched:
+    """The application, with what uvicorn would tell at length told shortly.
+
+    Keeps the exception that a start ends in, of which ASGI would pass on the text alone; logs one line for a
+    request that is cut off by a stop, which is what a cancellation from uvicorn means.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.failure: Exception | None = None
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan":
-            await self._app(scope, receive, send)
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
             return
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            _log.warning("request_cut_off", reason="the server stops", path=scope.get("path"))
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def watch(message: MutableMapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ def prepare_mlx() -> None:
 def serve_model(
     settings: Settings, prepare: Callable[[Progress], Settings], welcome: Callable[[str], None]
 ) -> None:
-    """Serve until told to stop, and end the process. `prepare` makes what is needed first, and the last settings.
+    """Serve until told to stop, and end the process. `prepare` makes what is needed and the last settings.
 
     `welcome` is called with the URL once requests are answered. A failure ends the command with a sentence.
     """
