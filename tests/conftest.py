@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from server.blas import load_openblas
 
 load_openblas()
+
+# On CUDA, float32 products are rounded to TF32 by default, about 1e-3: too coarse to compare with.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from server.demo.model import default_cache_dir, demo_model  # noqa: E402 (MLX may be imported only from here on)
 
