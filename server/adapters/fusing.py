@@ -23,6 +23,7 @@ from adapters_core.surgery import replace_modules
 from server.engine.container import ModelContainer, ModelContext
 from server.engine.model import ModelInfo
 
+from .aside import run_aside
 from .errors import (
     AdapterBusyError,
     AdapterChangedError,
@@ -97,7 +98,7 @@ class Fuser:
         async with self._gate.shared():
             entry = self._ready(adapter_id, unload_others)
             version = entry.current
-            adapter = await asyncio.to_thread(_read_again, entry)
+            adapter = await run_aside(_read_again, entry)
             modules, report = await self._fused_modules(adapter, precision)
         async with self._gate.alone():
             if self._ready(adapter_id, unload_others).current is not version:
@@ -132,11 +133,11 @@ class Fuser:
         async with self._gate.shared():
             entry = self._ready(adapter_id, unload_others=True)
             await asyncio.to_thread(self._models.check, name)
-            adapter = await asyncio.to_thread(_read_again, entry)
+            adapter = await run_aside(_read_again, entry)
             modules, report = await self._fused_modules(adapter, precision)
             copy = await self._container.perform(lambda context: bare_copy(context.model))
             replace_modules(copy, modules)
-            await asyncio.to_thread(self._models.write, name, copy, self._info)
+            await run_aside(self._models.write, name, copy, self._info)
         _log.info("fused_model_saved", adapter=adapter_id, name=name, precision=report.precision)
         return FuseResult(adapter_id, report, time.perf_counter() - started, saved_to=name)
 
@@ -182,7 +183,7 @@ class Fuser:
         self, adapter: AdapterContainer, precision: Precision
     ) -> tuple[dict[str, nn.Module], FuseReport]:
         model = await self._container.perform(lambda context: context.model)
-        return await asyncio.to_thread(adapter.fused_modules, model, precision)
+        return await run_aside(adapter.fused_modules, model, precision)
 
     async def _bring_back(self) -> None:
         """Load again what a fusion that failed took out of the bank; what does not come back is forgotten."""

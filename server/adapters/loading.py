@@ -6,7 +6,6 @@ waits for them; the bank changes on the generation thread. Knows no names.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Hashable, Iterable
 from typing import cast
@@ -15,6 +14,7 @@ from adapters_core.bank import AdapterBank, PreparedAdapter, ResidentAdapter
 from adapters_core.container import AdapterContainer
 from server.engine.container import ModelContainer, ModelContext
 
+from .aside import run_aside
 from .errors import AdapterMemoryError
 from .folder import AdapterFolder
 from .registry import Version
@@ -41,7 +41,7 @@ async def load_version(
     """
     started = time.perf_counter()
     bank = await container.perform(lambda context: context.bank)
-    prepared = await asyncio.to_thread(_prepare, folder, bank)
+    prepared = await run_aside(_prepare, folder, bank)
     left_out = frozenset(leaving)
     resident = await container.update(lambda context: _add(context, prepared, limit_bytes, left_out))
     return Version(number, resident, folder, load_seconds=time.perf_counter() - started)

@@ -183,8 +183,8 @@ class Site:
 
     async def call(self, method: str, path: str, body: Any = None, *, status: int = 200) -> Any:
         """The JSON of an answer, which must have this status; a body of bytes goes as it is."""
-        content = {"content": body} if isinstance(body, bytes) else {} if body is None else {"json": body}
-        reply = await self.client.request(method, path, **content)
+        content = body if isinstance(body, bytes) else None
+        reply = await self.client.request(method, path, content=content, json=None if content else body)
         assert reply.status_code == status, reply.text
         if status >= 400:
             assert_error_shape(reply.json())

@@ -123,8 +123,8 @@ def test_a_valid_id_is_a_plain_file_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "a\\b", "a b", "a\n", "\na", "a:b", "é", "x" * 129, "x" * 300, ".hidden", "-a",
-     "default", "active", BASE, "a\0"],
+    ["", ".", "..", "../x", "a/b", "a\\b", "a b", "a\n", "\na", "a:b", "é", "x" * 129, "x" * 300, ".hidden",
+     "-a", "default", "active", BASE, "a\0"],
 )  # fmt: skip
 def test_other_ids_are_refused_in_one_printable_line(name: str) -> None:
     with pytest.raises(InvalidAdapterIdError) as raised:

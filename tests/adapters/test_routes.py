@@ -269,13 +269,13 @@ async def test_blending_over_http(tiny_site: Site) -> None:
     assert await tiny_site.says(BASE, adapters=[{"id": "a", "weight": 0.0}]) == await tiny_site.says(BASE)
     blend = [{"id": "a", "weight": 0.7}, {"id": "b", "weight": 0.7}]
     assert await tiny_site.says(None, adapters=blend) == await tiny_site.says(None, adapters=blend[::-1])
-    for body, status in (
-        ({"model": "a", "adapters": [{"id": "b"}]}, 400),
-        ({"adapters": [{"id": "d"}, {"id": "a"}]}, 400),
-        ({"adapters": [{"id": "d", "weight": 0.5}]}, 400),
-        ({"adapters": [{"id": "nowhere"}]}, 404),
+    for model, adapters, status in (
+        ("a", [{"id": "b"}], 400),
+        (None, [{"id": "d"}, {"id": "a"}], 400),
+        (None, [{"id": "d", "weight": 0.5}], 400),
+        (None, [{"id": "nowhere"}], 404),
     ):
-        await tiny_site.chat(body.pop("model", None), status=status, **body)
+        await tiny_site.chat(model, status=status, adapters=adapters)
     assert tiny_site.service.registry.in_flight == 0
 
 
