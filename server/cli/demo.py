@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,9 @@ def demo(**flags: Any) -> None:
         return settings.model_copy(update={"model": str(folder), "revision": None, "dtype": "auto"})
 
     def welcome(url: str) -> None:
-        say(_welcome(settings, ids, url))
+        from server.demo.model import MODEL_NAME
+
+        say(_welcome(settings, settings.served_model_name or MODEL_NAME, ids, url))
 
     serve_model(settings, prepare, welcome)
 
@@ -66,13 +71,12 @@ def _model_folder(settings: Settings, progress: Progress) -> Path:
         )
 
 
-def _welcome(settings: Settings, ids: list[str], url: str) -> str:
-    name = settings.served_model_name or "SmolLM2-135M-Instruct"
+def _welcome(settings: Settings, base: str, ids: list[str], url: str) -> str:
     key = "" if settings.api_key is None else ' -H "Authorization: Bearer $GRAFT_API_KEY"'
     elsewhere = "" if url == "http://127.0.0.1:8000" else f" --url {url}"
     body = json.dumps({"model": ids[0], "messages": [{"role": "user", "content": _QUESTION}]})
     lines = [
-        f"Serving {name} on {url} with the adapters {', '.join(ids)}. Press Ctrl-C to stop.",
+        f"Serving {base} on {url} with the adapters {', '.join(ids)}. Press Ctrl-C to stop.",
         "Try, in another terminal:",
         "",
         f"  curl {url}/v1/chat/completions{key} -H 'content-type: application/json' \\",
@@ -80,7 +84,17 @@ def _welcome(settings: Settings, ids: list[str], url: str) -> str:
         "",
         f"  curl {url}/v1/adapters{key}",
         "",
-        f"  mlx-graft chat{elsewhere} --model {ids[0]} {shlex.quote(_QUESTION)}",
+        f"  {_program()} chat{elsewhere} --model {ids[0]} {shlex.quote(_QUESTION)}",
         "",
     ]
     return "\n".join(lines)
+
+
+def _program() -> str:
+    """How this program is called from here: its script need not be among those that a shell finds."""
+    if shutil.which("mlx-graft"):
+        return "mlx-graft"
+    script = Path(sys.argv[0])
+    if script.name == "mlx-graft" and script.exists():
+        return shlex.quote(os.path.relpath(script))
+    return f"{shlex.quote(sys.executable)} -m server"

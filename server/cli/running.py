@@ -115,6 +115,8 @@ class _Watched:
             if started:
                 raise
             self.failure = error
+            # Whoever catches StartError says more than uvicorn's "Application startup failed".
+            logging.getLogger("uvicorn.error").disabled = True
             await send({"type": "lifespan.startup.failed", "message": ""})
 
 

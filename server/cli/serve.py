@@ -20,7 +20,7 @@ from server.cli.progress import Progress
 from server.logs import configure_logging
 from server.settings import Settings
 
-__all__ = ["prepare_mlx", "serve", "serve_model", "valid_settings"]
+__all__ = ["base_name", "prepare_mlx", "serve", "serve_model", "valid_settings"]
 
 
 def serve(
@@ -38,10 +38,14 @@ def serve(
     settings = valid_settings({"model": model, **flags})
 
     def welcome(url: str) -> None:
-        name = settings.served_model_name or Path(settings.model).name
-        say(f"Serving {name} on {url}. Press Ctrl-C to stop.")
+        say(f"Serving {base_name(settings)} on {url}. Press Ctrl-C to stop.")
 
     serve_model(settings, lambda progress: settings, welcome)
+
+
+def base_name(settings: Settings) -> str:
+    """The name that the base is served under."""
+    return settings.served_model_name or Path(settings.model).expanduser().resolve().name
 
 
 def valid_settings(flags: dict[str, Any]) -> Settings:
@@ -96,8 +100,8 @@ def _run(settings: Settings, sockets: list[Any], progress: Progress, welcome: Ca
     from server.cli.running import StartError, end_process, run
 
     if Path(settings.model).expanduser().is_dir():
-        progress.step(f"Loading {settings.model} …")
-    else:
+        progress.step(f"Loading {base_name(settings)} …")
+    elif settings.model.count("/") == 1:
         progress.stop()  # the hub's own progress bars are shown instead
         warn(f"Fetching {settings.model}, unless it is in the cache, and loading it …")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -33,7 +35,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_llama(vocab_size=END + 1, max_position_embeddings=10**6)
     save_model(folder, model)
     config = {name: value for name, value in vars(model.args).items() if value is not None}
-    (folder / "config.json").write_text(json_of(config))
+    (folder / "config.json").write_text(json.dumps(config))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,17 +49,12 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def json_of(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
-
-
 @dataclass
 class Serving:
     """A server as a process, and where it is."""
 
     process: subprocess.Popen[str]
+    base: str = ""
     url: str = ""
 
     def stop(self, *signals: signal.Signals) -> tuple[int, str]:
@@ -75,8 +72,8 @@ Serve = Callable[..., Serving]
 def serve() -> Iterator[Serve]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(model: Path, *arguments: str, ready: bool = True) -> Serving:
-        command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0", *arguments]
+    def start(*arguments: str, ready: bool = True) -> Serving:
+        command = [sys.executable, "-m", "server", *arguments, "--port", "0"]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
         )
@@ -85,10 +82,9 @@ def serve() -> Iterator[Serve]:
             return Serving(process)
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.fullmatch(r"Serving (\S+) on (http://127\.0\.0\.1:\d+)\. Press Ctrl-C to stop\.\n", line)
+        found = re.match(r"Serving (\S+) on (http://127\.0\.0\.1:\d+)[. ]", line)
         assert found is not None, line or process.communicate()[1]
-        assert found[1] == "tiny"
-        return Serving(process, found[2])
+        return Serving(process, found[1], found[2])
 
     yield start
     for process in started:
@@ -114,8 +110,11 @@ def test_a_server_is_used_and_stops_within_its_time(
 ) -> None:
     values = adapter_values()
     write_adapter(tmp_path / "pirate", values, adapter_tensors(tiny_llama(), values))
-    serving = serve(model_path, "--adapters-dir", str(tmp_path), "--shutdown-timeout-seconds", "1")
+    serving = serve(
+        "serve", str(model_path), "--adapters-dir", str(tmp_path), "--shutdown-timeout-seconds", "1"
+    )
     url = serving.url
+    assert serving.base == "tiny"
     assert "Not loaded: pirate." in command("adapters", "list", "--url", url).out
     assert command("adapters", "load", "pirate", "--activate", "--url", url).out.startswith(
         "Loaded pirate: lora"
@@ -137,12 +136,12 @@ def test_a_server_is_used_and_stops_within_its_time(
 
 
 def test_terminate_is_graceful_too(serve: Serve, model_path: Path) -> None:
-    code, err = serve(model_path).stop(signal.SIGTERM)
+    code, err = serve("serve", str(model_path)).stop(signal.SIGTERM)
     assert (code, "Traceback" in err) == (0, False)
 
 
 def test_a_second_interrupt_stops_at_once(serve: Serve, model_path: Path) -> None:
-    serving = serve(model_path, "--shutdown-timeout-seconds", "3600")
+    serving = serve("serve", str(model_path), "--shutdown-timeout-seconds", "3600")
     with endless(serving.url) as answer:
         assert next(answer.iter_lines()).startswith("data:")
         serving.process.send_signal(signal.SIGINT)
@@ -161,7 +160,40 @@ def test_a_start_can_be_interrupted(
     slow = tmp_path / "tiny"
     slow.mkdir()
     os.mkfifo(slow / "config.json")
-    serving = serve(slow, ready=False)
+    serving = serve("serve", str(slow), ready=False)
     with (slow / "config.json").open("w"):  # opens once the server reads it, which it then does for ever
         code, err = serving.stop(sent)
     assert (code, "Traceback" in err) == (expected, False)
+
+
+def test_the_demo_serves_its_adapters_and_shows_calls_that_work(serve: Serve) -> None:
+    serving = serve("demo")
+    assert serving.process.stdout is not None
+    ask, look, talk = (shlex.split(call) for call in read_welcome(serving.process.stdout))
+    listing = httpx.get(look[1], trust_env=False).json()
+    loaded = {adapter["id"] for adapter in listing["data"]}
+    assert len(loaded) >= 4
+    assert listing["available"] == []
+    body = json.loads(ask[ask.index("-d") + 1])
+    assert body["model"] in loaded
+    assert talk[talk.index("--model") + 1] in loaded
+    reply = httpx.post(ask[1], json={**body, "max_tokens": 8}, timeout=60, trust_env=False)
+    assert reply.status_code == 200
+    assert reply.json()["model"].endswith(body["model"])
+    assert serving.stop(signal.SIGINT)[0] == 0
+
+
+def read_welcome(stdout: IO[str]) -> list[str]:
+    """The three commands that are shown, each on one line."""
+    commands: list[str] = []
+    begun = ""
+    for line in stdout:
+        if not line.startswith("  "):
+            continue
+        begun += line.removesuffix("\n").removesuffix("\\")
+        if not line.endswith("\\\n"):
+            commands.append(begun)
+            begun = ""
+        if len(commands) == 3:
+            break
+    return commands
