@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Coroutine, Sequence
@@ -25,10 +26,11 @@ from benchmarks.sides import SideContext
 from server.demo.gguf import Variant
 from server.demo.model import DemoModelError, default_cache_dir, demo_model
 
-__all__ = ["Options", "main", "measure", "run_to_end"]
+__all__ = ["Options", "main", "make_app", "measure", "run_to_end"]
 
 T = TypeVar("T")
 _INTERRUPTED = 130  # the exit code of a program that a person stopped
+_FILE_COLUMNS = 120
 
 _CASES_HELP = "Cases to run; all when none is named. " + " ".join(
     f"{case.name}: {case.about}" for case in CASES.values()
@@ -55,9 +57,14 @@ _DEFAULTS = Options()
 
 def main() -> None:
     """Run the command line."""
+    make_app()(prog_name="python -m benchmarks")
+
+
+def make_app() -> typer.Typer:
+    """The command line, not yet run."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(name="benchmarks")(benchmark)
-    app()
+    app.command()(benchmark)
+    return app
 
 
 def benchmark(
@@ -140,7 +147,7 @@ def _measure_and_show(
     except (asyncio.CancelledError, KeyboardInterrupt):
         console.print("Interrupted: all processes are ended, nothing is reported.")
         raise typer.Exit(_INTERRUPTED) from None
-    report.show(Console())
+    report.show(Console() if sys.stdout.isatty() else Console(width=_FILE_COLUMNS))
     if json_file is not None:
         json_file.write_text(report.to_json())
 

@@ -73,9 +73,14 @@ def describe_environment() -> Environment:
 
 
 def describe_model(path: Path) -> ModelFacts:
-    """Read the headers of a model folder's weights and its config, no weights."""
+    """Read the headers of a model folder's weights and its config, no weights.
+
+    Raises: ValueError if it is no such folder.
+    """
     dtypes: Counter[str] = Counter()
     files = sorted(path.glob("model*.safetensors"))
+    if not files or not (path / "config.json").is_file():
+        raise ValueError(f"expected a model folder with config.json and model*.safetensors, got {path}")
     for file in files:
         with safe_open(str(file), framework="np") as tensors:
             dtypes.update(tensors.get_slice(name).get_dtype() for name in tensors.keys())  # noqa: SIM118

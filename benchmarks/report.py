@@ -40,7 +40,7 @@ class Report:
         console.print(self._measures())
         console.print(self._ratios())
         for line in self._footnotes():
-            console.print(escape(line), highlight=False)
+            console.print(escape(line), highlight=False, soft_wrap=True)
 
     def to_json(self) -> str:
         """The whole report, every round of every measure, as one JSON object."""
@@ -91,7 +91,7 @@ class Report:
 
     def _measures(self) -> Table:
         table = Table(title="Medians over the rounds, lowest to highest in brackets", title_justify="left")
-        table.add_column("side, load")
+        table.add_column("side, load", no_wrap=True)
         for heading in ("tokens/s", "first token, s", "seconds", "tokens", "cached", "rounds"):
             table.add_column(heading, justify="right")
         for measure, rounds in self.outcome.rounds.items():
@@ -100,8 +100,8 @@ class Report:
             prompt = sum(answer.prompt_tokens for result in results for answer in result.answers)
             table.add_row(
                 str(measure),
-                _shown(_rates(rounds), 1),
-                _shown(_first_tokens(rounds), 2),
+                _shown(_rates(rounds)),
+                f"{_first_tokens(rounds).median:.2f}",
                 f"{median(result.seconds for result in results):.1f}",
                 f"{median(result.completion_tokens for result in results):.0f}",
                 f"{cached / prompt:.0%}",
@@ -111,7 +111,7 @@ class Report:
 
     def _ratios(self) -> Table:
         table = Table(title="Ratios of tokens/s, round by round", title_justify="left")
-        table.add_column("ratio")
+        table.add_column("ratio", no_wrap=True)
         table.add_column("median", justify="right")
         table.add_column("lowest to highest", justify="right")
         table.add_column("rounds", justify="right")
@@ -162,5 +162,5 @@ def _first_tokens(rounds: Rounds) -> Spread:
     return spread([result.first_token_seconds for _, result in sorted(rounds.items())])
 
 
-def _shown(values: Spread, digits: int) -> str:
-    return f"{values.median:.{digits}f} ({values.lowest:.{digits}f} to {values.highest:.{digits}f})"
+def _shown(values: Spread) -> str:
+    return f"{values.median:.1f} ({values.lowest:.1f} to {values.highest:.1f})"

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from benchmarks.cases import CASES, measures_of
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "benchmarks", *arguments]
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+from benchmarks.cli import make_app
 
 
 def test_all_cases_run_and_all_sides_give_the_same_answers(tiny_model_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     size = ["--rounds", "1", "--requests", "6", "--adapters", "3", "--max-tokens", "5"]
-    done = run("--model", str(tiny_model_path), *size, "--json", str(file))
+    root = Path(__file__).resolve().parents[2]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--model",
+        str(tiny_model_path),
+        *size,
+        "--json",
+        str(file),
+    ]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     values = json.loads(file.read_text())
     ratios = [ratio.name for case in CASES.values() for ratio in case.ratios]
@@ -34,10 +40,17 @@ def test_all_cases_run_and_all_sides_give_the_same_answers(tiny_model_path: Path
     assert values["notes"] == []
 
 
-def test_wrong_options_are_refused_in_a_sentence(tiny_model_path: Path, tmp_path: Path) -> None:
-    done = run("everything")
-    assert done.returncode == 2
+def test_wrong_options_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    command = CliRunner(env={"COLUMNS": "400"})
+    done = command.invoke(make_app(), ["everything"])
+    assert done.exit_code == 2
     assert "expected cases among adapters, overhead, got everything" in done.stderr
-    done = run("--json", str(tmp_path / "none" / "report.json"))
-    assert done.returncode == 2
-    assert "in a folder that exists" in " ".join(done.stderr.split())
+    done = command.invoke(make_app(), ["--json", str(tmp_path / "none" / "report.json")])
+    assert done.exit_code == 2
+    assert "expected --json in a folder that exists" in done.stderr
+
+
+def test_what_goes_wrong_is_a_sentence_too(tmp_path: Path) -> None:
+    done = CliRunner().invoke(make_app(), ["--model", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "Error: expected a model folder" in done.stderr

@@ -1,4 +1,4 @@
-"""Whole runs, small: real processes, a real model, real adapters."""
+"""How sides begin and end, also badly."""
 
 from __future__ import annotations
 
@@ -9,33 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cases import Case, LoadName, Measure, Question, Ratio, SideName
-from benchmarks.cli import Options, measure, run_to_end
+from benchmarks.cases import Question, SideName
+from benchmarks.cli import run_to_end
 from benchmarks.processes import ProcessError
 from benchmarks.sides import SideContext, open_side
-
-MLX_LM_MIXED = Measure(SideName.MLX_LM, LoadName.MIXED)
-MLX_LM_BASE = Measure(SideName.MLX_LM, LoadName.BASE)
-BARE_BASE = Measure(SideName.BARE, LoadName.BASE)
-REFERENCE = Case(
-    "reference",
-    "mlx_lm.server and a bare generator.",
-    (Ratio("mixed", MLX_LM_MIXED, MLX_LM_BASE), Ratio("overhead", MLX_LM_BASE, BARE_BASE)),
-)
-
-
-def test_the_references_answer_alike_and_adapters_change_their_answers(tiny_model_path: Path) -> None:
-    told: list[str] = []
-    options = Options(rounds=1, requests=4, adapters=2, max_tokens=5)
-    report = measure([REFERENCE], tiny_model_path, options, told.append)
-    rounds = report.outcome.rounds
-    texts = {found: [answer.text.strip() for answer in rounds[found][1].answers] for found in rounds}
-    assert texts[MLX_LM_BASE] == texts[BARE_BASE]
-    assert texts[MLX_LM_MIXED] != texts[MLX_LM_BASE]
-    assert report.outcome.notes == ()
-    for found in rounds.values():
-        assert all(1 <= answer.completion_tokens <= 5 for answer in found[1].answers)
-    assert "Round 1 of 1: mlx_lm.server, mixed …" in told
 
 
 async def test_a_side_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
