@@ -129,7 +129,7 @@ def fuse(
     id: Id,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="How fused weights are kept; auto when left out.", metavar="TEXT"),
+        typer.Option("--precision", help="auto (the default), requantize or dequantize.", metavar="TEXT"),
     ] = None,
     unload_others: Annotated[
         bool, typer.Option("--unload-others", help="Unload the other adapters first.")

@@ -72,6 +72,8 @@ def report_table(report: Mapping[str, Any]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in report.items():
+        if value is None or name == "object":
+            continue
         table.add_row(_plain(name.replace("_", " ")), _plain(_value(value)))
     return table
 
