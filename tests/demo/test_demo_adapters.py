@@ -100,7 +100,8 @@ def test_each_adapter_is_its_recipes_and_fits_the_model(adapter_id: str, base: A
 
 @pytest.fixture(scope="module")
 def plain_answer(base: Any) -> str:
-    return answers(*base, QUESTIONS[:1], max_tokens=12)[0]
+    model, tokenizer = base
+    return answers(model, tokenizer, QUESTIONS[:1], max_tokens=12)[0]
 
 
 @pytest.mark.parametrize("adapter_id", RECIPES)
