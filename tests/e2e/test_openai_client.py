@@ -15,7 +15,7 @@ from openai import OpenAI
 from tests.e2e.running import BASE, DEMO_ADAPTERS, Served
 
 ADAPTERS = sorted(file.parent.name for file in DEMO_ADAPTERS.glob("*/adapter_config.json"))
-ASKED = ("What is the capital of Italy?", "How do I boil an egg?", "Where does the sun rise?")
+ASKED = ("What is the capital of Italy?", "How many days are there in a week?", "Where does the sun rise?")
 
 
 def user(text: str) -> list[Any]:

@@ -176,6 +176,7 @@ def _follow(reader: Reader, curls: list[str]) -> list[Any]:
         ),
         (r"adapters/pirate/fuse .*unload_others", 200, fused),
         (r"-X DELETE localhost:8000/v1/adapters/pirate/fuse$", 200, unfused),
+        (r'\{"id": "shakespeare"\}', 201, lambda answer: answer["state"] == "ready"),
     ]
     assert len(curls) == len(steps)
     answers = []

@@ -25,8 +25,8 @@ from tests.e2e.running import BASE, DEMO_ADAPTERS, Served, error_of
 QUESTION = "Tell me something about cats."
 LONG_TOKENS = 72
 ENDLESS_TOKENS = 8000
-NO_END = {"2": -100}
-"""A bias against the token that ends an answer."""
+NO_END = {"0": -100, "2": -100}
+"""A bias against the tokens that end an answer."""
 ADAPTER = "/v1/adapters/pirate"
 
 
@@ -160,9 +160,7 @@ def test_a_stream_ends_on_the_weights_that_it_began_with(
     shutil.copytree(DEMO_ADAPTERS / "pirate", adapters_root / "pirate", dirs_exist_ok=True)
     third = server.ask("POST", "/v1/adapters", 200, json={"id": "pirate", "replace": True})
     assert (third["version"], third["type"]) == (3, "lora")
-    back, cached = say(client, "pirate")
-    assert alone.startswith(back)
-    assert cached > 0, "the same content under the same name may use its caches again"
+    assert alone.startswith(say(client, "pirate")[0])
 
 
 def test_what_is_unloaded_is_gone_for_others_at_once_and_stays_for_its_stream(
@@ -240,7 +238,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], int]] = {
     "missing": (lambda folder: _with(folder, first=None), 422),
     "extra": (lambda folder: _with(folder, stray=mx.zeros((2, 2))), 422),
     "misshapen": (lambda folder: _with(folder, first=mx.zeros((3, 5))), 422),
-    "no-config": (lambda folder: (folder / "adapter_config.json").unlink(), 404),
+    "no-config": (lambda folder: (folder / "adapter_config.json").unlink(), 422),
     "no-json": (lambda folder: (folder / "adapter_config.json").write_text("{"), 422),
     "unknown-type": (lambda folder: _configured(folder, fine_tune_type="magic"), 422),
     "other-rank": (lambda folder: _configured(folder, lora_parameters={"rank": 3, "scale": 1.0}), 422),
