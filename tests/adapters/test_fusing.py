@@ -129,12 +129,13 @@ async def test_fusing_waits_for_requests_and_holds_new_ones_back(tiny_house: Hou
     base, adapted = await tiny_house.answer("tiny"), await tiny_house.answer("a")
     pin = await service.resolve("tiny")
     fusing = asyncio.create_task(service.fuse("a", "auto"))
-    while True:
-        late = asyncio.create_task(service.resolve("tiny"))
-        await tiny_house.engine.container.perform(lambda context: None)
-        if not late.done():
-            break
-        late.result().release()
+    async with asyncio.timeout(20):
+        while True:
+            late = asyncio.create_task(service.resolve("tiny"))
+            await tiny_house.engine.container.perform(lambda context: None)
+            if not late.done():
+                break
+            late.result().release()
     assert await tokens_of(tiny_house.generate(pin)) == base
     await fusing
     assert await tokens_of(tiny_house.generate(await late)) == adapted

@@ -74,6 +74,15 @@ async def test_a_load_goes_on_when_its_caller_leaves(tiny_house: House) -> None:
     assert await tiny_house.residents() == 1
 
 
+async def test_a_load_on_demand_and_one_by_a_call_make_one_adapter(tiny_house: House) -> None:
+    service = tiny_house.service
+    pin, loaded = await asyncio.gather(service.resolve("a"), service.load("a"))
+    assert loaded.created
+    assert [(entry.id, entry.current.number) for entry in service.registry.entries] == [("a", 1)]
+    assert await tiny_house.residents() == 1
+    pin.release()
+
+
 async def test_loads_at_the_same_time_of_one_id_make_one_adapter(tiny_house: House) -> None:
     service = tiny_house.service
     results = await asyncio.gather(*(service.load("a") for _ in range(3)), return_exceptions=True)
