@@ -135,7 +135,8 @@ def test_any_text_survives_the_tokenizer(dense: Loaded, text: str) -> None:
     for token in tokens:
         detokenizer.add_token(token)
     detokenizer.finalize()
-    assert detokenizer.text == text
+    # mlx-lm's streaming detokenizer leaves out a space at the very beginning.
+    assert detokenizer.text == text.removeprefix(" ")
 
 
 def test_a_second_call_converts_nothing(demo_model_path: Path) -> None:
