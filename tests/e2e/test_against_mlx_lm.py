@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import mlx_lm
 import pytest
-from mlx_lm.sample_utils import make_sampler
 
-from tests.e2e.running import BASE, Served
+from tests.e2e.running import BASE, ROOT, Served, environment
 from tests.models import make_adapter
 
 REQUESTS = 24
@@ -42,23 +44,31 @@ def asked(server: Served, adapters_root: Path, questions: list[str]) -> list[Ask
 @pytest.fixture(scope="module")
 def alone(asked: list[Asked], adapters_root: Path, demo_model_path: Path) -> dict[Asked, Answered]:
     """mlx-lm's own answers, one at a time."""
-    answers: dict[Asked, Answered] = {}
-    for name in dict.fromkeys(name for name, _ in asked):
-        adapter = None if name == BASE else str(adapters_root / name)
-        model, tokenizer, *_ = mlx_lm.load(str(demo_model_path), adapter_path=adapter)
-        for question in [question for other, question in asked if other == name]:
-            messages = [{"role": "user", "content": question}]
-            prompt: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            parts = mlx_lm.stream_generate(
-                model, tokenizer, prompt, max_tokens=MAX_TOKENS, sampler=make_sampler(temp=0)
-            )
-            responses = list(parts)
-            tokens = [part.token for part in responses if part.token not in tokenizer.eos_token_ids]
-            answers[name, question] = (
-                "".join(part.text for part in responses),
-                [tokenizer.decode([token]) for token in tokens],
-            )
-    return answers
+    by_name: dict[str, list[str]] = {}
+    for name, question in asked:
+        by_name.setdefault(name, []).append(question)
+    given = {
+        "model": str(demo_model_path),
+        "adapters": {name: str(adapters_root / name) for name in by_name if name != BASE},
+        "questions": by_name,
+        "max_tokens": MAX_TOKENS,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.reference"],
+        cwd=ROOT,
+        env=environment(),
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return {
+        (name, question): (text, tokens)
+        for name, questions in by_name.items()
+        for question, (text, tokens) in zip(questions, found[name], strict=True)
+    }
 
 
 def test_a_mixed_batch_gives_the_tokens_of_mlx_lm(
