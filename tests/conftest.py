@@ -9,6 +9,9 @@ import pytest
 
 from server.blas import load_openblas
 
+# OpenBLAS's threads spin while they wait for each other, which ruins a machine that runs anything beside.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 load_openblas()
 
 # On CUDA, float32 products are rounded to TF32 by default, about 1e-3: too coarse to compare with.

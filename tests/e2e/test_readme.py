@@ -18,6 +18,7 @@ import pytest
 from adapters_core import AdapterContainer
 from tests.e2e.running import BASE, DEMO_ADAPTERS, ROOT, Served, environment
 
+WEEK = "How many days are there in a week?"
 PIRATE = re.compile(r"\barr\b|matey", re.IGNORECASE)
 
 
@@ -94,7 +95,7 @@ class Reader:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def says(self, model: str, question: str = "What is the capital of Italy?") -> str:
+    def says(self, model: str, question: str = WEEK) -> str:
         """What the server answers to a request that the README does not have."""
         messages = [{"role": "user", "content": question}]
         body = {"model": model, "temperature": 0, "max_tokens": 40, "messages": messages}
