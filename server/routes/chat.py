@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
 from server.json_body import JsonRoute
-from server.openai.collect import collect
 from server.openai.service import TextService
-from server.openai.streaming import ReplyStream
 from server.openai.wire import ChatRequest
+from server.routes.answering import ANSWERS, send
 from server.routes.dependencies import text_service
 
 __all__ = ["router"]
 
-_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer, or its chunks",
-        "content": {"application/json": {}, "text/event-stream": {}},
-    }
-}
-
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
 
 
-@router.post("/chat/completions", response_class=Response, responses=_ANSWER)
+@router.post("/chat/completions", response_class=Response, responses=ANSWERS)
 async def create_chat_completion(
     request: Request, body: ChatRequest, service: Annotated[TextService, Depends(text_service)]
 ) -> Response:
     """Answer a conversation with the base model or an adapter, in one piece or as server-sent events."""
-    answer = await service.chat(body)
-    if body.stream:
-        return ReplyStream(answer.run, answer.reply)
-    return await collect(answer.run, answer.reply, request)
+    return await send(await service.chat(body), request, bool(body.stream))
