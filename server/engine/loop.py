@@ -1,20 +1,23 @@
 """Continuous batching of requests over one routed model: pure and synchronous.
 
 Each `step` reads: run updates → admit requests → one forward of the batch → turn what came of it into events.
-Knows no threads, no event loop, no text and no adapter names. Whoever calls it, always from the thread that
-owns the model, hands it messages between two steps and carries the events away.
+Who is admitted and how much is read is for `scheduler.py` to say. Knows no threads, no event loop, no text
+and no adapter names. Whoever calls it, always from the thread that owns the model, hands it messages between
+two steps and carries the events away.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import structlog
 from mlx_lm.generate import BatchGenerator, StopSequences
+from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache
 
 from .container import ModelContext
 from .errors import InvalidSubmitError
@@ -29,8 +32,10 @@ from .messages import (
     Token,
     Update,
 )
-from .prompt_cache import PromptCacheStats
+from .prompt_cache import PromptCacheStats, PromptMatch
+from .requests import Reading, Request
 from .sampling import draw_seed, make_processors, make_sampler, read_logprobs
+from .scheduler import LoopOptions, Scheduler
 
 __all__ = ["GenerationLoop", "LoopOptions", "LoopStats"]
 
@@ -40,51 +45,18 @@ _FAILED = "the engine failed while it computed this request"
 
 
 @dataclass(frozen=True, slots=True)
-class LoopOptions:
-    """`max_batch_size` rows decode together; `prefill_batch_size` prompts are read together.
-
-    A prompt is read `prefill_step_tokens` at a time, with one decoding step of the others in between.
-    """
-
-    max_batch_size: int = 32
-    prefill_batch_size: int = 8
-    prefill_step_tokens: int = 512
-
-
-@dataclass(frozen=True, slots=True)
 class LoopStats:
     """What is there now, and totals since the start; `completion_tokens` counts stop tokens too."""
 
     running_rows: int = 0
     running_requests: int = 0
     waiting_requests: int = 0
+    batch_adapters: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     failures: int = 0
     prompt_cache: PromptCacheStats = field(default_factory=PromptCacheStats)
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """A request from its Submit to its end.
-
-    `open`: choices that are not finished. `pending`: those of them that wait while another choice's row reads
-    the prompt for all. `uids`: the generator's rows by choice.
-    """
-
-    submit: Submit
-    seed: int
-    key: Hashable = None
-    cached_tokens: int = 0
-    open: set[int] = field(default_factory=set)
-    pending: set[int] = field(default_factory=set)
-    uids: dict[int, int] = field(default_factory=dict)
-    completion_tokens: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def request_id(self) -> str:
-        return self.submit.request_id
 
 
 class GenerationLoop:
@@ -95,14 +67,16 @@ class GenerationLoop:
     that raises fails the requests in the batch, and the loop goes on with those that wait.
     """
 
-    def __init__(self, context: ModelContext, options: LoopOptions) -> None:
+    def __init__(
+        self, context: ModelContext, options: LoopOptions, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._context = context
         self._options = options
+        self._clock = clock  # seconds
         self._stream = mx.default_stream(mx.default_device())
         self._generator = self._new_generator()
-        self._waiting: deque[_Request] = deque()
-        self._active: dict[str, _Request] = {}
-        self._rows: dict[int, tuple[_Request, int]] = {}  # by the generator's uid: request, choice
+        self._scheduler = Scheduler(options)
+        self._rows: dict[int, tuple[Request, int]] = {}  # by the generator's uid: request, choice
         self._updates: deque[Update] = deque()
         self._events: list[tuple[str, Event]] = []
         self._prompt_tokens = 0
@@ -115,7 +89,7 @@ class GenerationLoop:
         return BatchGenerator(
             self._context.routed,  # pyright: ignore[reportArgumentType] (it calls the model, nothing else)
             completion_batch_size=size,
-            prefill_batch_size=min(self._options.prefill_batch_size, size),
+            prefill_batch_size=size,  # the scheduler lets in no more prompts than are to be read together
             prefill_step_size=self._options.prefill_step_tokens,
             stream=self._stream,
         )
@@ -125,15 +99,17 @@ class GenerationLoop:
     @property
     def idle(self) -> bool:
         """Whether `step` has nothing to do and nothing to tell."""
-        return not (self._active or self._waiting or self._updates or self._events)
+        scheduler = self._scheduler
+        return not (scheduler.running or scheduler.waiting or self._updates or self._events)
 
     @property
     def stats(self) -> LoopStats:
         """A snapshot."""
         return LoopStats(
             running_rows=len(self._rows),
-            running_requests=len(self._active),
-            waiting_requests=len(self._waiting),
+            running_requests=len(self._scheduler.running),
+            waiting_requests=len(self._scheduler.waiting),
+            batch_adapters=self._scheduler.batch_adapters,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             completion_tokens=self._completion_tokens,
@@ -142,20 +118,19 @@ class GenerationLoop:
         )
 
     def submit(self, submit: Submit) -> None:
-        """Queue a request; it is admitted in a later step, first come, first served.
+        """Queue a request; the scheduler says in which later step it is admitted.
 
         Raises:
             InvalidSubmitError: its id is one that has not ended yet.
         """
-        if self._find(submit.request_id) is not None:
+        if self._scheduler.find(submit.request_id) is not None:
             raise InvalidSubmitError(f"request id {submit.request_id!r} is in use already")
         seed = submit.sampling.seed
-        request = _Request(submit, draw_seed() if seed is None else seed, open=set(range(submit.choices)))
-        self._waiting.append(request)
+        self._scheduler.submit(Request.of(submit, draw_seed() if seed is None else seed))
 
     def cancel(self, cancel: Cancel) -> None:
         """Stop a request, or one of its choices, wherever it is; one that has ended already is ignored."""
-        request = self._find(cancel.request_id)
+        request = self._scheduler.find(cancel.request_id)
         if request is None:
             return
         choices = set(request.open) if cancel.choice is None else request.open & {cancel.choice}
@@ -177,9 +152,7 @@ class GenerationLoop:
         """End every request with Failed and every queued update with `error`; returns the last events."""
         while self._updates:
             self._updates.popleft().future.set_exception(error)
-        requests = [*self._active.values(), *self._waiting]
-        self._waiting.clear()
-        self._fail(requests, message)
+        self._fail([*self._scheduler.running.values(), *self._scheduler.waiting], message)
         self._generator.close()
         return self._take_events()
 
@@ -189,30 +162,23 @@ class GenerationLoop:
         self._admit()
         if self._rows:
             try:
-                prompts, responses = self._generator.next()
-                self._process_prompts(prompts)
-                self._process_tokens(responses)
+                self._forward()
             except Exception:
                 self._recover()
-        if not self._rows and self._active:
-            _log.error("requests without rows", request_ids=list(self._active))
-            self._fail(list(self._active.values()), _FAILED)
+        running = self._scheduler.running
+        if not self._rows and running:
+            _log.error("requests without rows", request_ids=list(running))
+            self._fail(list(running.values()), _FAILED)
         return self._take_events()
 
     def _take_events(self) -> list[tuple[str, Event]]:
         events, self._events = self._events, []
         return events
 
-    def _find(self, request_id: str) -> _Request | None:
-        found = self._active.get(request_id)
-        if found is not None:
-            return found
-        return next((request for request in self._waiting if request.request_id == request_id), None)
-
     # Schedule
 
     def _run_updates(self) -> None:
-        while self._updates and not (self._updates[0].drain and self._active):
+        while self._updates and not (self._updates[0].drain and self._scheduler.running):
             update = self._updates.popleft()
             try:
                 result = update.fn(self._context)
@@ -224,59 +190,61 @@ class GenerationLoop:
                 update.future.set_result(result)
 
     def _admit(self) -> None:
-        """Start waiting requests while their rows fit; none overtakes another, none starts during a drain.
-
-        A request of more choices than rows starts on an empty batch; the generator queues the excess.
-        """
-        while self._waiting and not self._updates:
-            choices = len(self._waiting[0].open)
-            taken = sum(len(request.open) for request in self._active.values())
-            if self._active and taken + choices > self._options.max_batch_size:
-                return
-            request = self._waiting.popleft()
-            self._active[request.request_id] = request
+        """Start waiting requests as the scheduler says; none during a drain."""
+        if self._updates or not self._scheduler.waiting:
+            return
+        for request in self._scheduler.admissible(self._look_up):
             try:
                 self._start(request)
             except Exception:
                 _log.exception("a request could not start", request_id=request.request_id)
                 self._fail([request], _FAILED)
 
-    def _start(self, request: _Request) -> None:
-        prompt = list(request.submit.prompt_tokens)
+    def _look_up(self, request: Request) -> PromptMatch:
         request.key = self._context.cache_key(request.submit.row)
-        kv_caches, cached = self._context.prompt_cache.fetch(request.key, prompt)
+        return self._context.prompt_cache.match(request.key, request.text)
+
+    def _start(self, request: Request) -> None:
+        prompt = list(request.submit.prompt_tokens)
+        branch = self._look_up(request).branch_tokens
+        kv_caches, cached = self._context.prompt_cache.fetch(request.key, request.text)
         request.cached_tokens = cached
+        self._scheduler.start(request, len(prompt) - cached)
+        self._prompt_tokens += len(prompt)
+        self._cached_tokens += cached
         first, *others = sorted(request.open)
-        left = prompt[cached:]
-        if others and len(left) > 1:
+        segments = [prompt[cached:-1]]
+        if branch - cached >= self._options.keep_prompt_tokens:
+            segments = [prompt[cached:branch], prompt[branch:-1]]
+        segments = [segment for segment in segments if segment]
+        if others and segments:
             # The prompt is read once: the others start from the first one's caches, one token before its end.
             request.pending = set(others)
             others = []
-        self._insert(request, [first, *others], prompt[:cached], left, kv_caches)
-        self._prompt_tokens += len(prompt)
-        self._cached_tokens += cached
+        self._insert(request, [first, *others], prompt[:cached], segments, kv_caches)
 
     def _insert(
         self,
-        request: _Request,
+        request: Request,
         choices: list[int],
         done: list[int],
-        left: list[int],
+        segments: list[list[int]],
         kv_caches: list[Any] | None,
     ) -> None:
-        """Put rows for `choices` into the batch; `kv_caches` hold the tokens `done`, `left` are to be read.
+        """Put rows for `choices` into the batch; `kv_caches` hold the tokens `done`.
 
-        The caches are shared between the rows: merging them into a batch copies, and changes none.
+        `segments` are to be read, then the prompt's last token. The caches are shared between the rows:
+        merging them into a batch copies, and changes none.
         """
         submit, routed = request.submit, self._context.routed
-        prompt_tokens = len(submit.prompt_tokens)
+        prompt_tokens, last = len(submit.prompt_tokens), submit.prompt_tokens[-1]
         stop = StopSequences([[token] for token in submit.stop_token_ids])
         caches = [
             routed.new_cache(submit.row) if kv_caches is None else routed.with_row(kv_caches, submit.row)
             for _ in choices
         ]
         uids = self._generator.insert_segments(
-            segments=[[left[:-1], left[-1:]] for _ in choices],
+            segments=[[*segments, [last]] for _ in choices],
             max_tokens=[submit.max_tokens for _ in choices],
             caches=caches,
             all_tokens=[list(done) for _ in choices],
@@ -287,24 +255,63 @@ class GenerationLoop:
         for uid, choice in zip(uids, choices, strict=True):
             request.uids[choice] = uid
             self._rows[uid] = (request, choice)
+            if segments:
+                lengths = [len(segment) for segment in segments]
+                self._scheduler.reading[uid] = Reading(
+                    request, len(done), lengths, _serve_anywhere(caches[0])
+                )
+
+    # Forward
+
+    def _forward(self) -> None:
+        """One step of the batch: its rows decode a token, then some of the prompts' tokens are read."""
+        scheduler = self._scheduler
+        decoding = scheduler.decoding_rows
+        step_tokens = self._generator.prefill_step_size = scheduler.step_tokens()
+        lengths = [min(reading.left_tokens, step_tokens) for reading in scheduler.reading.values()]
+        started = self._clock()
+        prompts, responses = self._generator.next()
+        seconds = self._clock() - started
+        read_tokens = len(lengths) * max(lengths, default=0)
+        if decoding == len(responses):  # rows that begin to decode in a step take time of their own
+            scheduler.pace.observe(seconds, decoded_rows=decoding, read_tokens=read_tokens)
+        self._process_prompts(prompts, step_tokens)
+        self._process_tokens(responses)
 
     # Process
 
-    def _process_prompts(self, prompts: Iterable[Any]) -> None:
-        """Start the choices that waited for a prompt which has now been read up to its last token."""
+    def _process_prompts(self, prompts: Iterable[Any], step_tokens: int) -> None:
+        """Note how far prompts have been read; keep their caches, and start choices, that waited for that."""
         for response in prompts:
-            if not response.end_of_segment or response.end_of_prompt or response.uid not in self._rows:
+            reading = self._scheduler.reading.get(response.uid)
+            if reading is None:
                 continue
+            ended = reading.advance(min(reading.left_tokens, step_tokens))
+            if not reading.segments:
+                del self._scheduler.reading[response.uid]
             request, reader = self._rows[response.uid]
-            if not request.pending:
+            starts = not reading.segments and bool(request.pending)
+            if not (starts or self._worth_keeping(reading, ended)):
                 continue
             cache, tokens = self._generator.extract_cache([response.uid])[response.uid]
             kv_caches = self._context.routed.strip(cache)
             mx.eval([entry.state for entry in kv_caches])
-            choices, request.pending = sorted(request.pending), set()
-            self._insert(request, choices, tokens, [request.submit.prompt_tokens[-1]], kv_caches)
-            if reader not in request.open:
-                self._remove(request, {reader})
+            self._context.prompt_cache.store(request.key, tokens, kv_caches)
+            if starts:
+                choices, request.pending = sorted(request.pending), set()
+                self._insert(request, choices, list(tokens), [], kv_caches)
+                if reader not in request.open:
+                    self._remove(request, {reader})
+
+    def _worth_keeping(self, reading: Reading, ended: bool) -> bool:
+        """Whether to keep a prompt's caches before its answer has ended: copying them is not free."""
+        if not self._context.prompt_cache.enabled:
+            return False
+        if reading.wanted is not None and reading.wanted <= reading.position:
+            reading.wanted = None
+            return True
+        read_tokens = reading.position - reading.request.cached_tokens
+        return ended and read_tokens >= self._options.keep_prompt_tokens
 
     def _process_tokens(self, responses: list[Any]) -> None:
         self._completion_tokens += len(responses)
@@ -312,6 +319,7 @@ class GenerationLoop:
         for response in responses:
             request, choice = self._rows[response.uid]
             request.completion_tokens[choice] = request.completion_tokens.get(choice, 0) + 1
+            self._scheduler.waiting.charge_output(request.share, 1)
             if response.finish_reason != "stop":
                 logprob, top = logprobs.get(response.uid, (None, ()))
                 self._emit(request, Token(choice, response.token, logprob, top))
@@ -331,17 +339,16 @@ class GenerationLoop:
         uids, rows = zip(*wanted, strict=True)
         return dict(zip(uids, read_logprobs(rows), strict=True))
 
-    def _finish_choice(self, request: _Request, choice: int, reason: FinishReason) -> None:
+    def _finish_choice(self, request: Request, choice: int, reason: FinishReason) -> None:
         request.open.discard(choice)
         self._emit(request, ChoiceFinished(choice, reason, request.completion_tokens.get(choice, 0)))
         if request.open:
             return
         self._remove(request, set(request.uids))
-        if self._active.pop(request.request_id, None) is None:
-            self._waiting.remove(request)
+        self._scheduler.end(request)
         self._emit(request, Finished(request.cached_tokens))
 
-    def _remove(self, request: _Request, choices: set[int]) -> None:
+    def _remove(self, request: Request, choices: set[int]) -> None:
         """Take the rows of `choices` out of the batch; what they have computed is kept for later prompts."""
         uids = [request.uids[choice] for choice in choices if choice in request.uids]
         if not uids:
@@ -352,10 +359,12 @@ class GenerationLoop:
         for choice in choices & request.uids.keys():
             self._forget_row(request, choice)
 
-    def _forget_row(self, request: _Request, choice: int) -> None:
-        del self._rows[request.uids.pop(choice)]
+    def _forget_row(self, request: Request, choice: int) -> None:
+        uid = request.uids.pop(choice)
+        del self._rows[uid]
+        self._scheduler.reading.pop(uid, None)
 
-    def _store(self, request: _Request, tokens: list[int], cache: list[Any]) -> None:
+    def _store(self, request: Request, tokens: list[int], cache: list[Any]) -> None:
         self._context.prompt_cache.store(request.key, tokens, self._context.routed.strip(cache))
 
     def _recover(self) -> None:
@@ -363,7 +372,7 @@ class GenerationLoop:
 
         Nor can caches whose evaluation may have been under way.
         """
-        requests = list(self._active.values())
+        requests = list(self._scheduler.running.values())
         _log.exception("a step failed", request_ids=[request.request_id for request in requests])
         self._failures += 1
         self._fail(requests, _FAILED)
@@ -371,12 +380,18 @@ class GenerationLoop:
         self._generator.close()
         self._generator = self._new_generator()
 
-    def _fail(self, requests: list[_Request], message: str) -> None:
+    def _fail(self, requests: list[Request], message: str) -> None:
         for request in requests:
             for uid in request.uids.values():
                 self._rows.pop(uid, None)
-            self._active.pop(request.request_id, None)
+                self._scheduler.reading.pop(uid, None)
+            self._scheduler.end(request)
             self._emit(request, Failed(message))
 
-    def _emit(self, request: _Request, event: Event) -> None:
+    def _emit(self, request: Request, event: Event) -> None:
         self._events.append((request.request_id, event))
+
+
+def _serve_anywhere(cache: list[Any]) -> bool:
+    """Whether caches like these, however long they get, can be trimmed back to any beginning."""
+    return can_trim_prompt_cache(cache) and not any(isinstance(part, RotatingKVCache) for part in cache)

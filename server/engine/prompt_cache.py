@@ -1,8 +1,9 @@
-"""Finished KV caches, kept by content so that a later prompt with the same beginning starts from them.
+"""KV caches, kept by content so that a later prompt with the same beginning starts from them.
 
 An entry is (key, tokens, KV caches): `key` says what the tokens were computed with (base and adapters), so
-that nothing is ever shared between different weights. Knows nothing of requests or batches. Runs on the
-generation thread.
+that nothing is ever shared between different weights. Caches that can be trimmed serve every beginning of
+their tokens; others (windows that have moved on, recurrent state) serve only what continues all of them.
+Knows nothing of requests or batches. Runs on the generation thread.
 
 `mlx_lm.models.cache.LRUPromptCache` is not used: it looks up by walking a trie whose cost grows with the
 square of an entry's length (0.16 s for four entries of 8,000 tokens, on the generation thread), a hit does
@@ -13,35 +14,66 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, can_trim_prompt_cache, trim_prompt_cache
 
-__all__ = ["PromptCache", "PromptCacheStats"]
+from .prefixes import PrefixIndex, TokenText
+
+__all__ = ["PromptCache", "PromptCacheStats", "PromptMatch"]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptCacheStats:
-    """Counts since the start (`hits`, `misses`) and what is held now (`entries`, `bytes_held`)."""
+    """Counts since the start (`hits`, `misses`, `evictions`) and what is held now (`entries`, `bytes_held`).
+
+    An eviction is an entry that went for want of room; one that a longer entry replaces is none.
+    """
 
     hits: int = 0
     misses: int = 0
+    evictions: int = 0
     entries: int = 0
     bytes_held: int = 0
 
 
 @dataclass(frozen=True, slots=True)
+class PromptMatch:
+    """What is kept for a prompt: tokens that need no computing, and where it parts from another prompt.
+
+    `branch_tokens` is how much of its beginning the prompt shares with an entry that cannot be trimmed back
+    to there: if that much were kept, the next prompt with this beginning would find it. 0: nothing shared.
+    """
+
+    cached_tokens: int = 0
+    branch_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
     key: Hashable
-    tokens: np.ndarray  # (T,) int64
+    text: TokenText
     cache: list[Any]
     size_bytes: int
     trimmable: bool
+
+    @property
+    def name(self) -> tuple[Hashable, TokenText, bool]:
+        return self.key, self.text, self.trimmable
+
+
+@dataclass(frozen=True, slots=True)
+class _Shelf:
+    """The texts of one key's entries: those that can be trimmed, and those that serve as they are."""
+
+    trimmable: PrefixIndex = field(default_factory=PrefixIndex)
+    fixed: PrefixIndex = field(default_factory=PrefixIndex)
+
+    def of(self, trimmable: bool) -> PrefixIndex:
+        return self.trimmable if trimmable else self.fixed
 
 
 class PromptCache:
@@ -50,11 +82,12 @@ class PromptCache:
     def __init__(self, max_bytes: int, *, max_entries: int = 1024) -> None:
         self._max_bytes = max_bytes
         self._max_entries = max_entries
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
-        self._numbers = count()
+        self._entries: OrderedDict[tuple[Hashable, TokenText, bool], _Entry] = OrderedDict()
+        self._shelves: dict[Hashable, _Shelf] = {}
         self._bytes_held = 0
         self._hits = 0
         self._misses = 0
+        self._evictions = 0
 
     @property
     def enabled(self) -> bool:
@@ -64,9 +97,19 @@ class PromptCache:
     @property
     def stats(self) -> PromptCacheStats:
         """The counters now."""
-        return PromptCacheStats(self._hits, self._misses, len(self._entries), self._bytes_held)
+        return PromptCacheStats(
+            self._hits, self._misses, self._evictions, len(self._entries), self._bytes_held
+        )
 
-    def fetch(self, key: Hashable, tokens: Sequence[int]) -> tuple[list[Any] | None, int]:
+    def match(self, key: Hashable, tokens: Sequence[int] | TokenText) -> PromptMatch:
+        """What `fetch` would find; counts nothing and touches nothing."""
+        wanted = _wanted(tokens)
+        _, cached = self._find(key, wanted)
+        shelf = self._shelves.get(key)
+        branch = 0 if shelf is None else shelf.fixed.closest(wanted)[1]
+        return PromptMatch(cached, branch if branch > cached else 0)
+
+    def fetch(self, key: Hashable, tokens: Sequence[int] | TokenText) -> tuple[list[Any] | None, int]:
         """The kept caches that cover most of `tokens`' beginning, and how many tokens they cover.
 
         The caches are the caller's own and hold exactly that many tokens. At least one token is always left
@@ -74,71 +117,102 @@ class PromptCache:
         """
         if not self.enabled:
             return None, 0
-        wanted = np.asarray(tokens, dtype=np.int64)
-        best, best_length = -1, 0
-        for number, entry in self._entries.items():
-            if entry.key != key:
-                continue
-            length = min(_common_prefix(entry.tokens, wanted), len(wanted) - 1)
-            if length > best_length and (entry.trimmable or length == len(entry.tokens)):
-                best, best_length = number, length
-        if best < 0:
+        entry, length = self._find(key, _wanted(tokens))
+        if entry is None:
             self._misses += 1
             return None, 0
         self._hits += 1
-        self._entries.move_to_end(best)
-        entry = self._entries[best]
+        self._entries.move_to_end(entry.name)
         cache = copy.deepcopy(entry.cache)  # new cache objects; the arrays are shared, never copied
-        surplus = len(entry.tokens) - best_length
+        surplus = entry.text.tokens - length
         if surplus:
             trim_prompt_cache(cache, surplus)
-        return cache, best_length
+        return cache, length
 
-    def store(self, key: Hashable, tokens: Sequence[int], cache: list[Any]) -> None:
+    def _find(self, key: Hashable, wanted: TokenText) -> tuple[_Entry | None, int]:
+        shelf = self._shelves.get(key)
+        if shelf is None:
+            return None, 0
+        closest, length = shelf.trimmable.closest(wanted)
+        fixed = shelf.fixed.longest_beginning(wanted)
+        if fixed is not None and fixed.tokens > length:
+            return self._entries[key, fixed, False], fixed.tokens
+        return (None, 0) if closest is None else (self._entries[key, closest, True], length)
+
+    def store(self, key: Hashable, tokens: Sequence[int] | TokenText, cache: list[Any]) -> None:
         """Keep `cache`, the KV caches of one row that hold exactly `tokens`; they become this object's own.
 
         Starts their evaluation, so that they do not hold on to the batch that they were taken from.
         """
-        if not self.enabled or not tokens:
+        size_bytes = sum(part.nbytes for part in cache)
+        if not (self.enabled and tokens) or size_bytes > self._max_bytes:
             return
-        size_bytes = sum(entry.nbytes for entry in cache)
-        if size_bytes > self._max_bytes:
+        text = _text(tokens)
+        trimmable = can_trim_prompt_cache(cache)
+        shelf = self._shelves.setdefault(key, _Shelf())
+        longer = shelf.trimmable.continuation(text) if trimmable else (text if text in shelf.fixed else None)
+        if longer is not None:  # which can do all that this one could
+            self._entries.move_to_end((key, longer, trimmable))
             return
-        mx.async_eval([entry.state for entry in cache])
-        new = _Entry(key, np.asarray(tokens, dtype=np.int64), cache, size_bytes, can_trim_prompt_cache(cache))
-        for number in [number for number, entry in self._entries.items() if _replaces(new, entry)]:
-            self._drop(number)
-        self._entries[next(self._numbers)] = new
+        if trimmable:
+            shorter = shelf.trimmable.longest_beginning(text)
+            if shorter is not None:
+                self._drop((key, shorter, True))
+        _own_arrays(cache)
+        mx.async_eval([part.state for part in cache])
+        self._make_room(size_bytes)
+        entry = _Entry(key, text, cache, size_bytes, trimmable)
+        self._shelves.setdefault(key, _Shelf()).of(trimmable).add(text)
+        self._entries[entry.name] = entry
         self._bytes_held += size_bytes
-        while self._bytes_held > self._max_bytes or len(self._entries) > self._max_entries:
+
+    def _make_room(self, size_bytes: int) -> None:
+        while self._entries and (
+            self._bytes_held + size_bytes > self._max_bytes or len(self._entries) >= self._max_entries
+        ):
             self._drop(next(iter(self._entries)))
+            self._evictions += 1
 
     def drop(self, uses: Callable[[Hashable], bool]) -> int:
         """Forget the entries whose key `uses` says yes to; returns the bytes that this frees."""
         before = self._bytes_held
-        for number in [number for number, entry in self._entries.items() if uses(entry.key)]:
-            self._drop(number)
+        for name in [name for name, entry in self._entries.items() if uses(entry.key)]:
+            self._drop(name)
         return before - self._bytes_held
 
     def clear(self) -> int:
         """Forget everything; returns the bytes that this frees."""
         return self.drop(lambda _: True)
 
-    def _drop(self, number: int) -> None:
-        self._bytes_held -= self._entries.pop(number).size_bytes
+    def _drop(self, name: tuple[Hashable, TokenText, bool]) -> None:
+        entry = self._entries.pop(name)
+        self._bytes_held -= entry.size_bytes
+        shelf = self._shelves[entry.key]
+        shelf.of(entry.trimmable).remove(entry.text)
+        if not shelf.trimmable and not shelf.fixed:
+            del self._shelves[entry.key]
 
 
-def _replaces(new: _Entry, old: _Entry) -> bool:
-    """Whether `new` can do all that `old` can: it holds the same tokens, or can be trimmed back to them."""
-    if new.key != old.key or len(new.tokens) < len(old.tokens):
-        return False
-    if len(new.tokens) > len(old.tokens) and not new.trimmable:
-        return False
-    return _common_prefix(new.tokens, old.tokens) == len(old.tokens)
+def _text(tokens: Sequence[int] | TokenText) -> TokenText:
+    return tokens if isinstance(tokens, TokenText) else TokenText.of(tokens)
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    length = min(len(a), len(b))
-    differs = a[:length] != b[:length]
-    first = int(differs.argmax()) if length else 0
-    return first if length and differs[first] else length
+def _wanted(tokens: Sequence[int] | TokenText) -> TokenText:
+    """All but the last token, which has to be computed in any case."""
+    text = _text(tokens)
+    return text.first(max(text.tokens - 1, 0))
+
+
+def _own_arrays(cache: Iterable[Any]) -> None:
+    """Copy recurrent state out of the batch's arrays, of which mlx-lm's extract leaves it a view."""
+    for part in _parts(cache):
+        if isinstance(part, ArraysCache):
+            part.cache = [None if array is None else mx.contiguous(array) for array in part.cache]
+
+
+def _parts(cache: Iterable[Any]) -> Iterator[Any]:
+    for part in cache:
+        if isinstance(part, CacheList):
+            yield from _parts(part.caches)
+        else:
+            yield part

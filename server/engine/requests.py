@@ -1,0 +1,92 @@
+"""A request on the generation thread, from its Submit to its end. State only; no rules."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from adapters_core.routing import ResidentAdapter, row_key
+
+from .messages import Submit
+from .prefixes import TokenText, common_tokens
+
+__all__ = ["Reading", "Request"]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """`share` is whom its service is charged to, `key` what its KV caches are computed with (once looked up).
+
+    `open`: choices that are not finished. `pending`: those of them that wait while another choice's row reads
+    the prompt for all. `uids`: the generator's rows by choice. `overtaken`: requests that were started while
+    this one was next but did not fit.
+    """
+
+    submit: Submit
+    seed: int
+    text: TokenText
+    share: Hashable
+    adapters: frozenset[ResidentAdapter]
+    key: Hashable = None
+    cached_tokens: int = 0
+    overtaken: int = 0
+    open: set[int] = field(default_factory=set)
+    pending: set[int] = field(default_factory=set)
+    uids: dict[int, int] = field(default_factory=dict)
+    completion_tokens: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, submit: Submit, seed: int) -> Request:
+        """The request as it begins to wait."""
+        return cls(
+            submit,
+            seed,
+            TokenText.of(submit.prompt_tokens),
+            row_key(submit.row),
+            frozenset(adapter for adapter, _ in submit.row),
+            open=set(range(submit.choices)),
+        )
+
+    @property
+    def request_id(self) -> str:
+        """The id that it was submitted with."""
+        return self.submit.request_id
+
+
+@dataclass(slots=True)
+class Reading:
+    """A row whose prompt is being read: how far, and the lengths of the segments ahead.
+
+    The prompt's last token is in no segment: computing it starts the answer. `anywhere`: KV caches kept at
+    one place serve every beginning; otherwise they serve from the ends of segments alone. `wanted`: the place
+    from which on a waiting request could start with this row's caches.
+    """
+
+    request: Request
+    position: int
+    segments: list[int]
+    anywhere: bool
+    wanted: int | None = None
+
+    @property
+    def left_tokens(self) -> int:
+        """What a step can read of it at most; never 0."""
+        return self.segments[0]
+
+    def advance(self, read_tokens: int) -> bool:
+        """Some tokens of the first segment have been read; whether that ended it."""
+        self.position += read_tokens
+        self.segments[0] -= read_tokens
+        if self.segments[0] == 0:
+            self.segments.pop(0)
+            return True
+        return False
+
+    def will_serve(self, text: TokenText) -> int:
+        """Of how many of the first tokens of `text` this row will have caches to start from."""
+        shared = min(common_tokens(self.request.text, text), text.tokens - 1)
+        if self.anywhere:
+            return min(shared, self.position + sum(self.segments))
+        ends = accumulate(self.segments, initial=self.position)
+        return max((end for end in ends if end <= shared), default=0)

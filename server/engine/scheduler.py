@@ -1,0 +1,170 @@
+"""Who is admitted to the batch, and how much of the prompts is read in a step.
+
+Holds the waiting and the running requests and the prompts that are being read; decides, and computes nothing.
+Knows no model and no batch: the loop asks it, does what it says, and tells it what came of it. Runs on the
+generation thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from adapters_core.routing import ResidentAdapter
+
+from .fairness import FairQueue
+from .pacing import Pace, first_read
+from .prompt_cache import PromptMatch
+from .requests import Reading, Request
+
+__all__ = ["LoopOptions", "Scheduler"]
+
+# How many requests may be started before one that was next and did not fit yet.
+_MAX_OVERTAKEN = 32
+# How many prompts that cannot be read yet are looked up in a step, for one whose caches let it start at once.
+_MAX_LOOK_UPS = 8
+_MIN_READ_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LoopOptions:
+    """`max_batch_size` rows decode together; `prefill_batch_size` prompts are read together.
+
+    At most `prefill_step_tokens` of each prompt are read in one step, and of all together while rows decode.
+    The running requests use at most `max_batch_adapters` different adapters (None: no limit), unless one
+    alone needs more. A prompt's KV caches are kept as soon as they are read if they cover
+    `keep_prompt_tokens` more than what was kept already.
+    """
+
+    max_batch_size: int = 32
+    prefill_batch_size: int = 8
+    prefill_step_tokens: int = 512
+    max_batch_adapters: int | None = None
+    keep_prompt_tokens: int = 128
+
+
+class Scheduler:
+    """Requests by their state: waiting, running, and those of the running ones whose prompt is being read."""
+
+    def __init__(self, options: LoopOptions) -> None:
+        self.options = options
+        self.waiting: FairQueue[Request] = FairQueue()
+        self.running: dict[str, Request] = {}
+        self.reading: dict[int, Reading] = {}  # by the generator's uid
+        self.pace = Pace(min_tokens=_MIN_READ_TOKENS, max_tokens=options.prefill_step_tokens)
+
+    @property
+    def batch_adapters(self) -> int:
+        """Different adapters of the running requests."""
+        return len(self._adapters())
+
+    def _adapters(self) -> frozenset[ResidentAdapter]:
+        none: frozenset[ResidentAdapter] = frozenset()
+        return none.union(*(request.adapters for request in self.running.values()))
+
+    @property
+    def taken_rows(self) -> int:
+        """Rows of the running requests, those that are not in the batch yet included."""
+        return sum(len(request.open) for request in self.running.values())
+
+    def find(self, request_id: str) -> Request | None:
+        """A request that has not ended."""
+        return self.running.get(request_id) or self.waiting.get(request_id)
+
+    def submit(self, request: Request) -> None:
+        """Let it wait."""
+        self.waiting.push(request.share, request.request_id, request)
+
+    def start(self, request: Request, read_tokens: int) -> None:
+        """It runs from now on; `read_tokens` of its prompt are to be computed."""
+        self.waiting.start(request.request_id, read_tokens)
+        self.running[request.request_id] = request
+
+    def end(self, request: Request) -> None:
+        """It has ended, wherever it was."""
+        if self.running.pop(request.request_id, None) is not None:
+            self.waiting.end(request.share)
+        elif self.waiting.get(request.request_id) is not None:
+            self.waiting.remove(request.request_id)
+
+    def admissible(self, look_up: Callable[[Request], PromptMatch]) -> Iterator[Request]:
+        """Those that may start now, one by one: the caller starts, or ends, each before it asks for the next.
+
+        `look_up` sets a request's key and says what is kept for its prompt. The order is that of fairness.
+        Where rows are wanting, nobody overtakes. A request that must wait for other reasons may be overtaken
+        by those that fit, a bounded number of times; then they wait for it.
+        """
+        passed: list[Request] = []
+        looked_up = 0
+        taken, present = self.taken_rows, self._adapters()
+        for request in self.waiting.heads():
+            if self.running and taken + len(request.open) > self.options.max_batch_size:
+                return
+            fits = self._adapters_fit(request, present)
+            if fits:
+                cached = look_up(request).cached_tokens
+                looked_up += 1
+                if self._follows(request, cached):
+                    continue  # what it waits for is no more than what it would have to read itself
+                fits = self._may_read(request, len(request.submit.prompt_tokens) - 1 - cached)
+            if fits:
+                yield request
+                taken, present, looked_up = self.taken_rows, self._adapters(), 0
+                for other in passed:
+                    other.overtaken += 1
+            else:
+                passed.append(request)
+            if looked_up > _MAX_LOOK_UPS or any(other.overtaken >= _MAX_OVERTAKEN for other in passed):
+                return
+
+    def _adapters_fit(self, request: Request, present: frozenset[ResidentAdapter]) -> bool:
+        limit = self.options.max_batch_adapters
+        if limit is None or request.adapters <= present or present <= request.adapters:
+            return True
+        return len(present | request.adapters) <= limit
+
+    def _follows(self, request: Request, cached_tokens: int) -> bool:
+        """Whether a prompt that is being read now will soon have read what this one needs too."""
+        for reading in self.reading.values():
+            if reading.request.key != request.key:
+                continue
+            served = reading.will_serve(request.text)
+            if served > reading.position and served - cached_tokens >= self.options.keep_prompt_tokens:
+                reading.wanted = served if reading.wanted is None else min(served, reading.wanted)
+                return True
+        return False
+
+    def _may_read(self, request: Request, left_tokens: int) -> bool:
+        """Whether a prompt of which so much is to be read may be read beside the others.
+
+        Not if that spreads the step's budget too thin; but a share of which nothing is read may always.
+        """
+        reading = self.reading.values()
+        if left_tokens <= 0 or not reading:
+            return True
+        if len(reading) >= self.options.prefill_batch_size:
+            return False
+        if all(other.request.share != request.share for other in reading):
+            return True
+        budget = self._budget_tokens()
+        return budget // (len(reading) + 1) >= min(left_tokens, _MIN_READ_TOKENS, budget // 2)
+
+    @property
+    def decoding_rows(self) -> int:
+        """Rows in the batch whose prompt has been read."""
+        return sum(len(request.uids) for request in self.running.values()) - len(self.reading)
+
+    def _budget_tokens(self) -> int:
+        options, decoding = self.options, self.decoding_rows
+        if decoding == 0:
+            return options.prefill_step_tokens * options.prefill_batch_size
+        free = max(options.max_batch_size - self.taken_rows, 0)
+        joining = len(self.reading) + min(len(self.waiting), free)
+        return self.pace.budget_tokens(decoding_rows=decoding, joining_rows=joining)
+
+    def step_tokens(self) -> int:
+        """How many tokens of each prompt to read in the next step; at least 1."""
+        left = [reading.left_tokens for reading in self.reading.values()]
+        if not left:
+            return self.options.prefill_step_tokens
+        return first_read(left, self._budget_tokens(), self.options.prefill_step_tokens)
