@@ -17,20 +17,23 @@ from mlx.utils import tree_flatten
 from .container import AdapterContainer, LinearWeights
 from .errors import ContainerStateError
 from .layers import compute_dtype, dense_weight
-from .mixed import LayerFactors, MixedLinear, padded_rank
-from .routing import ResidentAdapter, Routing, RowAdapters, make_row, row_key
+from .layout import Factors, GroupLayout, Layout, Projection, bucket_rank, group_projections
+from .mixed import MixedLinear, ProjectionGroup
+from .routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
+from .stacks import Shelf
 from .surgery import replace_modules
-from .targets import module_at
+from .targets import linear_shape, module_at
 
 __all__ = ["AdapterBank", "PreparedAdapter", "ResidentAdapter", "RowAdapters", "make_row", "row_key"]
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedAdapter:
-    """An adapter that was checked against a model and laid out for its bank, evaluated."""
+    """An adapter that was checked against a model and laid out for its bank; its rows are evaluated."""
 
     resident: ResidentAdapter
-    factors: dict[str, LayerFactors]
+    groups: dict[str, GroupLayout]
+    rows: dict[str, mx.array]
 
 
 class AdapterBank:
@@ -43,18 +46,19 @@ class AdapterBank:
     def __init__(self, model: nn.Module, routing: Routing) -> None:
         self._model = model
         self._routing = routing
+        self._groups: dict[str, ProjectionGroup] = {}
         self._layers: dict[str, MixedLinear] = {}
-        self._residents: set[ResidentAdapter] = set()
+        self._shelves: dict[frozenset[tuple[str, GroupLayout]], Shelf] = {}
 
     @property
     def residents(self) -> frozenset[ResidentAdapter]:
         """The adapters that rows may use."""
-        return frozenset(self._residents)
+        return frozenset(self._routing.placements)
 
     @property
     def resident_bytes(self) -> int:
         """What the bank really takes, free slots included."""
-        return sum(array.nbytes for layer in self._layers.values() for array in layer.stacked_arrays())
+        return sum(shelf.size_bytes for shelf in self._shelves.values())
 
     def prepare(self, container: AdapterContainer) -> PreparedAdapter:
         """Check `container` against the model and lay its weights out; changes nothing.
@@ -64,20 +68,27 @@ class AdapterBank:
         """
         weights = container.check(self._model)
         default = _float_dtype(self._model)
-        factors = {
-            path: _lay_out(module_at(self._model, path), linear, default) for path, linear in weights.items()
-        }
-        arrays = [array for factor in factors.values() for array in factor.arrays()]
-        mx.eval(arrays)
+        linears = {path: module_at(self._model, path) for path in weights}
+        scale = max((linear.scale for linear in weights.values()), key=abs)
+        groups: dict[str, GroupLayout] = {}
+        rows: dict[str, mx.array] = {}
+        for name, paths in group_projections(
+            {path: linear_shape(linears[path])[1] for path in weights}
+        ).items():
+            group = groups[name] = _lay_out(paths, weights, linears, default)
+            rows[name] = group.pack(
+                {path: _factors(linears[path], weights[path], scale, default) for path in paths}
+            )
+        mx.eval(rows)
         resident = ResidentAdapter(
             digest=container.digest,
             type=container.config.fine_tune_type.value,
             rank=max(linear.lora_a.shape[1] for linear in weights.values()),
-            scale=max((linear.scale for linear in weights.values()), key=abs),
-            paths=tuple(sorted(factors)),
-            size_bytes=sum(array.nbytes for array in arrays),
+            scale=scale,
+            paths=tuple(sorted(weights)),
+            size_bytes=sum(row.nbytes for row in rows.values()),
         )
-        return PreparedAdapter(resident, factors)
+        return PreparedAdapter(resident, groups, rows)
 
     def add(self, adapter: PreparedAdapter | AdapterContainer) -> ResidentAdapter:
         """Make `adapter` available to rows; a container is prepared first.
@@ -87,20 +98,15 @@ class AdapterBank:
             ContainerStateError: it is resident already.
         """
         prepared = self.prepare(adapter) if isinstance(adapter, AdapterContainer) else adapter
-        resident = prepared.resident
-        if resident in self._residents:
+        resident, placements = prepared.resident, self._routing.placements
+        if resident in placements:
             raise ContainerStateError(f"adapter {resident.digest} is resident already")
-        new = {
-            path: MixedLinear(path, module_at(self._model, path), self._routing)
-            for path in prepared.factors
-            if path not in self._layers
-        }
-        replace_modules(self._model, new)
-        self._layers.update(new)
-        for path, factors in prepared.factors.items():
-            self._layers[path].put(resident, factors)
-        self._residents.add(resident)
-        self._changed(resident)
+        shelf = self._shelf(prepared.groups)
+        try:
+            placements[resident] = Placement(shelf.layout, shelf.put(resident, prepared.rows))
+        finally:
+            if not shelf.slots:
+                self._clear(shelf)
         return resident
 
     def remove(self, resident: ResidentAdapter) -> int:
@@ -109,15 +115,17 @@ class AdapterBank:
         Raises:
             ContainerStateError: it is not resident.
         """
-        if resident not in self._residents:
+        placements = self._routing.placements
+        if resident not in placements:
             raise ContainerStateError(f"adapter {resident.digest} is not resident")
         before = self.resident_bytes
-        self._residents.remove(resident)
-        for path in resident.paths:
-            self._layers[path].drop(resident)
-        self._changed(resident)
-        empty = [path for path in resident.paths if self._layers[path].is_empty]
-        replace_modules(self._model, {path: self._layers.pop(path).reverted() for path in empty})
+        layout = placements.pop(resident).layout
+        shelf = self._shelves[frozenset(layout.groups.items())]
+        if shelf.drop(resident):
+            placements.update({one: Placement(layout, slot) for one, slot in shelf.slots.items()})
+            self._routing.generation += 1
+        if not shelf.slots:
+            self._clear(shelf)
         return before - self.resident_bytes
 
     def close(self) -> None:
@@ -125,25 +133,65 @@ class AdapterBank:
         for resident in self.residents:
             self.remove(resident)
 
-    def _changed(self, resident: ResidentAdapter) -> None:
-        self._routing.generation += 1
-        mx.eval([self._layers[path].stacked_arrays() for path in resident.paths])
+    def _shelf(self, groups: dict[str, GroupLayout]) -> Shelf:
+        """The shelf for adapters that lie as `groups` say; a new one wraps the layers that are not yet."""
+        key = frozenset(groups.items())
+        if key in self._shelves:
+            return self._shelves[key]
+        shelf = Shelf(Layout(groups))
+        new: dict[str, MixedLinear] = {}
+        for name, group in groups.items():
+            owner = self._groups.setdefault(name, ProjectionGroup(self._routing))
+            for projection in group.projections:
+                path = projection.path
+                if path not in self._layers:
+                    new[path] = MixedLinear(path, module_at(self._model, path), owner)
+        replace_modules(self._model, new)
+        self._layers.update(new)
+        for name, stack in shelf.stacks.items():
+            self._groups[name].stacks[shelf.layout] = stack
+            self._groups[name].layers.update({p.path: self._layers[p.path] for p in groups[name].projections})
+        self._shelves[key] = shelf
+        return shelf
+
+    def _clear(self, shelf: Shelf) -> None:
+        """Take an empty shelf down, and unwrap the layers that no other serves."""
+        del self._shelves[frozenset(shelf.layout.groups.items())]
+        for name in shelf.layout.groups:
+            del self._groups[name].stacks[shelf.layout]
+        used = {path for other in self._shelves.values() for path in other.layout.paths}
+        gone = [path for path in shelf.layout.paths if path not in used]
+        replace_modules(self._model, {path: self._layers.pop(path).reverted() for path in gone})
+        for name in shelf.layout.groups:
+            group = self._groups[name]
+            group.layers = {path: layer for path, layer in group.layers.items() if path in self._layers}
+            if not group.stacks:
+                del self._groups[name]
 
 
-def _lay_out(linear: nn.Module, weights: LinearWeights, default: mx.Dtype) -> LayerFactors:
-    """A as (R, in), B as (R, out), padded to R, in a dtype that holds the file's and the layer's."""
-    compute = compute_dtype(linear, default)
-    dtype = (mx.zeros(1, compute) + mx.zeros(1, weights.lora_a.dtype)).dtype
-    missing = padded_rank(weights.lora_a.shape[1]) - weights.lora_a.shape[1]
-    a = mx.pad(weights.lora_a.T, [(0, missing), (0, 0)]).astype(dtype)
-    b = mx.pad(weights.lora_b, [(0, missing), (0, 0)]).astype(dtype)
-    factor = None
+def _lay_out(
+    paths: list[str], weights: dict[str, LinearWeights], linears: dict[str, nn.Module], default: mx.Dtype
+) -> GroupLayout:
+    """A dtype that holds the file's and the layers', and the ranks in their buckets."""
+    numbers = [mx.zeros(1, compute_dtype(linears[path], default)) for path in paths]
+    numbers += [mx.zeros(1, weights[path].lora_a.dtype) for path in paths]
+    projections = []
+    for path in paths:
+        out_size, in_size = linear_shape(linears[path])
+        projections.append(Projection(path, bucket_rank(weights[path].lora_a.shape[1]), in_size, out_size))
+    is_dora = weights[paths[0]].magnitude is not None
+    return GroupLayout(tuple(projections), is_dora, sum(numbers[1:], numbers[0]).dtype)
+
+
+def _factors(linear: nn.Module, weights: LinearWeights, scale: float, default: mx.Dtype) -> Factors:
+    """A and B such that the adapter's scale is `scale`; for DoRA, m / ‖W + s·B A‖ as (out,)."""
+    a, b, factor = weights.lora_a.T, weights.lora_b, None
     if weights.magnitude is not None:
         base = dense_weight(linear).astype(mx.float32)
-        delta = (weights.scale * weights.lora_b.T.astype(mx.float32)) @ weights.lora_a.T.astype(mx.float32)
+        delta = (weights.scale * b.T.astype(mx.float32)) @ a.astype(mx.float32)
         norm = mx.linalg.norm(base + delta, axis=1)
-        factor = (weights.magnitude.astype(mx.float32) / norm).astype(compute)
-    return LayerFactors(mx.contiguous(a), mx.contiguous(b), weights.scale, factor)
+        factor = (weights.magnitude.astype(mx.float32) / norm).astype(compute_dtype(linear, default))
+    return Factors(a, b if weights.scale == scale else b * (weights.scale / scale), factor)
 
 
 def _float_dtype(model: nn.Module) -> mx.Dtype:

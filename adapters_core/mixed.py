@@ -1,90 +1,29 @@
-"""A linear layer that serves rows with different adapters, and with none, in one forward.
+"""Linear layers that serve rows with different adapters, and with none, in one forward.
 
     LoRA (arXiv:2106.09685)   y = W x + w·s·B A x
     DoRA (arXiv:2402.09353)   y = f ⊙ (W x + s·B A x) + bias,   f = m / ‖W + s·B A‖ row by row
 
-with the factors of all resident adapters stacked, so that one `gather_mm` reads each row's own. `f`
-depends on weights alone and is computed when the adapter is prepared. Runs on the thread that owns the
-model; which rows use what comes from the Routing.
+The factors of all resident adapters lie in stacks, so that one product reads each row's own; projections that
+read the same input share the product with A. The form is chosen by where and what is computed: one fused
+kernel for decoding on CUDA; matrix products with gathered factors elsewhere there (its `gather_mm` has to be
+compiled for half a minute first); one plain product where all rows have the same adapter; `gather_mm` for the
+rest. Runs on the thread that owns the model; which rows use what comes from the Routing.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import UnsupportedModelError
-from .routing import Placement, ResidentAdapter, Routing, RowGroup, StackKey
+from .fused import fused_outputs
+from .layout import Layout
+from .routing import BatchPlan, Pass, Routing
+from .stacks import Stack
 
-__all__ = ["LayerFactors", "MixedLinear", "padded_rank"]
+__all__ = ["MixedLinear", "ProjectionGroup"]
 
-_SMALLEST_RANK = 4
-
-
-def padded_rank(rank: int) -> int:
-    """The rank that factors are padded to, so that near ranks share a stack: the next power of two."""
-    return max(_SMALLEST_RANK, 1 << (rank - 1).bit_length())
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFactors:
-    """What one adapter brings to one layer, evaluated.
-
-    `a` (R, in) and `b` (R, out) with R the padded rank and zeros beyond the true one; for DoRA,
-    `factor` (out,) is m / ‖W + s·B A‖ in the layer's compute dtype. `scale` is s.
-    """
-
-    a: mx.array
-    b: mx.array
-    scale: float
-    factor: mx.array | None = None
-
-    @property
-    def key(self) -> StackKey:
-        """The stack that these factors belong to."""
-        return StackKey("lora" if self.factor is None else "dora", self.a.shape[0], self.a.dtype)
-
-    def arrays(self) -> list[mx.array]:
-        """The arrays in the order of a stack's."""
-        return [self.a, self.b] if self.factor is None else [self.a, self.b, self.factor]
-
-
-class _Stack:
-    """The factors of several adapters of one kind, one slot each: (S, R, in), (S, R, out), (S, out)."""
-
-    def __init__(self) -> None:
-        self.arrays: list[mx.array] = []
-        self.slots: dict[ResidentAdapter, int] = {}
-
-    @property
-    def capacity(self) -> int:
-        return self.arrays[0].shape[0] if self.arrays else 0
-
-    def put(self, adapter: ResidentAdapter, new: Sequence[mx.array]) -> None:
-        free = min(set(range(self.capacity)).difference(self.slots.values()), default=None)
-        if free is None:
-            free = self.capacity
-            self._grow(new, 1 + free // 8)
-        for array, value in zip(self.arrays, new, strict=True):
-            array[free] = value
-        self.slots[adapter] = free
-
-    def _grow(self, new: Sequence[mx.array], by: int) -> None:
-        blank = [mx.zeros((by, *value.shape), dtype=value.dtype) for value in new]
-        if self.arrays:
-            blank = [mx.concatenate(list(pair)) for pair in zip(self.arrays, blank, strict=True)]
-        self.arrays = blank
-
-    def drop(self, adapter: ResidentAdapter) -> None:
-        del self.slots[adapter]
-        # Free slots are kept for the next adapters up to the share that growing leaves.
-        if self.capacity > len(self.slots) + 1 + len(self.slots) // 8 or not self.slots:
-            keep = mx.array(list(self.slots.values()), dtype=mx.uint32)
-            self.arrays = [array[keep] for array in self.arrays] if self.slots else []
-            self.slots = {kept: slot for slot, kept in enumerate(self.slots)}
+Steps = tuple[tuple[Pass, Stack], ...]
 
 
 class MixedLinear(nn.Module):
@@ -94,78 +33,117 @@ class MixedLinear(nn.Module):
     batch's adapters do not touch this layer, it is the base layer's own forward.
     """
 
-    def __init__(self, path: str, linear: nn.Module, routing: Routing) -> None:
+    def __init__(self, path: str, linear: nn.Module, group: ProjectionGroup) -> None:
         super().__init__()
         self.linear = linear
         self._path = path
-        self._routing = routing
-        self._stacks: dict[StackKey, _Stack] = {}
-        self._placements: dict[ResidentAdapter, tuple[StackKey, float]] = {}
+        self._group = group
 
     def reverted(self) -> nn.Module:
         """The base layer, the very module that was wrapped."""
         return self.linear
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no resident adapter adapts this layer."""
-        return not self._placements
-
-    def put(self, adapter: ResidentAdapter, factors: LayerFactors) -> None:
-        """Keep `factors` for rows that compute with `adapter`; nothing is evaluated yet."""
-        self._stacks.setdefault(factors.key, _Stack()).put(adapter, factors.arrays())
-        self._placements[adapter] = (factors.key, factors.scale)
-
-    def drop(self, adapter: ResidentAdapter) -> None:
-        """Forget `adapter`; nothing is evaluated yet."""
-        key, _ = self._placements.pop(adapter)
-        stack = self._stacks[key]
-        stack.drop(adapter)
-        if not stack.slots:
-            del self._stacks[key]
-
-    def placement(self, adapter: ResidentAdapter) -> Placement | None:
-        """Where this layer keeps `adapter`, or None if the adapter does not touch it."""
-        found = self._placements.get(adapter)
-        if found is None:
-            return None
-        key, scale = found
-        return Placement(key, self._stacks[key].slots[adapter], scale)
-
-    def stacked_arrays(self) -> list[mx.array]:
-        """All arrays of the stacks, to evaluate or to count."""
-        return [array for stack in self._stacks.values() for array in stack.arrays]
-
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
+        return self._group.forward(self._path, self.linear, x)
+
+
+class ProjectionGroup:
+    """Layers that read the same input: `layers` by path, and the stacks of the layouts that adapt them."""
+
+    def __init__(self, routing: Routing) -> None:
+        self.layers: dict[str, MixedLinear] = {}
+        self.stacks: dict[Layout, Stack] = {}
+        self._routing = routing
+
+    def forward(self, path: str, linear: nn.Module, x: mx.array) -> mx.array:
+        """The output of the layer at `path`, whose base is `linear`."""
         plan = self._routing.plan
         if plan is None:
-            return y
-        groups = plan.groups(self)
-        if not groups:
-            return y
+            return linear(x)
+        steps = plan.steps(self, self.stacks.get)
+        if not steps:
+            return linear(x)
+        memo = plan.memo.get(self)
+        # That the input is shared is what the names promise; here it is checked, by identity.
+        if memo is None or memo[0] is not x:
+            memo = plan.memo[self] = (x, self._begin(path, x, plan, steps))
+        return memo[1].output(path, linear)
+
+    def _begin(self, path: str, x: mx.array, plan: BatchPlan, steps: Steps) -> _Products | _Kernel:
         if x.shape[0] != plan.batch_size or x.ndim < 2:
             raise UnsupportedModelError(
-                [f"{self._path} gets input of shape {x.shape}; its axis 0 must be the {plan.batch_size} rows"]
+                [f"{path} gets input of shape {x.shape}; its axis 0 must be the {plan.batch_size} rows"]
             )
-        shape = y.shape
+        outputs = (
+            fused_outputs(x, self.layers, steps, self._routing.kernels) if self._routing.kernels else None
+        )
+        return (
+            _Products(x, steps, gather=self._routing.kernels is None)
+            if outputs is None
+            else _Kernel(x, outputs)
+        )
+
+
+class _Kernel:
+    """The outputs of all layers that the batch's adapters touch, from one kernel."""
+
+    def __init__(self, x: mx.array, outputs: dict[str, mx.array]) -> None:
+        self._x = x
+        self._outputs = outputs
+
+    def output(self, path: str, linear: nn.Module) -> mx.array:
+        found = self._outputs.get(path)
+        return linear(self._x) if found is None else found
+
+
+class _Products:
+    """The input times A, weighted, for each pass; each layer's B when it is asked for."""
+
+    def __init__(self, x: mx.array, steps: Steps, gather: bool) -> None:
+        self._x = x
+        self._steps = steps
+        self._gather = gather
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        y = y.reshape(y.shape[0], -1, y.shape[-1])
-        for group in groups:
-            y = self._adapt(rows, y, group)
+        self._shrunk = [self._shrink(rows, one, stack) for one, stack in steps]
+
+    def output(self, path: str, linear: nn.Module) -> mx.array:
+        y = linear(self._x)
+        shape = y.shape
+        y = y.reshape(shape[0], -1, shape[-1])
+        for (one, stack), h in zip(self._steps, self._shrunk, strict=True):
+            if path in stack.layout.ranks:
+                y = self._expand(y, h, one, stack, path, linear)
         return y.reshape(shape)
 
-    def _adapt(self, x: mx.array, y: mx.array, group: RowGroup) -> mx.array:
-        a, b, *factor = self._stacks[group.key].arrays
-        h = mx.gather_mm(
-            x.astype(a.dtype), a.swapaxes(-1, -2), lhs_indices=group.rows, rhs_indices=group.slots
-        )
-        delta = mx.gather_mm(h * group.weights, b, rhs_indices=group.slots).astype(y.dtype)
-        new = (y if group.rows is None else y[group.rows]) + delta
-        if factor:
-            f = factor[0][group.slots][:, None, :]
-            bias = self.linear.get("bias")
+    def _shrink(self, x: mx.array, one: Pass, stack: Stack) -> mx.array:
+        """w·s·A x of the rows concerned, (E, L, rank of all projections)."""
+        a, layout = stack.a(), stack.layout
+        x = x.astype(layout.dtype)
+        if one.slot is not None:
+            h = x @ a[one.slot].T
+        elif self._gather:
+            h = mx.gather_mm(x, a.swapaxes(-1, -2), lhs_indices=one.rows, rhs_indices=one.slots)
+        else:
+            h = (x if one.rows is None else x[one.rows]) @ a[one.slots].swapaxes(-1, -2)
+        return h * one.weights(layout.dtype)
+
+    def _expand(
+        self, y: mx.array, h: mx.array, one: Pass, stack: Stack, path: str, linear: nn.Module
+    ) -> mx.array:
+        b, layout = stack.b(path), stack.layout
+        if len(layout.projections) > 1:
+            h = h[..., layout.ranks[path]]
+        if one.slot is not None:
+            delta = h @ b[one.slot]
+        elif self._gather:
+            delta = mx.gather_mm(h, b, rhs_indices=one.slots)
+        else:
+            delta = h @ b[one.slots]
+        new = (y if one.rows is None else y[one.rows]) + delta.astype(y.dtype)
+        if layout.is_dora:
+            f = stack.factor(path)[one.slots][:, None, :].astype(y.dtype)
+            bias = linear.get("bias")
             new = f * new if bias is None else f * (new - bias) + bias
-        if group.select is None:
+        if one.select is None:
             return new
-        return mx.take(mx.concatenate([y, new]), group.select, axis=0)
+        return mx.take(mx.concatenate([y, new]), one.select, axis=0)

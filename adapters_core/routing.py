@@ -10,29 +10,35 @@ the thread that owns the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from functools import cached_property
+from typing import Any, NamedTuple, Self, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from .errors import BlendError
+from .errors import BlendError, ContainerStateError
+from .fused import make_kernels
+from .layout import Layout
 
 __all__ = [
     "AdapterRows",
     "BatchPlan",
+    "Pass",
     "Placement",
     "ResidentAdapter",
     "RoutedModel",
     "Routing",
     "RowAdapters",
-    "RowGroup",
-    "StackKey",
     "make_row",
     "row_key",
 ]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -88,105 +94,97 @@ def row_key(row: RowAdapters) -> tuple[tuple[str, float], ...]:
     return tuple((adapter.digest, weight) for adapter, weight in row)
 
 
-class StackKey(NamedTuple):
-    """Adapters of one layer that can share a stack: same form, same padded rank, same dtype."""
+class Pass:
+    """Rows of a batch that the stacks of one layout serve in one go, each row at most once.
 
-    type: str
-    rank: int
-    dtype: mx.Dtype
-
-
-class Placement(NamedTuple):
-    """Where a layer keeps a resident's factors, and the scale of their product."""
-
-    key: StackKey
-    slot: int
-    scale: float
-
-
-class AdaptedLayer(Protocol):
-    """What a plan needs of a layer that serves mixed rows."""
-
-    def placement(self, adapter: ResidentAdapter) -> Placement | None:
-        """Where the layer keeps `adapter`, or None if the adapter does not touch it."""
-        ...
-
-
-class RowGroup:
-    """Rows of a batch that one stack serves in one go, each row at most once.
-
-    `rows` (E,) uint32 are their positions in the batch, or None when they are all of it in order.
-    `slots` (E,) uint32 say where the stack keeps each one's factors. `select` (B,) uint32 rebuilds the
-    batch from [all B old rows, then the E new ones].
+    `rows` (E,) uint32 are their positions in the batch, or None when they are all of it in order. `slots`
+    (E,) uint32 say where the stacks keep each one's factors; `slot` is the number where all rows of the batch
+    have the same. `select` (B,) uint32 rebuilds the batch from [all B old rows, then the E new ones].
     """
 
-    __slots__ = ("_factors", "_weights", "key", "rows", "select", "slots")
-
-    def __init__(self, key: StackKey, entries: Sequence[tuple[int, int, float]], batch_size: int) -> None:
+    def __init__(self, layout: Layout, entries: Sequence[tuple[int, int, float]], batch_size: int) -> None:
+        self.layout = layout
+        self._entries = entries
+        self._batch_size = batch_size
+        self._weights: dict[mx.Dtype, mx.array] = {}
         rows = [row for row, _, _ in entries]
-        self.key = key
+        slots = {slot for _, slot, _ in entries}
+        everywhere = rows == list(range(batch_size))
         self.slots = mx.array([slot for _, slot, _ in entries], dtype=mx.uint32)
-        self._factors = [factor for _, _, factor in entries]
-        self._weights: mx.array | None = None
+        self.slot = slots.pop() if everywhere and len(slots) == 1 else None
         self.rows: mx.array | None = None
         self.select: mx.array | None = None
-        if rows != list(range(batch_size)):
+        if not everywhere:
             self.rows = mx.array(rows, dtype=mx.uint32)
             position = {row: batch_size + at for at, row in enumerate(rows)}
             self.select = mx.array([position.get(row, row) for row in range(batch_size)], dtype=mx.uint32)
 
-    @property
-    def weights(self) -> mx.array:
-        """Scale times request weight of each row, (E, 1, 1), in the stack's dtype."""
-        if self._weights is None:
-            self._weights = mx.array(self._factors, dtype=mx.float32).reshape(-1, 1, 1).astype(self.key.dtype)
-        return self._weights
+    def weights(self, dtype: mx.Dtype) -> mx.array:
+        """Scale times request weight of each row, (E, 1, 1)."""
+        found = self._weights.get(dtype)
+        if found is None:
+            factors = mx.array([factor for _, _, factor in self._entries], dtype=mx.float32)
+            found = self._weights[dtype] = factors.reshape(-1, 1, 1).astype(dtype)
+        return found
+
+    @cached_property
+    def packed(self) -> mx.array:
+        """(B, 2) int32 for a kernel: each row's slot, -1 where there is none, and the bits of its weight."""
+        packed = np.full((self._batch_size, 2), -1, dtype=np.int32)
+        for row, slot, factor in self._entries:
+            packed[row] = slot, np.float32(factor).view(np.int32)
+        return mx.array(packed)
 
 
 class BatchPlan:
     """The rows of one batch, laid out once and used by every layer of every forward until they change.
 
-    Layers that keep the batch's adapters in the same places share their index arrays, so that laying out
-    a batch costs a few look-ups a layer.
+    `memo` is for what layers of one forward share; it is emptied when the forward ends.
     """
 
-    def __init__(self, rows: Sequence[RowAdapters]) -> None:
+    def __init__(self, rows: Sequence[RowAdapters], placements: Mapping[ResidentAdapter, Placement]) -> None:
         self.batch_size = len(rows)
-        self._rows = rows
-        self._residents = tuple(dict.fromkeys(adapter for row in rows for adapter, _ in row))
-        self._groups: dict[tuple[Placement | None, ...], tuple[RowGroup, ...]] = {}
-
-    def groups(self, layer: AdaptedLayer) -> tuple[RowGroup, ...]:
-        """The groups of rows that `layer` adapts; empty when the batch's adapters do not touch it."""
-        places = tuple(layer.placement(adapter) for adapter in self._residents)
-        groups = self._groups.get(places)
-        if groups is None:
-            groups = self._groups[places] = self._lay_out(places)
-        return groups
-
-    def _lay_out(self, places: tuple[Placement | None, ...]) -> tuple[RowGroup, ...]:
-        where = dict(zip(self._residents, places, strict=True))
-        # The n-th term of a row that falls into a stack goes to the stack's n-th group.
-        entries: dict[tuple[StackKey, int], list[tuple[int, int, float]]] = {}
-        for row, terms in enumerate(self._rows):
-            used: dict[StackKey, int] = {}
+        self.memo: dict[Any, Any] = {}
+        self._steps: dict[Any, Any] = {}
+        # The n-th term of a row that falls into a layout goes to the layout's n-th pass.
+        entries: dict[tuple[Layout, int], list[tuple[int, int, float]]] = {}
+        for row, terms in enumerate(rows):
+            used: Counter[Layout] = Counter()
             for adapter, weight in terms:
-                place = where[adapter]
-                if place is None:
-                    continue
-                nth = used[place.key] = used.get(place.key, -1) + 1
-                entries.setdefault((place.key, nth), []).append((row, place.slot, place.scale * weight))
-        return tuple(RowGroup(key, group, self.batch_size) for (key, _), group in entries.items())
+                if adapter not in placements:
+                    raise ContainerStateError(f"a row computes with {adapter.digest}, which is not resident")
+                layout, slot = placements[adapter]
+                entries.setdefault((layout, used[layout]), []).append((row, slot, adapter.scale * weight))
+                used[layout] += 1
+        self.passes = tuple(Pass(layout, found, self.batch_size) for (layout, _), found in entries.items())
+
+    def steps(self, owner: Any, find: Callable[[Layout], _T | None]) -> tuple[tuple[Pass, _T], ...]:
+        """The passes that concern `owner`, each with what `find` gives for its layout; found once."""
+        steps = self._steps.get(owner)
+        if steps is None:
+            pairs = ((one, find(one.layout)) for one in self.passes)
+            steps = self._steps[owner] = tuple((one, found) for one, found in pairs if found is not None)
+        return steps
+
+
+class Placement(NamedTuple):
+    """Where a bank keeps an adapter: the slot, in every stack of its layout."""
+
+    layout: Layout
+    slot: int
 
 
 class Routing:
-    """The plan of the forward under way, shared by the adapted layers of one model.
+    """The plan of the forward under way, and where the bank keeps its adapters; shared by the layers.
 
-    `generation` counts changes of the bank: a plan laid out before a change may point at old slots.
+    `generation` counts the times that adapters have changed their slots: an older plan points at wrong ones.
+    `kernels` are the fused ones of a CUDA GPU, None elsewhere.
     """
 
     def __init__(self) -> None:
+        self.kernels = make_kernels()
         self.plan: BatchPlan | None = None
+        self.placements: dict[ResidentAdapter, Placement] = {}
         self.generation = 0
 
 
@@ -202,13 +200,17 @@ class AdapterRows:
         self._plan: BatchPlan | None = None
         self._generation = -1
 
-    def plan(self, generation: int) -> BatchPlan | None:
-        """The layout of these rows for a bank at `generation`; None if no row uses an adapter."""
+    def plan(self, routing: Routing) -> BatchPlan | None:
+        """How these rows are laid out; None if no row uses an adapter.
+
+        Raises:
+            ContainerStateError: a row uses an adapter that is not resident.
+        """
         if not any(self.rows):
             return None
-        if self._plan is None or self._generation != generation:
-            self._plan = BatchPlan(self.rows)
-            self._generation = generation
+        if self._plan is None or self._generation != routing.generation:
+            self._plan = BatchPlan(self.rows, routing.placements)
+            self._generation = routing.generation
         return self._plan
 
     def _set(self, rows: tuple[RowAdapters, ...]) -> None:
@@ -285,11 +287,13 @@ class RoutedModel:
         *kv_caches, rows = cache
         if not isinstance(rows, AdapterRows) or len(rows.rows) != inputs.shape[0]:
             raise TypeError(f"the cache must end in AdapterRows for {inputs.shape[0]} row(s), got {rows!r}")
-        self._routing.plan = rows.plan(self._routing.generation)
+        plan = self._routing.plan = rows.plan(self._routing)
         try:
             return self.model(inputs, cache=kv_caches)
         finally:
             self._routing.plan = None
+            if plan is not None:
+                plan.memo.clear()
 
     def new_cache(self, row: RowAdapters) -> list[Any]:
         """An empty prompt cache for one request that computes with `row`."""

@@ -6,17 +6,19 @@ import copy
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters_core.errors import BlendError
+from adapters_core.layout import Layout
 from adapters_core.routing import (
     AdapterRows,
     BatchPlan,
     Placement,
     ResidentAdapter,
-    StackKey,
+    Routing,
     make_row,
     row_key,
 )
@@ -31,7 +33,9 @@ def numbers(array: mx.array) -> list[Any]:
 
 
 ADAPTERS = [resident(name) for name in "abcdef"]
-KEYS = [StackKey("lora", 4, mx.float32), StackKey("lora", 8, mx.float32)]
+LAYOUTS = [Layout({}), Layout({})]
+ROUTING = Routing()
+ROUTING.placements = {one: Placement(LAYOUTS[at % 2], at) for at, one in enumerate(ADAPTERS)}
 terms = st.lists(
     st.tuples(st.sampled_from(ADAPTERS), st.sampled_from([-1.0, 0.5, 1.0, 2.0])),
     max_size=3,
@@ -40,43 +44,63 @@ terms = st.lists(
 rows = st.lists(terms.map(make_row), min_size=1, max_size=8)
 
 
-class Layer:
-    """Places the adapters it knows: odd ones in one stack, even ones in the other."""
-
-    def __init__(self, known: set[int]) -> None:
-        self.known = known
-
-    def placement(self, adapter: ResidentAdapter) -> Placement | None:
-        index = ADAPTERS.index(adapter)
-        return Placement(KEYS[index % 2], index, 3.0) if index in self.known else None
-
-
-@given(rows, st.sets(st.integers(0, 5)))
-def test_a_plan_holds_every_term_that_the_layer_knows_once(rows, known) -> None:
+@given(rows)
+def test_a_plan_holds_every_term_once(rows) -> None:
     found = []
-    for group in BatchPlan(rows).groups(Layer(known)):
-        at = list(range(len(rows))) if group.rows is None else numbers(group.rows)
+    for one in BatchPlan(rows, ROUTING.placements).passes:
+        at = list(range(len(rows))) if one.rows is None else numbers(one.rows)
         assert len(set(at)) == len(at)
-        found += zip(at, numbers(group.slots), numbers(group.weights.reshape(-1)), strict=True)
+        assert all(LAYOUTS[slot % 2] is one.layout for slot in numbers(one.slots))
+        found += zip(at, numbers(one.slots), numbers(one.weights(mx.float32).reshape(-1)), strict=True)
     expected = [
-        (row, ADAPTERS.index(adapter), 3.0 * weight)
+        (row, ADAPTERS.index(adapter), 2.0 * weight)
         for row, row_terms in enumerate(rows)
         for adapter, weight in row_terms
-        if ADAPTERS.index(adapter) in known
     ]
     assert sorted(found) == sorted(expected)
 
 
-@given(rows, st.sets(st.integers(0, 5)))
-def test_select_puts_the_adapted_rows_back_in_their_places(rows, known) -> None:
-    for group in BatchPlan(rows).groups(Layer(known)):
-        if group.rows is None:
-            assert group.select is None
+@given(rows)
+def test_packed_rows_say_the_same_as_the_lists(rows) -> None:
+    for one in BatchPlan(rows, ROUTING.placements).passes:
+        packed = np.array(one.packed)
+        at = list(range(len(rows))) if one.rows is None else numbers(one.rows)
+        weights = numbers(one.weights(mx.float32).reshape(-1))
+        assert packed[at, 0].tolist() == numbers(one.slots)
+        assert packed[at, 1].view(np.float32).tolist() == weights
+        assert set(packed[[row for row in range(len(rows)) if row not in at], 0].tolist()) <= {-1}
+
+
+@given(rows)
+def test_one_slot_is_named_where_all_rows_have_it(rows) -> None:
+    for one in BatchPlan(rows, ROUTING.placements).passes:
+        alone = one.rows is None and len(set(numbers(one.slots))) == 1
+        assert one.slot == (numbers(one.slots)[0] if alone else None)
+
+
+@given(rows)
+def test_select_puts_the_adapted_rows_back_in_their_places(rows) -> None:
+    for one in BatchPlan(rows, ROUTING.placements).passes:
+        if one.rows is None:
+            assert one.select is None
             continue
-        assert group.select is not None
-        at = numbers(group.rows)
+        assert one.select is not None
+        at = numbers(one.rows)
         new = {row: len(rows) + index for index, row in enumerate(at)}
-        assert numbers(group.select) == [new.get(row, row) for row in range(len(rows))]
+        assert numbers(one.select) == [new.get(row, row) for row in range(len(rows))]
+
+
+def test_steps_are_those_that_concern_the_owner_and_are_found_once() -> None:
+    plan = BatchPlan([((ADAPTERS[0], 1.0), (ADAPTERS[1], 1.0))], ROUTING.placements)
+    asked = []
+
+    def find(layout: Layout) -> str | None:
+        asked.append(layout)
+        return "stack" if layout is LAYOUTS[1] else None
+
+    for _ in range(2):
+        assert [(one.layout, found) for one, found in plan.steps("owner", find)] == [(LAYOUTS[1], "stack")]
+    assert len(asked) == 2
 
 
 @given(st.data())
@@ -93,7 +117,7 @@ def test_adapter_rows_move_as_a_list_of_rows_does(data) -> None:
             entry.filter(mx.array(keep) if data.draw(st.booleans()) else keep)
             mine = [mine[index] for index in keep]
         assert list(entry.rows) == mine
-        plan = entry.plan(0)
+        plan = entry.plan(ROUTING)
         assert (plan is None) == (not any(mine))
         assert plan is None or plan.batch_size == len(mine)
     for index, row in enumerate(mine):
@@ -108,14 +132,17 @@ def test_a_copy_shares_the_residents_and_not_the_rows() -> None:
     assert (len(entry.rows), len(other.rows)) == (2, 1)
 
 
-def test_a_plan_is_laid_out_anew_after_a_change_of_the_bank_or_of_the_rows() -> None:
+def test_a_plan_is_laid_out_anew_after_slots_moved_or_rows_changed() -> None:
+    routing = Routing()
+    routing.placements = ROUTING.placements
     entry = AdapterRows([make_row([(ADAPTERS[0], 1.0)])])
-    first = entry.plan(1)
-    assert entry.plan(1) is first
-    assert entry.plan(2) is not first
-    second = entry.plan(2)
+    first = entry.plan(routing)
+    assert entry.plan(routing) is first
+    routing.generation += 1
+    second = entry.plan(routing)
+    assert second is not first
     entry.extend(AdapterRows([()]))
-    assert entry.plan(2) is not second
+    assert entry.plan(routing) is not second
 
 
 @given(terms, st.randoms())
