@@ -5,13 +5,17 @@ Made through adapters_core. Runs on the calling thread; the model is loaded lazi
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.utils import load_model
 
 from adapters_core.config import CONFIG_FILE, AdapterConfig, LoRAParameters
@@ -46,10 +50,11 @@ KINDS = {
 }
 
 
-def write_adapters(
-    model_path: Path, root: Path, count: int, kind: AdapterKind, seed: int
-) -> tuple[Path, ...]:
-    """Write `count` LoRA adapters of `kind` into folders under `root`, each different, the same for a `seed`.
+def write_adapters(model_path: Path, folders: Mapping[int, Path], kind: AdapterKind, seed: int) -> None:
+    """Write a LoRA adapter of `kind` into each folder; which one depends on the `seed` and its number alone.
+
+    The first tensors are drawn, and the other adapters' are the same with their values moved on, each by its
+    own number: as random, and different everywhere, but written at the speed of the disk.
 
     Raises: ValueError if the model has no module that `kind` names; AdapterError if it cannot be adapted.
     """
@@ -62,22 +67,39 @@ def write_adapters(
         )
     parameters = LoRAParameters(rank=kind.rank, scale=_SCALE, keys=keys)
     config = AdapterConfig(num_layers=-1, lora_parameters=parameters)
-    targets = resolve_targets(model, config)
-    sizes = {path: _root_mean_square(linear) for path, linear in targets.items()}
-    folders = []
-    for index in range(count):
-        folder = root / f"bench-{index}"
+    with tempfile.TemporaryDirectory(prefix="mlx-graft-bench-") as folder:
+        file = Path(folder, WEIGHTS_FILE)
+        save_weights(file, _drawn(model, config, kind.rank, seed))
+        template = file.read_bytes()
+    for number, folder in folders.items():
         folder.mkdir(parents=True)
-        key = mx.random.key(seed + index)
-        tensors: dict[str, mx.array] = {}
-        for path, linear in targets.items():
-            key, for_a, for_b = mx.random.split(key, 3)
-            factors = _factors(linear, sizes[path], kind.rank, for_a, for_b)
-            tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = factors
-        save_weights(folder / WEIGHTS_FILE, tensors)
+        (folder / WEIGHTS_FILE).write_bytes(_moved(template, number))
         config.write(folder / CONFIG_FILE)
-        folders.append(folder)
-    return tuple(folders)
+
+
+def _drawn(model: nn.Module, config: AdapterConfig, rank: int, seed: int) -> dict[str, mx.array]:
+    key = mx.random.key(seed)
+    tensors: dict[str, mx.array] = {}
+    for path, linear in resolve_targets(model, config).items():
+        key, for_a, for_b = mx.random.split(key, 3)
+        factors = _factors(linear, _root_mean_square(linear), rank, for_a, for_b)
+        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = factors
+    return tensors
+
+
+def _moved(file: bytes, places: int) -> bytes:
+    """A safetensors file with the values of each tensor moved on by `places`, the last ones to the front.
+
+    The format: 8 bytes with the header's length, little-endian, the header in JSON, the tensors' bytes.
+    """
+    start = 8 + int.from_bytes(file[:8], "little")
+    values = np.frombuffer(file[start:], np.uint8).copy()
+    for name, tensor in json.loads(file[8:start]).items():
+        if name != "__metadata__":
+            begin, end = tensor["data_offsets"]
+            width = (end - begin) // math.prod(tensor["shape"])
+            values[begin:end] = np.roll(values[begin:end], places * width)
+    return file[:start] + values.tobytes()
 
 
 def _root_mean_square(linear: nn.Module) -> float:

@@ -33,6 +33,7 @@ class Environment:
     cores: int
     device: str
     blas: str
+    blas_threads: str
     python: str
     packages: dict[str, str]
     load_average: float
@@ -66,6 +67,7 @@ def describe_environment() -> Environment:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         device=_device(),
         blas="MLX's own" if blas is None else blas.name,
+        blas_threads=_blas_threads(),
         python=platform.python_version(),
         packages={name: _version(name) for name in _PACKAGES},
         load_average=os.getloadavg()[0],
@@ -94,6 +96,14 @@ def _device() -> str:
     kind = "GPU" if device.type == mx.DeviceType.gpu else "CPU"
     name = mx.device_info(device).get("device_name")
     return f"{kind} {name}" if name else kind
+
+
+def _blas_threads() -> str:
+    """OpenBLAS takes the first of these that is set, and else as many threads as there are cores."""
+    for name in ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"):
+        if value := os.environ.get(name):
+            return f"{value} threads ({name})"
+    return "all cores"
 
 
 def _processor() -> str:

@@ -1,8 +1,12 @@
-"""Questions with long answers, as many as wanted, none twice. Knows no tokenizer and no server."""
+"""Questions with long answers, as many as wanted, none twice. Knows no server."""
 
 from __future__ import annotations
 
-__all__ = ["prompts"]
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+__all__ = ["instruction", "passage", "story"]
 
 _SUBJECTS = (
     "a lighthouse keeper who finds a letter in a bottle",
@@ -24,15 +28,33 @@ _SUBJECTS = (
 )
 
 
-def prompts(round_index: int, count: int) -> list[str]:
-    """The `count` questions of a round, which begins at 0.
+def instruction(number: int) -> str:
+    """A system message whose first word no other number has.
 
-    All differ from each other and from those of all other rounds with the same count, near their
-    beginning: so no prompt cache can spare a side more than the chat template.
+    It stands before all that is the same in prompts, a template's own words included, so that no cache of
+    earlier prompts can spare a side more than the template's first mark. Numbers of as many digits have
+    as many tokens with tokenizers that split digits.
     """
-    first = round_index * count
-    return [
-        f"Story number {number + 1}: write a long and detailed story about "
-        f"{_SUBJECTS[number % len(_SUBJECTS)]}. Tell it in at least ten paragraphs."
-        for number in range(first, first + count)
-    ]
+    return f"{number:06d} is this story's number."
+
+
+def story(number: int) -> str:
+    """A question with a long answer."""
+    return f"Write a long and detailed story about {_SUBJECTS[number % len(_SUBJECTS)]}."
+
+
+def passage(model_path: Path, number: int, tokens: int) -> str:
+    """A text that begins with `number` and has about `tokens` tokens of the model in `model_path`.
+
+    Raises: ValueError if the folder holds no tokenizer.json.
+    """
+    file = model_path / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"expected a tokenizer.json in {model_path}, which has none")
+    tokenizer = Tokenizer.from_file(str(file))
+    sentences = [instruction(number)]
+    # Each sentence has more than five tokens.
+    for index in range(tokens // 5):
+        sentences.append(f"Chapter {index + 1} tells of {_SUBJECTS[(number + index) % len(_SUBJECTS)]}.")
+    encoding = tokenizer.encode(" ".join(sentences), add_special_tokens=False)
+    return tokenizer.decode(encoding.ids[:tokens])

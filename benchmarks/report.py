@@ -1,166 +1,302 @@
-"""Shows an outcome: tables for people, JSON for programs. Measures nothing."""
+"""The report of a run, as it is written to a file and read back: everything measured and what it depends on.
+
+What is shown to people, on a terminal, in a page or in a plot, is read from here and from nowhere else.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import combinations
-from statistics import median
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import JsonValue
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmarks.cases import Load, LoadName, Measure
+from benchmarks.case import Column, Figure, Measure, Sample, Samples, Term
 from benchmarks.environment import Environment, ModelFacts
-from benchmarks.results import Outcome, Rounds, Spread, agreement, spread
+from benchmarks.runner import CaseOutcome
+from benchmarks.summary import Spread, Statistic, spread
 
-__all__ = ["Report"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "CaseRecord",
+    "ColumnRecord",
+    "FigureRecord",
+    "GoalRecord",
+    "MeasureRecord",
+    "Report",
+    "ReportError",
+    "RoundRecord",
+    "agreement",
+    "figure_spread",
+    "make_report",
+    "read_report",
+]
 
-_SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_DIGITS = 6
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Report:
-    """An outcome and what it depends on. `options` are the run's own, by name."""
+class ReportError(Exception):
+    """A file that is no report; the message says what is wrong with it."""
 
-    outcome: Outcome
-    loads: dict[LoadName, Load]
-    options: dict[str, JsonValue]
-    model: ModelFacts
-    environment: Environment
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RoundRecord(_Record):
+    """One round of a measure: the samples by quantity, and the answers."""
+
+    round: int
+    values: dict[str, list[float]]
+    texts: list[str]
+
+
+class MeasureRecord(_Record):
+    """A measure and all its rounds."""
+
+    name: str
+    parameters: dict[str, str | int | float]
+    rounds: list[RoundRecord]
+
+    def values(self, quantity: str) -> list[float]:
+        """All samples of a quantity, over all rounds; none if the measure has no such quantity."""
+        return [value for each in self.rounds for value in each.values.get(quantity, ())]
+
+
+class GoalRecord(_Record):
+    """A bound: the smallest value that reaches the goal, or the largest."""
+
+    bound: float
+    at_least: bool
+
+    def __str__(self) -> str:
+        return f"{'≥' if self.at_least else '≤'} {self.bound:g}"
+
+
+class TermRecord(_Record):
+    """What a figure is made of."""
+
+    measure: str
+    quantity: str
+    statistic: Statistic
+
+
+class FigureRecord(_Record):
+    """One number a round, and what was wanted of it; `reached` is about the median, null without a goal."""
+
+    label: str
+    above: TermRecord
+    below: TermRecord | None
+    unit: str
+    goal: GoalRecord | None
+    reached: bool | None
+    rounds: list[int]
+    median: float
+    lowest: float
+    highest: float
+    values: list[float]
+
+
+class ColumnRecord(_Record):
+    """A column of the case's table: a statistic of a quantity, times `factor`."""
+
+    heading: str
+    quantity: str
+    statistic: Statistic
+    factor: float
+    digits: int
+
+
+class AgreementRecord(_Record):
+    """How many answers of two measures that were asked the same were the same, word for word."""
+
+    left: str
+    right: str
+    same: int
+    compared: int
+
+
+class CaseRecord(_Record):
+    """A case; `failure` says why it has no measures."""
+
+    name: str
+    about: str
+    columns: list[ColumnRecord]
+    measures: list[MeasureRecord]
+    figures: list[FigureRecord]
+    same_answers: list[AgreementRecord]
+    notes: list[str]
+    failure: str | None
+
+
+class Report(_Record):
+    """A whole run. `options` are the run's own, by name; `command` is how it was started."""
+
+    schema_version: Literal[2]
+    created: datetime
+    command: str
     seconds: float
+    environment: Environment
+    model: ModelFacts
+    options: dict[str, Any]
+    cases: list[CaseRecord]
+    notes: list[str]
 
-    def show(self, console: Console) -> None:
-        """Print the tables."""
-        console.print(self._measures())
-        console.print(self._ratios())
-        for line in self._footnotes():
-            console.print(escape(line), highlight=False, soft_wrap=True)
+    @property
+    def figures(self) -> Iterator[FigureRecord]:
+        """Those of all cases."""
+        return (figure for case in self.cases for figure in case.figures)
 
     def to_json(self) -> str:
-        """The whole report, every round of every measure, as one JSON object."""
-        values: dict[str, Any] = {
-            "schema": _SCHEMA_VERSION,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": self.seconds,
-            "environment": dataclasses.asdict(self.environment),
-            "model": dataclasses.asdict(self.model),
-            "options": self.options,
-            "loads": {name: dataclasses.asdict(load) for name, load in self.loads.items()},
-            "ratios": [
-                {
-                    "case": case.name,
-                    "name": result.ratio.name,
-                    "numerator": dataclasses.asdict(result.ratio.numerator),
-                    "denominator": dataclasses.asdict(result.ratio.denominator),
-                    "rounds": result.rounds,
-                    **dataclasses.asdict(result.spread),
-                }
-                for case, result in self._case_ratios()
-            ],
-            "measures": [
-                {
-                    "side": measure.side,
-                    "load": measure.load,
-                    "tokens_per_second": dataclasses.asdict(_rates(rounds)),
-                    "first_token_seconds": dataclasses.asdict(_first_tokens(rounds)),
-                    "rounds": [
-                        {
-                            "round": index,
-                            "tokens_per_second": result.tokens_per_second,
-                            "completion_tokens": result.completion_tokens,
-                            **dataclasses.asdict(result),
-                        }
-                        for index, result in sorted(rounds.items())
-                    ],
-                }
-                for measure, rounds in self.outcome.rounds.items()
-            ],
-            "same_answers": [
-                {"left": str(left), "right": str(right), "same": same, "compared": compared}
-                for left, right, same, compared in self._agreements()
-            ],
-            "notes": self.outcome.notes,
-        }
-        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        """The text of a file."""
+        return self.model_dump_json(indent=1) + "\n"
 
-    def _measures(self) -> Table:
-        table = Table(title="Medians over the rounds, lowest to highest in brackets", title_justify="left")
-        table.add_column("side, load", no_wrap=True)
-        for heading in ("tokens/s", "first token, s", "seconds", "tokens", "cached", "rounds"):
-            table.add_column(heading, justify="right")
-        for measure, rounds in self.outcome.rounds.items():
-            results = list(rounds.values())
-            cached = sum(answer.cached_tokens for result in results for answer in result.answers)
-            prompt = sum(answer.prompt_tokens for result in results for answer in result.answers)
-            table.add_row(
-                str(measure),
-                _shown(_rates(rounds)),
-                f"{_first_tokens(rounds).median:.2f}",
-                f"{median(result.seconds for result in results):.1f}",
-                f"{median(result.completion_tokens for result in results):.0f}",
-                f"{cached / prompt:.0%}",
-                str(len(results)),
-            )
-        return table
 
-    def _ratios(self) -> Table:
-        table = Table(title="Ratios of tokens/s, round by round", title_justify="left")
-        table.add_column("ratio", no_wrap=True)
-        table.add_column("median", justify="right")
-        table.add_column("lowest to highest", justify="right")
-        table.add_column("rounds", justify="right")
-        for _, result in self._case_ratios():
-            span = f"{result.spread.lowest:.2f} to {result.spread.highest:.2f}"
-            table.add_row(
-                result.ratio.name, f"{result.spread.median:.2f}", span, ", ".join(map(str, result.rounds))
-            )
-        return table
+def read_report(path: Path) -> Report:
+    """Raises: ReportError if the file is no report of this version; OSError."""
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ReportError(
+            f"expected a report of schema {SCHEMA_VERSION} in {path.name}, but {place or 'the file'}: "
+            f"{first['msg']}. Make it anew with mlx-graft bench --json {path.name}"
+        ) from error
 
-    def _footnotes(self) -> Iterator[str]:
-        environment, base, mixed = self.environment, self.loads[LoadName.BASE], self.loads[LoadName.MIXED]
-        yield (
-            f"Loads: {base.requests} requests at once of at most {base.max_tokens} tokens, greedy; "
-            f"mixed: over {mixed.adapters} adapters ({self.options['adapter_kind']})."
+
+def make_report(
+    outcomes: Sequence[CaseOutcome],
+    *,
+    options: dict[str, Any],
+    model: ModelFacts,
+    environment: Environment,
+    seconds: float,
+    notes: Sequence[str],
+) -> Report:
+    """Put what was measured into the form that is kept."""
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now(UTC).replace(microsecond=0),
+        command=shlex.join(["mlx-graft", *sys.argv[1:]]),
+        seconds=round(seconds, 1),
+        environment=environment,
+        model=model,
+        options=options,
+        cases=[_case(outcome) for outcome in outcomes],
+        notes=list(notes),
+    )
+
+
+def _case(outcome: CaseOutcome) -> CaseRecord:
+    case, samples = outcome.case, outcome.samples
+    notes = []
+    if samples:
+        noted = (
+            (measure, note)
+            for measure in samples
+            for each in samples[measure].values()
+            for note in each.notes
         )
-        yield f"Model: {self.model.name}, {self.model.dtype}."
-        yield f"Machine: {environment.processor}, {environment.cores} cores, {environment.system}."
-        yield (
-            f"MLX on {environment.device}, BLAS {environment.blas}, Python {environment.python}; "
-            f"load average before the run {environment.load_average:.2f}."
-        )
-        yield "; ".join(f"{name} {version}" for name, version in environment.packages.items()) + "."
-        for left, right, same, compared in self._agreements():
-            yield f"Same answers, word for word: {left} and {right}: {same} of {compared}."
-        if environment.device.startswith("CPU") and self.model.tensors.keys() & {"F16", "BF16"}:
-            yield "Note: on a CPU, mlx-graft computes in float32; the other sides in the model's own type."
-        for note in self.outcome.notes:
-            yield f"Note: {note}"
-        yield f"The whole run took {self.seconds:.0f} seconds."
-
-    def _case_ratios(self) -> Iterator[tuple[Any, Any]]:
-        cases = [case for case in self.outcome.cases for _ in case.ratios]
-        return zip(cases, self.outcome.ratios(), strict=True)
-
-    def _agreements(self) -> Iterator[tuple[Measure, Measure, int, int]]:
-        """Sides that were asked the same: (left, right, same answers, answers compared)."""
-        for left, right in combinations(self.outcome.rounds, 2):
-            if left.load is right.load:
-                yield left, right, *agreement(self.outcome.rounds[left], self.outcome.rounds[right])
+        notes = list(dict.fromkeys(f"{measure.name}: {note}" for measure, note in noted))
+        notes += case.remarks(samples)
+    return CaseRecord(
+        name=case.name,
+        about=case.about,
+        columns=[_column(column) for column in case.columns],
+        measures=[_measure(measure, samples[measure]) for measure in case.measures if measure in samples],
+        figures=[_figure(figure, samples) for figure in case.figures] if samples else [],
+        same_answers=list(_agreements(samples)),
+        notes=notes,
+        failure=outcome.failure,
+    )
 
 
-def _rates(rounds: Rounds) -> Spread:
-    return spread([result.tokens_per_second for _, result in sorted(rounds.items())])
+def _measure(measure: Measure, rounds: Mapping[int, Sample]) -> MeasureRecord:
+    return MeasureRecord(
+        name=measure.name,
+        parameters=dict(measure.parameters),
+        rounds=[
+            RoundRecord(
+                round=index,
+                values={
+                    quantity: [round(value, _DIGITS) for value in values]
+                    for quantity, values in sample.values.items()
+                },
+                texts=list(sample.texts),
+            )
+            for index, sample in sorted(rounds.items())
+        ],
+    )
 
 
-def _first_tokens(rounds: Rounds) -> Spread:
-    return spread([result.first_token_seconds for _, result in sorted(rounds.items())])
+def _column(column: Column) -> ColumnRecord:
+    return ColumnRecord(
+        heading=column.heading,
+        quantity=column.quantity,
+        statistic=column.statistic,
+        factor=column.factor,
+        digits=column.digits,
+    )
 
 
-def _shown(values: Spread) -> str:
-    return f"{values.median:.1f} ({values.lowest:.1f} to {values.highest:.1f})"
+def _term(term: Term) -> TermRecord:
+    return TermRecord(measure=term.measure.name, quantity=term.quantity, statistic=term.statistic)
+
+
+def _figure(figure: Figure, samples: Samples) -> FigureRecord:
+    rounds, found = figure_spread(figure, samples)
+    goal = figure.goal
+    return FigureRecord(
+        label=figure.label,
+        above=_term(figure.above),
+        below=None if figure.below is None else _term(figure.below),
+        unit=figure.unit,
+        goal=None if goal is None else GoalRecord(bound=goal.bound, at_least=goal.at_least),
+        reached=None if goal is None else goal.reached(found.median),
+        rounds=rounds,
+        median=found.median,
+        lowest=found.lowest,
+        highest=found.highest,
+        values=list(found.values),
+    )
+
+
+def figure_spread(figure: Figure, samples: Samples) -> tuple[list[int], Spread]:
+    """The rounds that all of a figure's measures ran, and its value in each.
+
+    Raises: ValueError if there is no such round.
+    """
+    above = samples[figure.above.measure]
+    below = samples[figure.below.measure] if figure.below else above
+    rounds = sorted(above.keys() & below.keys())
+    values = [
+        figure.above.of(above[index]) / (figure.below.of(below[index]) if figure.below else 1.0)
+        for index in rounds
+    ]
+    return rounds, spread(values)
+
+
+def _agreements(samples: Samples) -> Iterator[AgreementRecord]:
+    for left, right in combinations(samples, 2):
+        if left.asked is not None and left.asked == right.asked:
+            same, compared = agreement(samples[left], samples[right])
+            yield AgreementRecord(left=left.name, right=right.name, same=same, compared=compared)
+
+
+def agreement(left: Mapping[int, Sample], right: Mapping[int, Sample]) -> tuple[int, int]:
+    """(answers with the same text, answers compared), over the rounds that both ran.
+
+    Space around a text does not count: mlx-lm's streaming detokenizer drops an answer's first space.
+    """
+    pairs = [
+        (ours.strip(), theirs.strip())
+        for index in left.keys() & right.keys()
+        for ours, theirs in zip(left[index].texts, right[index].texts, strict=True)
+    ]
+    return sum(ours == theirs for ours, theirs in pairs), len(pairs)

@@ -1,101 +1,96 @@
-"""Runs cases: starts the sides they need, warms each up, measures in interleaved rounds, ends the sides.
+"""Runs cases: starts the sides of a stage, prepares, measures in interleaved rounds, ends the sides.
 
-All sides stay started, and never more than one is under load. Knows neither commands nor reports.
+Never more than one side is under load. Knows neither commands nor reports.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from benchmarks.cases import Case, Load, LoadName, Measure, SideName, measures_of
-from benchmarks.results import LoadResult, Outcome
-from benchmarks.sides import Side, SideContext, open_side
+from adapters_core.errors import AdapterError
+from benchmarks.case import Case, Measure, Sample, Samples
+from benchmarks.processes import ProcessError
+from benchmarks.sides import Side, SideContext, SideSpec, open_side
 
-__all__ = ["order_of_round", "run_cases", "run_rounds"]
-
-_WARM_UP_TOKENS = 8
-_WARM_UP_ROUND = 0
+__all__ = ["CaseOutcome", "Progress", "measures_of", "order_of_round", "run_cases", "run_rounds"]
 
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class CaseOutcome:
+    """A case's samples, or the sentence that says why there are none."""
+
+    case: Case
+    samples: Samples = field(default_factory=dict)
+    failure: str | None = None
+
+
 async def run_cases(
-    cases: Sequence[Case],
-    loads: Mapping[LoadName, Load],
-    context: SideContext,
-    rounds: int,
-    side_seconds: float,
-    progress: Progress,
-) -> Outcome:
-    """Measure all that `cases` need, `rounds` times.
+    cases: Sequence[Case], context: SideContext, rounds: int, progress: Progress
+) -> list[CaseOutcome]:
+    """Measure stage after stage; the outcomes are in the order of the cases.
 
-    A measure stops early if one more round would bring it over `side_seconds` in all; a note says so.
-
-    Raises: ProcessError if a side does not start or does not answer everything that it is asked.
+    A stage that fails leaves its cases without samples and the others as they are.
     """
-    measures = measures_of(cases)
+    stages: dict[str, list[Case]] = {}
+    for case in cases:
+        stages.setdefault(case.measured_with, []).append(case)
+    outcomes: dict[str, CaseOutcome] = {}
+    for number, (name, members) in enumerate(stages.items(), 1):
+
+        def tell(text: str, head: str = f"[{number}/{len(stages)}] {name}: ") -> None:
+            progress(head + text)
+
+        try:
+            samples = await _run_stage(members, context, rounds, tell)
+        except (AdapterError, ProcessError, OSError, ValueError) as error:
+            tell(f"failed: {str(error).splitlines()[0]}")
+            outcomes |= {case.name: CaseOutcome(case, failure=str(error)) for case in members}
+            continue
+        for case in members:
+            own = {measure: samples[measure] for measure in case.measures}
+            outcomes[case.name] = CaseOutcome(case, own)
+    return [outcomes[case.name] for case in cases]
+
+
+async def _run_stage(cases: Sequence[Case], context: SideContext, rounds: int, progress: Progress) -> Samples:
+    measures = measures_of(cases, rounds)
     async with contextlib.AsyncExitStack() as stack:
-        sides: dict[SideName, Side] = {}
-        for name in dict.fromkeys(measure.side for measure in measures):
-            progress(f"Starting {name} …")
-            sides[name] = await stack.enter_async_context(open_side(name, context))
-        results, notes = await run_rounds(measures, sides, loads, rounds, side_seconds, progress)
-    return Outcome(tuple(cases), results, (*notes, *_remarks(results)))
+        sides: dict[SideSpec, Side] = {}
+        for spec in dict.fromkeys(measure.side for measure in measures):
+            progress(f"starting {spec}")
+            sides[spec] = await stack.enter_async_context(open_side(spec, context))
+        return await run_rounds(measures, sides, progress)
 
 
 async def run_rounds(
-    measures: Sequence[Measure],
-    sides: Mapping[SideName, Side],
-    loads: Mapping[LoadName, Load],
-    rounds: int,
-    side_seconds: float,
-    progress: Progress,
-) -> tuple[dict[Measure, dict[int, LoadResult]], list[str]]:
-    """Warm up, then measure; the results by measure and round, which count from 1, and notes."""
+    measures: Mapping[Measure, int], sides: Mapping[SideSpec, Side], progress: Progress
+) -> Samples:
+    """Prepare, then measure: the samples by measure and round, which count from 1."""
     for measure in measures:
-        progress(f"Warming up {measure} …")
-        await sides[measure.side].run(loads[measure.load].questions(_WARM_UP_ROUND, _WARM_UP_TOKENS))
-    results: dict[Measure, dict[int, LoadResult]] = {measure: {} for measure in measures}
-    notes: list[str] = []
-    stopped: set[Measure] = set()
-    for index in range(1, rounds + 1):
-        for measure in order_of_round(measures, index):
-            if measure in stopped:
-                continue
-            spent = [result.seconds for result in results[measure].values()]
-            if spent and sum(spent) + spent[-1] > side_seconds:
-                stopped.add(measure)
-                notes.append(
-                    f"{measure}: {len(spent)} of {rounds} rounds, to stay within {side_seconds:g} seconds."
-                )
-                continue
-            progress(f"Round {index} of {rounds}: {measure} …")
-            results[measure][index] = await sides[measure.side].run(loads[measure.load].questions(index))
-    return results, notes
+        progress(f"preparing {measure.name}")
+        await measure.prepare(sides[measure.side])
+    samples: dict[Measure, dict[int, Sample]] = {measure: {} for measure in measures}
+    last = max(measures.values())
+    for index in range(1, last + 1):
+        for measure in order_of_round([each for each, rounds in measures.items() if rounds >= index], index):
+            progress(f"round {index} of {measures[measure]}, {measure.name}")
+            samples[measure][index] = await measure.run(sides[measure.side], index)
+    return samples
+
+
+def measures_of(cases: Sequence[Case], rounds: int) -> dict[Measure, int]:
+    """All that the cases need, each once, in order, with the most rounds that a case asks for."""
+    needed: dict[Measure, int] = {}
+    for case in cases:
+        for measure in case.measures:
+            needed[measure] = max(needed.get(measure, 0), rounds if case.rounds is None else case.rounds)
+    return needed
 
 
 def order_of_round(measures: Sequence[Measure], index: int) -> list[Measure]:
     """Every second round runs backwards, so that a machine that slows down favours no side."""
     return list(measures) if index % 2 else list(reversed(measures))
-
-
-def _remarks(results: Mapping[Measure, Mapping[int, LoadResult]]) -> list[str]:
-    """Sentences about results that do not mean what they seem to."""
-    remarks = []
-    for measure, rounds in results.items():
-        retries = sum(answer.retries for result in rounds.values() for answer in result.answers)
-        if retries:
-            remarks.append(f"{measure}: {retries} connections were refused or reset, and were tried again.")
-        base = results.get(Measure(measure.side, LoadName.BASE), {})
-        if measure.load is LoadName.MIXED and _answers(rounds) and _answers(rounds) <= _answers(base):
-            remarks.append(f"{measure}: every answer is the base's: the adapters had no effect.")
-    return remarks
-
-
-def _answers(rounds: Mapping[int, LoadResult]) -> set[tuple[int, int, str]]:
-    return {
-        (index, place, answer.text)
-        for index, result in rounds.items()
-        for place, answer in enumerate(result.answers)
-    }

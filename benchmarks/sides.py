@@ -10,86 +10,185 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from benchmarks.cases import Question, SideName
-from benchmarks.load import LoadError, run_load
-from benchmarks.processes import Child, child_process, free_port, wait_until_ready
-from benchmarks.results import Answer, LoadResult
+import httpx
 
-__all__ = ["Side", "SideContext", "open_side"]
+from benchmarks.library import AdapterLibrary, AdapterSet, tensor_bytes
+from benchmarks.load import Answer, LoadError, LoadResult, run_load
+from benchmarks.processes import Child, ProcessError, child_process, free_port, wait_until_ready
+
+__all__ = ["Question", "Side", "SideContext", "SideKind", "SideSpec", "open_side"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SERVED_NAME = "base"
 
 
-class Side(Protocol):
-    """Something that answers loads."""
+class SideKind(StrEnum):
+    """What answers."""
 
-    async def run(self, questions: Sequence[Question]) -> LoadResult:
-        """Ask all questions at once. Raises: ProcessError if it cannot answer all of them."""
-        ...
+    GRAFT = "mlx-graft"
+    MLX_LM = "mlx_lm.server"
+    BARE = "BatchGenerator"
+
+
+@dataclass(frozen=True, slots=True)
+class SideSpec:
+    """What is started, with which adapters; `options` are flags of `mlx-graft serve`.
+
+    `memory_adapters` bounds the server's memory for adapters to what so many of the first set take; 0 is no
+    bound. `instance` tells sides apart for a reader.
+    """
+
+    kind: SideKind
+    adapters: tuple[AdapterSet, ...] = ()
+    options: tuple[str, ...] = ()
+    memory_adapters: int = 0
+    instance: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.instance}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request: `adapter` is the id of the adapter that answers it, None for the base."""
+
+    system: str
+    prompt: str
+    max_tokens: int
+    adapter: str | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """As a chat."""
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.prompt}]
 
 
 @dataclass(frozen=True, slots=True)
 class SideContext:
-    """What the sides are started with. `adapters` are folders, all directly under one root."""
+    """What every side is started with."""
 
     model_path: Path
-    adapters: tuple[Path, ...]
+    library: AdapterLibrary
     log_folder: Path
     ready_seconds: float
     load_seconds: float
 
-    def adapter(self, question: Question) -> Path | None:
-        """The folder of the adapter that answers `question`."""
-        return None if question.adapter is None else self.adapters[question.adapter]
-
 
 @dataclass(frozen=True, slots=True)
-class _HttpSide:
-    child: Child
-    url: str
-    body: Callable[[Question], dict[str, Any]]
-    timeout_seconds: float
+class Side:
+    """A running side. What only mlx-graft's server has raises ProcessError on the others."""
 
-    async def run(self, questions: Sequence[Question]) -> LoadResult:
-        """Stream all answers over HTTP."""
+    spec: SideSpec
+    context: SideContext
+    child: Child
+    root: Path
+    client: httpx.AsyncClient
+
+    async def ask(
+        self,
+        questions: Sequence[Question],
+        *,
+        in_flight: int | None = None,
+        heard: Callable[[], None] = lambda: None,
+    ) -> LoadResult:
+        """Ask `in_flight` questions at a time, by default all at once; `heard` is told of each piece of text.
+
+        Raises: ProcessError if it does not answer all of them.
+        """
+        if self.spec.kind is SideKind.BARE:
+            return await self._ask_through_pipe(questions)
         bodies = [
             {
-                "messages": [{"role": "user", "content": question.prompt}],
+                "messages": question.messages,
                 "max_tokens": question.max_tokens,
                 "temperature": 0,
-                **self.body(question),
+                **self._model(question),
             }
             for question in questions
         ]
+        url, seconds = f"{self.client.base_url}/v1/chat/completions", self.context.load_seconds
         try:
-            return await run_load(f"{self.url}/v1/chat/completions", bodies, self.timeout_seconds)
+            return await run_load(url, bodies, seconds, in_flight=in_flight, heard=heard)
         except LoadError as error:
             raise self.child.failure(str(error)) from error
 
+    async def load(self, adapter: str) -> dict[str, Any]:
+        """Load an adapter; returns the adapter object."""
+        return await self._call("POST", "/v1/adapters", {"id": adapter})
 
-@dataclass(frozen=True, slots=True)
-class _BareSide:
-    child: Child
-    timeout_seconds: float
+    async def unload(self, adapter: str) -> None:
+        """Unload an adapter."""
+        await self._call("DELETE", f"/v1/adapters/{adapter}")
 
-    async def run(self, questions: Sequence[Question]) -> LoadResult:
+    async def activate(self, adapter: str | None) -> dict[str, Any]:
+        """Let the name `default` mean an adapter, or the base; returns the server's report."""
+        return await self._call("PUT", "/v1/adapters/active", {"id": adapter})
+
+    async def adapters(self) -> dict[str, Any]:
+        """The server's list of adapters."""
+        return await self._call("GET", "/v1/adapters")
+
+    async def metric(self, name: str) -> float:
+        """The value of a metric without labels.
+
+        Raises: ProcessError if the server has no such metric.
+        """
+        text = await self._text("GET", "/metrics")
+        found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        if found is None:
+            raise self.child.failure(f"expected a metric {name} on /metrics, there is none")
+        return float(found[1])
+
+    async def process_bytes(self) -> int:
+        """Physical memory of the side's process, as the system counts it."""
+        pid = str(self.child.process.pid)
+        process = await asyncio.create_subprocess_exec("ps", "-o", "rss=", "-p", pid, stdout=PIPE)
+        output, _ = await process.communicate()
+        if process.returncode or not output.strip().isdigit():
+            raise self.child.failure(f"expected its resident kilobytes from ps, got {output!r}")
+        return int(output) * 1024
+
+    def _model(self, question: Question) -> dict[str, Any]:
+        if self.spec.kind is SideKind.GRAFT:
+            return {"model": question.adapter or _SERVED_NAME}
+        # Only with the model's path does it heed `adapters`; with "default_model" it ignores it silently.
+        adapters = {} if question.adapter is None else {"adapters": str(self.root / question.adapter)}
+        return {"model": str(self.context.model_path), **adapters}
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        return json.loads(await self._text(method, path, body))
+
+    async def _text(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
+        if self.spec.kind is not SideKind.GRAFT:
+            raise ProcessError(f"{self.spec.kind} has no {path}")
+        try:
+            response = await self.client.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise self.child.failure(f"{method} {path} broke off: {error!r}") from error
+        if response.is_error:
+            raise self.child.failure(f"{method} {path} was answered {response.status_code}: {response.text}")
+        return response.text
+
+    async def _ask_through_pipe(self, questions: Sequence[Question]) -> LoadResult:
         """Send the prompts down the pipe; the child keeps the time. Adapters are not for this side."""
         if any(question.adapter is not None for question in questions):
             raise ValueError("expected questions to the base only, got some to adapters")
         process = self.child.process
         if process.stdin is None or process.stdout is None:
             raise self.child.failure("expected pipes to it")
-        prompts = [question.prompt for question in questions]
-        line = json.dumps({"prompts": prompts, "max_tokens": questions[0].max_tokens})
+        chats = [question.messages for question in questions]
+        line = json.dumps({"chats": chats, "max_tokens": questions[0].max_tokens})
         try:
-            async with asyncio.timeout(self.timeout_seconds):
+            async with asyncio.timeout(self.context.load_seconds):
                 process.stdin.write(line.encode() + b"\n")
                 await process.stdin.drain()
                 reply = await process.stdout.readline()
@@ -99,56 +198,56 @@ class _BareSide:
             await process.wait()
             raise self.child.failure("expected an answer, its output ended")
         values = json.loads(reply)
-        return LoadResult(values["seconds"], tuple(Answer(**answer) for answer in values["answers"]))
+        answers = tuple(
+            Answer(**{**answer, "text_seconds": tuple(answer["text_seconds"])})
+            for answer in values["answers"]
+        )
+        return LoadResult(values["seconds"], answers)
 
 
 @contextlib.asynccontextmanager
-async def open_side(name: SideName, context: SideContext) -> AsyncIterator[Side]:
+async def open_side(spec: SideSpec, context: SideContext) -> AsyncIterator[Side]:
     """Start a side, wait until it is ready, and end it with the block.
 
-    Raises: ProcessError if it does not become ready.
+    Raises: ProcessError if it does not become ready; AdapterError, OSError, ValueError if its adapters
+    cannot be written.
     """
+    root = await asyncio.to_thread(context.library.root, spec.adapters)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    async with child_process(
-        name,
-        _command(name, context, port),
-        context.log_folder / f"{name}.log",
-        cwd=_ROOT,
-        environment=_environment(),
-        speaks=name is SideName.BARE,
-    ) as child:
-        if name is SideName.BARE:
-            yield _BareSide(child, context.load_seconds)
-            return
-        ready_path = "/ready" if name is SideName.GRAFT else "/health"
-        await wait_until_ready(child, url + ready_path, context.ready_seconds)
-        body = _graft_body if name is SideName.GRAFT else _mlx_lm_body
-        yield _HttpSide(child, url, lambda question: body(context, question), context.load_seconds)
+    async with (
+        httpx.AsyncClient(base_url=url, trust_env=False, timeout=context.load_seconds) as client,
+        child_process(
+            str(spec),
+            _command(spec, context, root, port),
+            context.log_folder / f"{port}.log",
+            cwd=_ROOT,
+            environment=_environment(),
+            speaks=spec.kind is SideKind.BARE,
+        ) as child,
+    ):
+        if spec.kind is not SideKind.BARE:
+            ready_path = "/ready" if spec.kind is SideKind.GRAFT else "/health"
+            await wait_until_ready(child, url + ready_path, context.ready_seconds)
+        yield Side(spec, context, child, root, client)
 
 
-def _command(name: SideName, context: SideContext, port: int) -> list[str]:
+def _command(spec: SideSpec, context: SideContext, root: Path, port: int) -> list[str]:
     python, model = sys.executable, str(context.model_path)
-    if name is SideName.BARE:
+    if spec.kind is SideKind.BARE:
         return [python, "-m", "benchmarks.workers.bare_generator", model]
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    if name is SideName.MLX_LM:
+    if spec.kind is SideKind.MLX_LM:
         return [python, "-m", "benchmarks.workers.mlx_lm_server", "--model", model, *address]
-    roots = ["--adapters-dir", str(context.adapters[0].parent)] if context.adapters else []
-    return [python, "-m", "server", "serve", model, "--served-model-name", _SERVED_NAME, *roots, *address]
+    names = ["--served-model-name", _SERVED_NAME, "--adapters-dir", str(root)]
+    limit = ["--adapter-memory", str(_memory_bytes(spec, root))] if spec.memory_adapters else []
+    return [python, "-m", "server", "serve", model, *names, *address, *limit, *spec.options]
+
+
+def _memory_bytes(spec: SideSpec, root: Path) -> int:
+    return spec.memory_adapters * tensor_bytes(root / spec.adapters[0].ids[0])
 
 
 def _environment() -> dict[str, str]:
     """The environment without the server's own settings: a benchmark measures the defaults."""
     return {name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")}
-
-
-def _graft_body(context: SideContext, question: Question) -> dict[str, Any]:
-    adapter = context.adapter(question)
-    return {"model": _SERVED_NAME if adapter is None else adapter.name}
-
-
-def _mlx_lm_body(context: SideContext, question: Question) -> dict[str, Any]:
-    # Only with the model's path does it heed `adapters`; with "default_model" it ignores it silently.
-    adapter = context.adapter(question)
-    return {"model": str(context.model_path)} | ({} if adapter is None else {"adapters": str(adapter)})

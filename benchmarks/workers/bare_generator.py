@@ -22,7 +22,7 @@ from mlx_lm import load  # noqa: E402 (MLX may be imported only from here on)
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.tokenizer_utils import TokenizerWrapper  # noqa: E402
 
-from benchmarks.results import Answer, LoadResult  # noqa: E402
+from benchmarks.load import Answer, LoadResult  # noqa: E402
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     model, tokenizer, *_ = load(sys.argv[1])
     for line in sys.stdin:
         load_of_tokens = json.loads(line)
-        result = generate(model, tokenizer, load_of_tokens["prompts"], load_of_tokens["max_tokens"])
+        result = generate(model, tokenizer, load_of_tokens["chats"], load_of_tokens["max_tokens"])
         print(json.dumps(dataclasses.asdict(result)), file=answers, flush=True)
 
 
@@ -42,19 +42,21 @@ def _private_output() -> TextIO:
     return output
 
 
-def generate(model: Any, tokenizer: TokenizerWrapper, prompts: Sequence[str], max_tokens: int) -> LoadResult:
-    """Answer all prompts in one batch, greedily; a stop token is counted but is no text."""
+def generate(
+    model: Any, tokenizer: TokenizerWrapper, chats: Sequence[list[dict[str, str]]], max_tokens: int
+) -> LoadResult:
+    """Answer all chats in one batch, greedily; a stop token is counted but is no text.
+
+    The generator's settings are mlx-lm's own defaults, and no prompt is cached.
+    """
     rows = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
-        for prompt in prompts
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats
     ]
     start = time.perf_counter()
     generator = BatchGenerator(model, stop_tokens=[[token] for token in tokenizer.eos_token_ids])
     uids = generator.insert(rows, [max_tokens] * len(rows))
     tokens: dict[int, list[int]] = {uid: [] for uid in uids}
-    first_seconds: dict[int, float] = {}
+    token_seconds: dict[int, list[float]] = {uid: [] for uid in uids}
     last_seconds: dict[int, float] = {}
     stopped: set[int] = set()
     while len(last_seconds) < len(uids):
@@ -62,7 +64,7 @@ def generate(model: Any, tokenizer: TokenizerWrapper, prompts: Sequence[str], ma
         now = time.perf_counter() - start
         for response in responses:
             tokens[response.uid].append(response.token)
-            first_seconds.setdefault(response.uid, now)
+            token_seconds[response.uid].append(now)
             if response.finish_reason is not None:
                 last_seconds[response.uid] = now
             if response.finish_reason == "stop":
@@ -75,8 +77,9 @@ def generate(model: Any, tokenizer: TokenizerWrapper, prompts: Sequence[str], ma
             prompt_tokens=len(row),
             cached_tokens=0,
             completion_tokens=len(tokens[uid]),
-            first_token_seconds=first_seconds[uid],
-            seconds=last_seconds[uid],
+            started_seconds=0.0,
+            text_seconds=tuple(token_seconds[uid]),
+            ended_seconds=last_seconds[uid],
         )
         for uid, row in zip(uids, rows, strict=True)
     ]

@@ -23,6 +23,7 @@ def make_app(*, with_settings: bool) -> typer.Typer:
     so that the commands that are clients leave them out.
     """
     from server.cli.adapters import adapters_app
+    from server.cli.bench import bench
     from server.cli.chat import chat
 
     app = typer.Typer(
@@ -35,6 +36,7 @@ def make_app(*, with_settings: bool) -> typer.Typer:
     _add_servers(app, with_settings)
     app.add_typer(adapters_app(), name="adapters", no_args_is_help=True)
     app.command("chat")(chat)
+    app.command("bench")(bench)
     app.command("version")(version)
     return app
 

@@ -1,56 +1,89 @@
-"""The command as people run it: every side, one small round, a table and a file."""
+"""The command as people run it: cases of every kind, tiny sizes, tables and a file."""
 
 from __future__ import annotations
 
-import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from typer.testing import CliRunner
+import pytest
 
-from benchmarks.cases import CASES, measures_of
-from benchmarks.cli import make_app
+from benchmarks.report import read_report
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "server", "bench"]
 
 
-def test_all_cases_run_and_all_sides_give_the_same_answers(tiny_model_path: Path, tmp_path: Path) -> None:
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_cases_run_and_all_sides_give_the_same_answers(tiny_model_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    size = ["--rounds", "1", "--requests", "6", "--adapters", "3", "--max-tokens", "5"]
-    root = Path(__file__).resolve().parents[2]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        "--model",
-        str(tiny_model_path),
-        *size,
-        "--json",
-        str(file),
-    ]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    names = ("adapters", "peer", "overhead", "first-token", "stalls", "prefix", "memory", "churn")
+    done = bench(*names, "--quick", "--model", str(tiny_model_path), "--json", str(file))
     assert done.returncode == 0, done.stderr
-    values = json.loads(file.read_text())
-    ratios = [ratio.name for case in CASES.values() for ratio in case.ratios]
-    assert [ratio["name"] for ratio in values["ratios"]] == ratios
-    assert all(ratio["median"] > 0 for ratio in values["ratios"])
-    assert all(name in done.stdout for name in ratios)
-    assert len(values["measures"]) == len(measures_of(CASES.values()))
-    # Every side computes the same thing, adapters included, and no adapter is without effect.
-    assert {(pair["same"], pair["compared"]) for pair in values["same_answers"]} == {(6, 6)}
-    assert values["notes"] == []
+    report = read_report(file)
+    assert [case.name for case in report.cases] == list(names)
+    assert report.command.startswith("mlx-graft bench adapters peer")
+    for case in report.cases:
+        assert case.failure is None
+        assert case.notes == []
+        assert all(measure.rounds for measure in case.measures)
+    for figure in report.figures:
+        assert figure.goal is None or figure.reached is not None
+        assert figure.label[:40] in done.stdout.replace("\n", "")
+    # Every side computes the same thing, adapters included.
+    agreements = [pair for case in report.cases for pair in case.same_answers]
+    assert len(agreements) == 4
+    assert {(pair.same, pair.compared) for pair in agreements} == {(4, 4)}
+    memory = next(figure for figure in report.figures if figure.label.startswith("resident bytes"))
+    assert 0.99 < memory.median < 1.2
+    assert "round 1 of 1, BatchGenerator" in done.stderr
 
 
-def test_wrong_options_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    command = CliRunner(env={"COLUMNS": "400"})
-    done = command.invoke(make_app(), ["everything"])
-    assert done.exit_code == 2
-    assert "expected cases among adapters, overhead, got everything" in done.stderr
-    done = command.invoke(make_app(), ["--json", str(tmp_path / "none" / "report.json")])
-    assert done.exit_code == 2
-    assert "expected --json in a folder that exists" in done.stderr
+def test_the_cases_are_listed() -> None:
+    done = bench("--list")
+    assert done.returncode == 0, done.stderr
+    assert "first-token" in done.stdout
+    assert "fairness" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["everything"], "expected cases among all, adapters"),
+        (["--json", "nowhere/report.json"], "expected --json in a folder that exists"),
+        (["--registered", "8"], "at most as many resident adapters"),
+    ],
+)
+def test_wrong_options_are_refused_in_a_sentence(arguments: list[str], message: str) -> None:
+    done = bench(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
 
 
 def test_what_goes_wrong_is_a_sentence_too(tmp_path: Path) -> None:
-    done = CliRunner().invoke(make_app(), ["--model", str(tmp_path)])
-    assert done.exit_code == 1
-    assert "Error: expected a model folder" in done.stderr
+    done = bench("--model", str(tmp_path))
+    assert done.returncode == 1
+    assert "error: expected a model folder" in done.stderr
+
+
+def test_an_interrupt_ends_all_processes(tiny_model_path: Path) -> None:
+    command = [*COMMAND, "churn", "--model", str(tiny_model_path), "--cycles", "100000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "preparing" in line:
+                break
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
+        pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
+        (server,) = [pid for pid, parent in pairs if parent == running.pid]
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+        assert running.wait(30) == 130
+    assert "Interrupted: all processes are ended" in rest
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
@@ -61,10 +62,14 @@ def saying(*parts: bytes) -> Respond:
 
 
 async def load(
-    respond: Respond, bodies: Sequence[dict] = ({},), timeout_seconds: float = 20, retries: int = 3
+    respond: Respond,
+    bodies: Sequence[dict] = ({},),
+    timeout_seconds: float = 20,
+    in_flight: int | None = None,
+    heard: Callable[[], None] = lambda: None,
 ):
     async with serving(respond) as url:
-        return await run_load(url, bodies, timeout_seconds, retries)
+        return await run_load(url, bodies, timeout_seconds, in_flight=in_flight, heard=heard, max_retries=3)
 
 
 async def test_counts_come_from_usage() -> None:
@@ -74,6 +79,7 @@ async def test_counts_come_from_usage() -> None:
     assert (answer.text, answer.completion_tokens, answer.prompt_tokens) == ("Once upon", 24, 7)
     assert (answer.cached_tokens, answer.retries) == (5, 0)
     assert 0 < answer.first_token_seconds <= answer.seconds <= result.seconds
+    assert len(answer.gap_seconds) == 1
     assert result.tokens_per_second == pytest.approx(24 / result.seconds)
 
 
@@ -88,8 +94,11 @@ async def test_the_first_token_is_the_first_text() -> None:
             writer.write(part)
         await writer.drain()
 
-    (answer,) = (await load(respond)).answers
+    times: list[float] = []
+    (answer,) = (await load(respond, heard=lambda: times.append(time.perf_counter()))).answers
+    assert len(times) == 2
     assert answer.first_token_seconds >= pause_seconds * 0.9
+    assert answer.gap_seconds[0] == pytest.approx(times[1] - times[0], abs=pause_seconds / 4)
     assert answer.seconds - answer.first_token_seconds >= pause_seconds * 0.5
 
 
@@ -106,6 +115,26 @@ async def test_all_requests_are_in_flight_at_once_as_streams_with_usage() -> Non
     assert [answer.text for answer in result.answers] == ["0", "1", "2", "3", "4"]
     assert result.completion_tokens == 15
     assert all(body["stream"] and body["stream_options"] == {"include_usage": True} for body in seen)
+
+
+async def test_so_many_are_in_flight_and_the_next_begins_when_one_ends() -> None:
+    now, most, both = 0, 0, asyncio.Barrier(2)
+
+    async def respond(writer: asyncio.StreamWriter, body: dict) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        if body["number"] < 2:
+            await both.wait()
+        now -= 1
+        writer.write(HEADERS + delta(str(body["number"])) + usage(1) + DONE)
+        await writer.drain()
+
+    result = await load(respond, [{"number": index} for index in range(7)], in_flight=2)
+    assert [answer.text for answer in result.answers] == list("0123456")
+    assert most == 2
+    first, *later = sorted(answer.started_seconds for answer in result.answers)
+    assert first < later[-1] <= result.seconds
 
 
 async def test_a_reset_connection_is_tried_again_and_counted() -> None:

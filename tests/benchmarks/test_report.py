@@ -1,4 +1,4 @@
-"""What a report shows is what was measured, in the tables and in the JSON alike."""
+"""What a report holds, how it is shown, and that a file of it is the same report."""
 
 from __future__ import annotations
 
@@ -6,75 +6,72 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from benchmarks.cases import Case, LoadName, Measure, Ratio, SideName, make_loads
-from benchmarks.environment import describe_environment, describe_model
-from benchmarks.report import Report
-from benchmarks.results import Answer, LoadResult, Outcome
+from benchmarks.report import ReportError, read_report
+from benchmarks.tables import number, show
 
-GRAFT = Measure(SideName.GRAFT, LoadName.BASE)
-MLX_LM = Measure(SideName.MLX_LM, LoadName.BASE)
+from .reports import report_of
 
 
-def result(seconds: float, text: str) -> LoadResult:
-    answers = tuple(Answer(text, 100, 25, 12, 0.5 * seconds, seconds) for _ in range(2))
-    return LoadResult(seconds, answers)
-
-
-def report(model_path: Path) -> Report:
-    case = Case("one", "One ratio.", (Ratio("ours ÷ theirs", GRAFT, MLX_LM),))
-    rounds = {
-        GRAFT: {1: result(1.0, "a"), 2: result(2.0, "b"), 3: result(4.0, "c")},
-        MLX_LM: {1: result(4.0, "a"), 2: result(4.0, "x")},
-    }
-    outcome = Outcome((case,), rounds, ("fewer rounds [of theirs]",))
-    return Report(
-        outcome,
-        make_loads(2, 1, 12),
-        {"adapter_kind": "rank8-qv"},
-        describe_model(model_path),
-        describe_environment(),
-        61.0,
-    )
-
-
-def test_the_tables_show_medians_spread_ratios_and_notes(tiny_model_path: Path) -> None:
+def shown(path: Path) -> tuple[list[list[str]], list[str]]:
     output = io.StringIO()
-    report(tiny_model_path).show(Console(file=output, width=200))
+    show(report_of(path), Console(file=output, width=200))
     lines = output.getvalue().splitlines()
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
-    assert rows == [
-        ["mlx-graft, base", "12.0 (6.0 to 24.0)", "1.00", "2.0", "24", "25%", "3"],
-        ["mlx_lm.server, base", "6.0 (6.0 to 6.0)", "2.00", "4.0", "24", "25%", "2"],
-        ["ours ÷ theirs", "3.00", "2.00 to 4.00", "1, 2"],
-    ]
-    assert "Note: fewer rounds [of theirs]" in lines
-    assert "Same answers, word for word: mlx-graft, base and mlx_lm.server, base: 2 of 4." in lines
-    assert "Model: tiny, F32." in lines
-    assert any(line.startswith("mlx-graft ") and "; mlx-lm " in line for line in lines)
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")], lines
 
 
-def test_the_json_holds_every_round(tiny_model_path: Path) -> None:
-    values = json.loads(report(tiny_model_path).to_json())
-    assert values["ratios"] == [
-        {
-            "case": "one",
-            "name": "ours ÷ theirs",
-            "numerator": {"side": "mlx-graft", "load": "base"},
-            "denominator": {"side": "mlx_lm.server", "load": "base"},
-            "rounds": [1, 2],
-            "median": 3.0,
-            "lowest": 2.0,
-            "highest": 4.0,
-            "values": [4.0, 2.0],
-        }
-    ]
-    ours, theirs = values["measures"]
-    assert [found["round"] for found in ours["rounds"]] == [1, 2, 3]
-    assert ours["rounds"][2]["tokens_per_second"] == 6.0
-    assert ours["rounds"][2]["answers"][0]["text"] == "c"
-    assert theirs["tokens_per_second"]["values"] == [6.0, 6.0]
-    assert values["model"]["tensors"] == {"F32": 20}
+def test_the_tables_show_medians_spreads_and_goals(tiny_model_path: Path) -> None:
+    rows, lines = shown(tiny_model_path)
+    assert ["mlx-graft, base, 4 requests", "12.0", "1000", "150", "3"] in rows
+    assert ["mlx_lm.server, base, 4 requests", "6.0", "1000", "150", "2"] in rows
+    assert ["ours ÷ theirs [x]", "3.00", "2.00 to 4.00", "≥ 3.5", "no", "2"] in rows
+    assert ["growth", "12.0%", "6.00 to 24.0%", "≤ 12%", "yes", "3"] in rows
+    assert ["mixed ÷ base", "0.62", "0.50 to 0.75", "", "", "2"] in rows
+    pair = "mlx-graft, base, 4 requests and mlx_lm.server, base, 4 requests"
+    assert f"Same answers, word for word: {pair}: 1 of 3." in lines
+    for line in ("Note: a note", "Note: odd [that].", "Failed: three: it broke [off]"):
+        assert line in lines
+    assert any("About [one]." in line for line in lines)
+    assert any(line.startswith("Model: tiny, F32. MLX on ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.949, "0.95"), (9.994, "9.99"), (12.34, "12.3"), (-0.12, "-0.12"), (1234.5, "1234.5")],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_a_file_is_the_same_report(tiny_model_path: Path, tmp_path: Path) -> None:
+    report = report_of(tiny_model_path)
+    file = tmp_path / "report.json"
+    file.write_text(report.to_json())
+    assert read_report(file) == report
+    values = json.loads(file.read_text())
+    assert values["schema_version"] == 2
     assert values["environment"]["packages"]["mlx"]
-    assert values["notes"] == ["fewer rounds [of theirs]"]
+    assert values["model"]["tensors"] == {"F32": 20}
+    (figure, _), (ours, theirs) = values["cases"][0]["figures"], values["cases"][0]["measures"]
+    assert (figure["rounds"], figure["values"], figure["reached"]) == ([1, 2], [4.0, 2.0], False)
+    assert figure["above"]["measure"] == ours["name"]
+    assert figure["below"]["measure"] == theirs["name"]
+    assert [found["round"] for found in ours["rounds"]] == [1, 2, 3]
+    assert ours["rounds"][2]["texts"] == ["c"]
+    assert ours["rounds"][2]["values"]["tokens_per_second"] == [6.0]
+    assert ours["parameters"]["side"] == "mlx-graft"
+    assert values["cases"][2]["failure"] == "it broke [off]\nits log"
+
+
+def test_a_file_of_another_kind_is_refused_in_a_sentence(tiny_model_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "old.json"
+    file.write_text(
+        report_of(tiny_model_path).to_json().replace('"schema_version": 2', '"schema_version": 1')
+    )
+    with pytest.raises(ReportError, match=r"report of schema 2 in old\.json, but schema_version: "):
+        read_report(file)
+    file.write_text("{}")
+    with pytest.raises(ReportError, match=r"Make it anew with mlx-graft bench"):
+        read_report(file)

@@ -9,17 +9,52 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cases import Question, SideName
-from benchmarks.cli import run_to_end
+from benchmarks.adapters import KindName
+from benchmarks.command import run_to_end
+from benchmarks.library import AdapterLibrary, AdapterSet
+from benchmarks.loads import LoadMeasure
 from benchmarks.processes import ProcessError
-from benchmarks.sides import SideContext, open_side
+from benchmarks.sides import Question, SideContext, SideKind, SideSpec, open_side
+
+
+def context_of(model_path: Path, folder: Path) -> SideContext:
+    return SideContext(model_path, AdapterLibrary(model_path, folder / "adapters", 0), folder, 60, 60)
 
 
 async def test_a_side_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
-    context = SideContext(tmp_path / "no-model", (), tmp_path, 60, 60)
-    async with open_side(SideName.BARE, context) as side:
+    context = context_of(tmp_path / "no-model", tmp_path)
+    async with open_side(SideSpec(SideKind.BARE), context) as side:
         with pytest.raises(ProcessError, match=r"(?s)BatchGenerator: .*exit code 1.*no-model"):
-            await side.run([Question("Hello?", 3, None)])
+            await side.ask([Question("Be kind.", "Hello?", 3)])
+        with pytest.raises(ProcessError, match="BatchGenerator has no /v1/adapters"):
+            await side.adapters()
+
+
+async def test_our_server_as_a_side(tiny_model_path: Path, tmp_path: Path) -> None:
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 3),))
+    measure = LoadMeasure(spec, 4, 3, adapters=2)
+    async with open_side(spec, context_of(tiny_model_path, tmp_path)) as side:
+        await measure.prepare(side)
+        sample = await measure.run(side, 1)
+        listed = await side.adapters()
+        assert [adapter["id"] for adapter in listed["data"]] == ["rank8-qv-0", "rank8-qv-1"]
+        assert (await side.load("rank8-qv-2"))["rank"] == 8
+        assert (await side.activate("rank8-qv-2"))["active"] == "rank8-qv-2"
+        await side.activate(None)
+        await side.unload("rank8-qv-2")
+        assert await side.metric("graft_completion_tokens_total") >= 12
+        with pytest.raises(ProcessError, match="a metric graft_nothing"):
+            await side.metric("graft_nothing")
+        with pytest.raises(ProcessError, match="404"):
+            await side.load("no-such-adapter")
+        assert await side.process_bytes() > 10_000_000
+        pid = side.child.process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert len(sample.texts) == 4
+    assert len(sample.values["first_token_seconds"]) == 4
+    assert sample.values["completion_tokens"] == (12.0,)
+    assert sample.values["cached_percent"][0] < 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -1,0 +1,102 @@
+"""`mlx-graft bench`: measures the server on this machine. Main thread.
+
+The benchmarks, and with them MLX, are imported only when the command runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli.output import fail
+
+__all__ = ["bench"]
+
+_SIZE = "Sizes"
+
+
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Cases to run; those with goals when none is named, every one for 'all'.",
+            metavar="[CASE]…",
+            show_default=False,
+        ),
+    ] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="List the cases and exit.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, max=99, help="Rounds of every measure.")] = 5,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", dir_okay=False, help="File for the report as JSON.", show_default=False),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of the model; the demo's in float32 when unset.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Tiny sizes and one round: shows that all works, measures nothing."),
+    ] = False,
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Requests at once.", rich_help_panel=_SIZE, show_default="16"),
+    ] = None,
+    adapters: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Adapters of them.", rich_help_panel=_SIZE, show_default="8"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of an answer.", rich_help_panel=_SIZE, show_default="24"),
+    ] = None,
+    registered: Annotated[
+        int | None,
+        typer.Option(min=1, help="Registered adapters.", rich_help_panel=_SIZE, show_default="1000"),
+    ] = None,
+    resident: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of them resident.", rich_help_panel=_SIZE, show_default="64"),
+    ] = None,
+    cycles: Annotated[
+        int | None,
+        typer.Option(min=1, help="Loads and unloads.", rich_help_panel=_SIZE, show_default="1000"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random adapters.")] = 0,
+) -> None:
+    """Measure this server against itself, against a bare generator and against mlx_lm.server."""
+    from server.blas import load_openblas
+
+    load_openblas()
+
+    from benchmarks.command import Options, list_cases
+    from benchmarks.command import bench as run
+    from benchmarks.sizes import GOAL_SIZES, QUICK_SIZES
+
+    if list_them:
+        list_cases()
+        return
+    chosen = {
+        "requests": requests,
+        "adapters": adapters,
+        "max_tokens": max_tokens,
+        "registered": registered,
+        "resident": resident,
+        "cycles": cycles,
+    }
+    wanted = {name: value for name, value in chosen.items() if value is not None}
+    try:
+        sizes = replace(QUICK_SIZES if quick else GOAL_SIZES, **wanted)
+        options = Options(sizes, rounds=1 if quick else rounds, seed=seed)
+        code = run(cases or (), model, options, json_file)
+    except ValueError as error:
+        fail(str(error), code=2)
+    raise typer.Exit(code)
