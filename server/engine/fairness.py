@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator
 from itertools import count
 from typing import Generic, TypeVar
 
-__all__ = ["INPUT_WEIGHT", "OUTPUT_WEIGHT", "FairQueue"]
+__all__ = ["INPUT_WEIGHT", "MAX_STARTS_OF_OTHERS", "OUTPUT_WEIGHT", "FairQueue"]
 
 T = TypeVar("T")
 
@@ -22,24 +22,34 @@ T = TypeVar("T")
 INPUT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
 
+# The paper has a fixed set of keys. Where new ones keep coming, all with the smallest counter, a key that has
+# been served would never be next again; so it is after so many starts of others.
+MAX_STARTS_OF_OTHERS = 256
+
 
 class _Share:
-    """A key that is waiting or running: the service it has had, its waiting ids, its running requests."""
+    """A key that is waiting or running: the service it has had, its waiting ids, its running requests.
 
-    __slots__ = ("counter", "running", "waiting")
+    `since` is how many requests had been started when it was started last, or began to wait.
+    """
 
-    def __init__(self, counter: int) -> None:
-        self.counter = counter
+    __slots__ = ("counter", "running", "served", "since", "waiting")
+
+    def __init__(self) -> None:
+        self.counter = 0
         self.waiting: OrderedDict[str, int] = OrderedDict()  # request id: number of its arrival
         self.running = 0
+        self.served = False
+        self.since = 0
 
 
 class FairQueue(Generic[T]):
     """Waiting requests by id and by key, with a counter of service for each key.
 
     A key that begins to wait is lifted to the smallest counter of those that wait (or to that of the key
-    which was started last), so that nobody saves up service while idle. A key with neither waiting nor
-    running requests is forgotten. Looking up, pushing and removing take the same time however many wait.
+    which was started last), so that nobody saves up service while idle; among equals, it is the next. A key
+    with neither waiting nor running requests is forgotten. Looking up and removing take the same time however
+    many wait; pushing and `heads` look at the keys, not at the requests.
     """
 
     def __init__(self) -> None:
@@ -47,6 +57,7 @@ class FairQueue(Generic[T]):
         self._shares: dict[Hashable, _Share] = {}
         self._waiting_keys: dict[Hashable, None] = {}
         self._arrivals = count()
+        self._starts = 0
         self._last_key: Hashable = None
         self._last_counter = 0
 
@@ -71,9 +82,10 @@ class FairQueue(Generic[T]):
         """Let a request wait; its id must be new."""
         share = self._shares.get(key)
         if share is None:
-            share = self._shares[key] = _Share(0)
+            share = self._shares[key] = _Share()
         if not share.waiting:
             share.counter = max(share.counter, self._floor())
+            share.since = self._starts
             self._waiting_keys[key] = None
         share.waiting[request_id] = next(self._arrivals)
         self._items[request_id] = (key, item)
@@ -102,9 +114,11 @@ class FairQueue(Generic[T]):
         """
         key, item = self._items[request_id]
         self._leave(key, request_id)
-        self._shares[key].running += 1
-        self._last_key = key
-        self._last_counter = self._shares[key].counter
+        self._starts += 1
+        share = self._shares[key]
+        share.running += 1
+        share.served, share.since = True, self._starts
+        self._last_key, self._last_counter = key, share.counter
         self._charge(key, INPUT_WEIGHT * read_tokens)
         return item
 
@@ -124,21 +138,26 @@ class FairQueue(Generic[T]):
     def heads(self) -> Iterator[T]:
         """Each key's first request, the least served key's first, equals by arrival.
 
+        Keys that others have been preferred to for too long come before that.
+
         The caller may start what it is given: then that key's next request comes in its turn. What it does
         not start is not given again.
         """
-        heap = [self._place(key, order) for order, key in enumerate(self._waiting_keys)]
+        heap = [self._place(key) for key in self._waiting_keys]
         heapq.heapify(heap)
         while heap:
-            _, _, order, key = heapq.heappop(heap)
+            *_, key = heapq.heappop(heap)
             request_id = next(iter(self._shares[key].waiting))
             yield self._items[request_id][1]
             if request_id not in self._items and key in self._waiting_keys:
-                heapq.heappush(heap, self._place(key, order))
+                heapq.heappush(heap, self._place(key))
 
-    def _place(self, key: Hashable, order: int) -> tuple[int, int, int, Hashable]:
+    def _place(self, key: Hashable) -> tuple[bool, int, bool, int, Hashable]:
+        """No two keys have the same number of arrival, so that keys themselves are never compared."""
         share = self._shares[key]
-        return share.counter, next(iter(share.waiting.values())), order, key
+        patient = self._starts - share.since < MAX_STARTS_OF_OTHERS
+        arrival = next(iter(share.waiting.values()))
+        return patient, share.counter if patient else share.since, share.served, arrival, key
 
     def _charge(self, key: Hashable, amount: int) -> None:
         share = self._shares[key]

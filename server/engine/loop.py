@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 import structlog
 from mlx_lm.generate import BatchGenerator, StopSequences
-from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache
 
+from .cache_kinds import bears_padding, serves_anywhere
 from .container import ModelContext
 from .errors import InvalidSubmitError
 from .messages import (
@@ -256,9 +256,12 @@ class GenerationLoop:
             request.uids[choice] = uid
             self._rows[uid] = (request, choice)
             if segments:
-                lengths = [len(segment) for segment in segments]
                 self._scheduler.reading[uid] = Reading(
-                    request, len(done), lengths, _serve_anywhere(caches[0])
+                    request,
+                    position=len(done),
+                    segments=[len(segment) for segment in segments],
+                    anywhere=serves_anywhere(caches[0]),
+                    padded=bears_padding(caches[0]),
                 )
 
     # Forward
@@ -390,8 +393,3 @@ class GenerationLoop:
 
     def _emit(self, request: Request, event: Event) -> None:
         self._events.append((request.request_id, event))
-
-
-def _serve_anywhere(cache: list[Any]) -> bool:
-    """Whether caches like these, however long they get, can be trimmed back to any beginning."""
-    return can_trim_prompt_cache(cache) and not any(isinstance(part, RotatingKVCache) for part in cache)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList, can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import ArraysCache, can_trim_prompt_cache, trim_prompt_cache
 
+from .cache_kinds import parts
 from .prefixes import PrefixIndex, TokenText
 
 __all__ = ["PromptCache", "PromptCacheStats", "PromptMatch"]
@@ -205,14 +206,6 @@ def _wanted(tokens: Sequence[int] | TokenText) -> TokenText:
 
 def _own_arrays(cache: Iterable[Any]) -> None:
     """Copy recurrent state out of the batch's arrays, of which mlx-lm's extract leaves it a view."""
-    for part in _parts(cache):
+    for part in parts(cache):
         if isinstance(part, ArraysCache):
             part.cache = [None if array is None else mx.contiguous(array) for array in part.cache]
-
-
-def _parts(cache: Iterable[Any]) -> Iterator[Any]:
-    for part in cache:
-        if isinstance(part, CacheList):
-            yield from _parts(part.caches)
-        else:
-            yield part

@@ -164,7 +164,9 @@ class Scheduler:
 
     def step_tokens(self) -> int:
         """How many tokens of each prompt to read in the next step; at least 1."""
-        left = [reading.left_tokens for reading in self.reading.values()]
-        if not left:
-            return self.options.prefill_step_tokens
-        return first_read(left, self._budget_tokens(), self.options.prefill_step_tokens)
+        options, reading = self.options, self.reading.values()
+        if not reading:
+            return options.prefill_step_tokens
+        left = [one.left_tokens for one in reading]
+        step_tokens = first_read(left, self._budget_tokens(), options.prefill_step_tokens)
+        return step_tokens if all(one.padded for one in reading) else min(step_tokens, *left)
