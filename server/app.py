@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.middleware import Middleware
 
+from server.adapters.budget import default_memory_bytes
 from server.adapters.folder import AdapterFolders, configured_folders
 from server.adapters.service import AdapterService, ServiceOptions
 from server.auth import require_api_key
@@ -93,6 +94,7 @@ def _make_engine(settings: Settings) -> Engine:
         max_batch_size=settings.max_batch_size,
         prefill_batch_size=settings.prefill_batch_size,
         prefill_step_tokens=settings.prefill_step_tokens,
+        max_batch_adapters=settings.max_batch_adapters,
     )
     return Engine(
         lambda: load_model(settings.model, dtype=settings.dtype, revision=settings.revision),
@@ -105,8 +107,9 @@ def _make_engine(settings: Settings) -> Engine:
 def _make_adapters(settings: Settings, engine: Engine, info: ModelInfo, metrics: Metrics) -> AdapterService:
     root = settings.adapters_dir
     options = ServiceOptions(
+        memory_bytes=settings.adapter_memory_bytes or default_memory_bytes(),
+        wait_seconds=settings.adapter_wait_seconds,
         load_on_demand=settings.load_on_demand,
-        memory_bytes=settings.adapter_memory_bytes,
         unload_timeout_seconds=settings.unload_timeout_seconds,
         models_dir=settings.models_dir,
     )

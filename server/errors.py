@@ -28,7 +28,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters_core.errors import BlendError, ContainerStateError, InvalidAdapterError, UnsupportedModelError
-from server.adapters.errors import AdapterBusyError, LifeCycleError
+from server.adapters.errors import AdapterBusyError, AdapterMemoryBusyError, LifeCycleError
 from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
 from server.validation import describe_problems
 
@@ -204,6 +204,7 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     UnsupportedModelError: _from_unsupported_model,
     EngineOverloadedError: lambda error: OverloadedError(f"The server is busy: {error}."),
     EngineStoppedError: lambda error: OverloadedError("The model is not served.", code="engine_stopped"),
+    AdapterMemoryBusyError: lambda error: OverloadedError(str(error), code=error.code),
     LifeCycleError: _from_life_cycle,
     InvalidSubmitError: lambda error: InvalidRequestError(str(error)),
     HTTPException: _from_http,

@@ -75,6 +75,11 @@ class _Now:
         yield _gauge("graft_running_requests", "Requests that are computed now.", stats.running_requests)
         yield _gauge("graft_waiting_requests", "Requests that wait.", self._engine.waiting_requests)
         yield _gauge(
+            "graft_batch_adapters",
+            "Different adapters of the requests that are computed.",
+            stats.batch_adapters,
+        )
+        yield _gauge(
             "graft_engine_beat_age_seconds",
             "Seconds since the generation thread's last sign of life.",
             self._engine.beat_age_seconds,
@@ -87,16 +92,26 @@ class _Now:
         yield _counter("graft_failed_requests", "Requests that the engine gave up.", stats.failures)
         yield _counter("graft_prompt_cache_hits", "Prompts whose beginning was cached.", cache.hits)
         yield _counter("graft_prompt_cache_misses", "Prompts whose beginning was not cached.", cache.misses)
+        yield _counter(
+            "graft_prompt_cache_evictions", "Cached prompts that went for want of room.", cache.evictions
+        )
         yield _gauge("graft_prompt_cache_entries", "Prompts that are cached.", cache.entries)
         yield _gauge("graft_prompt_cache_bytes", "Bytes that they take.", cache.bytes_held)
 
     def _adapter_metrics(self) -> Iterator[Metric]:
-        registry = self._adapters.registry
-        versions = [version for entry in registry.entries for version in entry.versions]
-        own_bytes = sum(version.resident.size_bytes for version in versions)
-        yield _gauge("graft_adapters", "Adapters that are loaded.", len(registry.entries))
-        yield _gauge("graft_adapter_versions", "Their versions, with old ones still in use.", len(versions))
-        yield _gauge("graft_adapter_bytes", "Bytes of the tensors of all these versions.", own_bytes)
+        registry, residency = self._adapters.registry, self._adapters.residency
+        versions = sum(len(entry.versions) for entry in registry.entries)
+        yield _gauge("graft_adapters", "Adapters that are registered.", len(registry.entries))
+        yield _gauge("graft_adapter_versions", "Their versions, with old ones still in use.", versions)
+        yield _gauge("graft_resident_adapters", "Versions in memory.", len(residency.versions))
+        yield _gauge("graft_adapter_bytes", "Bytes of those in memory.", residency.bytes_held)
+        yield _gauge("graft_adapter_memory_limit_bytes", "Bytes that they may take.", residency.limit_bytes)
+        yield _counter(
+            "graft_adapter_evictions", "Versions that left memory for others.", residency.evictions
+        )
+        yield _counter(
+            "graft_adapter_cold_loads", "Versions that came back into memory.", residency.cold_loads
+        )
         yield _gauge(
             "graft_base_fused", "Whether an adapter is fused into the base.", registry.fused is not None
         )

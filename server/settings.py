@@ -186,7 +186,10 @@ class Settings(BaseSettings):
     """Prompts that are read together."""
 
     prefill_step_tokens: int = Field(default=512, ge=1, le=65536, json_schema_extra=_group("Limits"))
-    """Tokens of a prompt that are read in one step, between two steps of decoding."""
+    """Tokens of a prompt that are read in one step; of all prompts together while others decode."""
+
+    max_batch_adapters: int | None = Field(default=None, ge=1, json_schema_extra=_group("Limits"))
+    """Different adapters that decode together, a blend counting each of its own; no limit when unset."""
 
     max_waiting: int = Field(default=256, ge=0, json_schema_extra=_group("Limits"))
     """Requests that may wait for a free row; one more is answered with 503 and Retry-After."""
@@ -203,8 +206,13 @@ class Settings(BaseSettings):
     prompt_cache_bytes: ByteSize = Field(default=ByteSize(2**30), ge=0, json_schema_extra=_group("Memory"))
     """Memory for the caches of earlier prompts, in bytes or with a unit such as 1GiB; 0 keeps none."""
 
-    adapter_memory_bytes: ByteSize | None = Field(default=None, ge=1, json_schema_extra=_group("Memory"))
-    """Memory for resident adapters, in bytes or with a unit such as 512MB; no limit when unset."""
+    adapter_memory_bytes: ByteSize | None = Field(
+        default=None, ge=1, json_schema_extra=_group("Memory") | {"flag": "--adapter-memory"}
+    )
+    """Memory for adapters, such as 512MB: beyond it idle ones leave; an eighth of the device's when unset."""
+
+    adapter_wait_seconds: float = Field(default=30, ge=0, le=86400, json_schema_extra=_group("Timeouts"))
+    """Seconds that a request waits for memory that others' adapters use; then it is answered with 503."""
 
     unload_timeout_seconds: float = Field(default=30, ge=0, le=86400, json_schema_extra=_group("Timeouts"))
     """Seconds that unloading an adapter waits for requests that use it, unless the call says otherwise."""

@@ -13,7 +13,8 @@ LifeCycleError
 ├── AdapterNotFusedError    409
 ├── AdaptersLoadedError     409, others are loaded
 ├── ModelExistsError        409, a folder that would be overwritten
-├── AdapterMemoryError      507
+├── AdapterMemoryBusyError  503, adapters in use left no room in memory for long
+├── AdapterMemoryError      507, more than memory for adapters can hold
 └── ModelNotSavedError      507, a model folder could not be written
 
 No message holds an absolute path, and what a client sent is quoted on one line and cut.
@@ -28,6 +29,7 @@ __all__ = [
     "AdapterBusyError",
     "AdapterChangedError",
     "AdapterExistsError",
+    "AdapterMemoryBusyError",
     "AdapterMemoryError",
     "AdapterNotFoundError",
     "AdapterNotFusedError",
@@ -170,15 +172,28 @@ class ModelExistsError(LifeCycleError):
         super().__init__(f"There is a {quoted(name)} under the models root already; choose another name.")
 
 
+class AdapterMemoryBusyError(LifeCycleError):
+    """Nothing fits beside what requests in flight use, for all of `waited_seconds`."""
+
+    status, code = 503, "adapter_memory_busy"
+
+    def __init__(self, waited_seconds: float) -> None:
+        super().__init__(
+            f"For {waited_seconds:.1f} s, adapters in use by other requests left no room in memory for those "
+            "that this request names. Try again later, or raise the server's adapter_memory_bytes or "
+            "adapter_wait_seconds."
+        )
+
+
 class AdapterMemoryError(LifeCycleError):
-    """Resident adapters would take `needed_bytes`, and may take `limit_bytes`."""
+    """What was asked for needs `needed_bytes` with what must stay in memory, of `limit_bytes`."""
 
     status, code = 507, "adapter_memory_exceeded"
 
     def __init__(self, needed_bytes: int, limit_bytes: int) -> None:
         super().__init__(
-            f"With this one, resident adapters would take {needed_bytes} bytes, of {limit_bytes} allowed. "
-            "Unload one first, or raise the server's adapter_memory_bytes."
+            f"With what has to stay in memory, adapters would take {needed_bytes} bytes, of {limit_bytes} "
+            "allowed. Unload one that is pinned or in use, or raise the server's adapter_memory_bytes."
         )
         self.details = {"needed_bytes": needed_bytes, "limit_bytes": limit_bytes}
 

@@ -51,10 +51,14 @@ def is_valid_id(adapter_id: str, base: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """A folder that may be read: where it is, and how clients see it (relative to the root, no more)."""
+    """A folder that may be read: where it is, and how clients see it (relative to the root, no more).
+
+    `trusted` if the operator named it, so that it may lie anywhere.
+    """
 
     path: Path
     shown: str
+    trusted: bool = False
 
 
 class AdapterFolders:
@@ -73,7 +77,7 @@ class AdapterFolders:
         """
         if path is None and adapter_id in self._configured:
             folder = self._configured[adapter_id]
-            return self._existing(folder, self._shown(folder))
+            return self._existing(folder, self._shown(folder), trusted=True)
         wanted = adapter_id if path is None else path
         if self._root is None:
             raise PathNotAllowedError(
@@ -84,6 +88,12 @@ class AdapterFolders:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             _inside(self._root, folder / name, f"{wanted}/{name}")
         return found
+
+    def again(self, folder: AdapterFolder) -> AdapterFolder:
+        """A folder that was found before, checked as it is now. Raises as `find`."""
+        if folder.trusted:
+            return self._existing(folder.path, folder.shown, trusted=True)
+        return self.find(folder.shown, folder.shown)
 
     def on_demand(self, adapter_id: str) -> AdapterFolder | None:
         """The adapter's folder directly under the root with this very name, if it may be read."""
@@ -113,10 +123,11 @@ class AdapterFolders:
         except PathNotAllowedError:
             return False
 
-    def _existing(self, folder: Path, asked: str) -> AdapterFolder:
+    def _existing(self, folder: Path, asked: str, trusted: bool = False) -> AdapterFolder:
         if not os.path.isdir(folder):
-            raise AdapterNotFoundError(f"There is no folder {quoted(asked)} under the adapters root.")
-        return AdapterFolder(folder, self._shown(folder))
+            where = "" if trusted else " under the adapters root"
+            raise AdapterNotFoundError(f"There is no folder {quoted(asked)}{where}.")
+        return AdapterFolder(folder, self._shown(folder), trusted)
 
     def _shown(self, folder: Path) -> str:
         if self._root is not None and self._root in folder.parents:

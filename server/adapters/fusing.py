@@ -33,8 +33,8 @@ from .errors import (
     quoted,
 )
 from .gate import Gate
-from .loading import load_version
 from .registry import Entry, Registry
+from .residency import Residency
 from .saving import SavedModels, bare_copy
 
 __all__ = ["FuseResult", "Fuser", "Precision"]
@@ -72,6 +72,7 @@ class Fuser:
         container: ModelContainer,
         info: ModelInfo,
         registry: Registry,
+        residency: Residency,
         gate: Gate,
         idle: AwaitIdle,
         models_dir: Path | None,
@@ -79,6 +80,7 @@ class Fuser:
         self._container = container
         self._info = info
         self._registry = registry
+        self._residency = residency
         self._gate = gate
         self._idle = idle
         self._models = SavedModels(models_dir)
@@ -109,8 +111,9 @@ class Fuser:
             try:
                 await self._container.update(lambda context: _install(context, fused), drain=True)
             except BaseException:
-                await self._bring_back()
+                await self._forget_what_left()
                 raise
+            self._residency.clear()
             self._fused = fused
             for other in self._registry.entries:
                 if other is not entry:
@@ -158,6 +161,7 @@ class Fuser:
             entry.current.resident = await self._container.update(
                 lambda context: _take_out(context, fused), drain=True
             )
+            self._residency.put(entry.current)
             self._fused = None
             entry.state = "ready"
             self._registry.fused = None
@@ -185,23 +189,12 @@ class Fuser:
         model = await self._container.perform(lambda context: context.model)
         return await run_aside(adapter.fused_modules, model, precision)
 
-    async def _bring_back(self) -> None:
-        """Load again what a fusion that failed took out of the bank; what does not come back is forgotten."""
+    async def _forget_what_left(self) -> None:
+        """A fusion that failed may have emptied the bank: what is not there comes back when it is named."""
         present = await self._container.perform(lambda context: context.bank.residents)
-        for entry in self._registry.entries:
-            entry.retired = [version for version in entry.retired if version.resident in present]
-            version = entry.current
-            if version.resident in present:
-                continue
-            try:
-                again = await load_version(self._container, version.folder, version.number)
-                if again.resident.digest != version.resident.digest:
-                    raise AdapterChangedError(entry.id)
-            except Exception:
-                _log.exception("adapter_lost", adapter=entry.id)
-                self._registry.remove(entry)
-            else:
-                version.resident = again.resident
+        for version in self._residency.versions:
+            if version.resident not in present:
+                self._residency.drop(version)
 
 
 def _read_again(entry: Entry) -> AdapterContainer:

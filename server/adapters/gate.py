@@ -31,14 +31,24 @@ class Gate:
     async def shared(self) -> AsyncIterator[None]:
         """Be inside, perhaps together with others."""
         await self.opened()
-        self._inside += 1
-        self._emptied.clear()
+        self.enter()
         try:
             yield
         finally:
-            self._inside -= 1
-            if not self._inside:
-                self._emptied.set()
+            self.leave()
+
+    def enter(self) -> None:
+        """Be inside from this instant on, at which `opened` holds; whoever enters so calls `leave`."""
+        if not self._opened.is_set():
+            raise RuntimeError("expected the gate to be open, but someone is alone inside or waits to be")
+        self._inside += 1
+        self._emptied.clear()
+
+    def leave(self) -> None:
+        """Be outside again."""
+        self._inside -= 1
+        if not self._inside:
+            self._emptied.set()
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:

@@ -1,13 +1,13 @@
-"""One version of an adapter: from its folder into the bank, and out of it.
+"""Adapters into the bank and out of it: what runs on a worker thread, and what on the generation thread.
 
 Reading, checking and laying out run on a worker thread, so that neither the event loop nor the generation
-waits for them; the bank changes on the generation thread. Knows no names.
+waits for them; only the change of the bank takes a gap between two steps. Knows no names and no budget.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
+from dataclasses import replace
 from typing import cast
 
 from adapters_core.bank import AdapterBank, PreparedAdapter, ResidentAdapter
@@ -15,71 +15,64 @@ from adapters_core.container import AdapterContainer
 from server.engine.container import ModelContainer, ModelContext
 
 from .aside import run_aside
-from .errors import AdapterMemoryError
 from .folder import AdapterFolder
-from .registry import Version
 
-__all__ = ["load_version", "remove_residents"]
+__all__ = ["exchange", "known_as", "prepare_folder", "remove_residents"]
 
 
-async def load_version(
-    container: ModelContainer,
-    folder: AdapterFolder,
-    number: int,
-    *,
-    limit_bytes: int | None = None,
-    leaving: Iterable[ResidentAdapter] = (),
-) -> Version:
-    """Read `folder`, check it against the resident model and put it into the bank.
-
-    `limit_bytes` bounds what the adapters in the bank take, those in `leaving` not counted. If this raises,
-    nothing has changed.
+async def prepare_folder(folder: AdapterFolder, bank: AdapterBank) -> PreparedAdapter:
+    """Read `folder` and check it against the bank's model, in full; changes nothing.
 
     Raises:
         InvalidAdapterError: everything that is wrong with the folder or does not fit the model.
-        AdapterMemoryError: the limit would be exceeded.
     """
-    started = time.perf_counter()
-    bank = await container.perform(lambda context: context.bank)
-    prepared = await run_aside(_prepare, folder, bank)
-    left_out = frozenset(leaving)
-    resident = await container.update(lambda context: _add(context, prepared, limit_bytes, left_out))
-    return Version(number, resident, folder, load_seconds=time.perf_counter() - started)
+    return await run_aside(_prepare, folder, bank)
 
 
-async def remove_residents(container: ModelContainer, residents: Iterable[ResidentAdapter]) -> int:
-    """Take adapters that no row uses out of the bank; returns the bytes that this freed there."""
+def known_as(prepared: PreparedAdapter, resident: ResidentAdapter) -> PreparedAdapter:
+    """The same weights under the identity that rows know them by; the content must be the same."""
+    if prepared.resident.digest != resident.digest:
+        raise ValueError(f"expected the content {resident.digest}, got {prepared.resident.digest}")
+    return replace(prepared, resident=resident)
+
+
+async def exchange(
+    container: ModelContainer, prepared: PreparedAdapter, leaving: Iterable[ResidentAdapter]
+) -> None:
+    """Take `leaving` out of the bank and put `prepared` in, in one step, so that slots are used again."""
+    out = tuple(leaving)
+    await container.update(lambda context: _exchange(context.bank, prepared, out))
+
+
+async def remove_residents(
+    container: ModelContainer, residents: Iterable[ResidentAdapter], forgotten: Collection[str]
+) -> int:
+    """Take adapters that no row uses out of the bank; returns the bytes that this freed there.
+
+    The prompt caches that were computed with one of the digests in `forgotten` go as well.
+    """
     leaving = tuple(residents)
-    return await container.update(lambda context: _remove(context, leaving))
+    return await container.update(lambda context: _remove(context, leaving, frozenset(forgotten)))
 
 
 def _prepare(folder: AdapterFolder, bank: AdapterBank) -> PreparedAdapter:
     return bank.prepare(AdapterContainer.from_directory(folder.path))
 
 
-def _add(
-    context: ModelContext,
-    prepared: PreparedAdapter,
-    limit_bytes: int | None,
-    leaving: frozenset[ResidentAdapter],
-) -> ResidentAdapter:
-    if limit_bytes is not None:
-        staying = sum(resident.size_bytes for resident in context.bank.residents - leaving)
-        needed_bytes = staying + prepared.resident.size_bytes
-        if needed_bytes > limit_bytes:
-            raise AdapterMemoryError(needed_bytes, limit_bytes)
-    return context.bank.add(prepared)
+def _exchange(bank: AdapterBank, prepared: PreparedAdapter, leaving: tuple[ResidentAdapter, ...]) -> None:
+    for resident in leaving:
+        bank.remove(resident)
+    bank.add(prepared)
 
 
-def _remove(context: ModelContext, leaving: tuple[ResidentAdapter, ...]) -> int:
+def _remove(context: ModelContext, leaving: tuple[ResidentAdapter, ...], forgotten: frozenset[str]) -> int:
     freed_bytes = sum(context.bank.remove(resident) for resident in leaving)
-    staying = {resident.digest for resident in context.bank.residents}
-    gone = {resident.digest for resident in leaving} - staying
-    context.prompt_cache.drop(lambda key: _computed_with(key, gone))
+    if forgotten:
+        context.prompt_cache.drop(lambda key: _computed_with(key, forgotten))
     return freed_bytes
 
 
-def _computed_with(key: Hashable, digests: set[str]) -> bool:
+def _computed_with(key: Hashable, digests: frozenset[str]) -> bool:
     """Whether a key of `ModelContext.cache_key` names one of these adapters."""
     _, _, terms = cast(tuple[str, str | None, tuple[tuple[str, float], ...]], key)
     return any(digest in digests for digest, _ in terms)

@@ -1,8 +1,9 @@
 """Which adapters there are: ids, versions, pins, the active one, the fused one, those that were unloaded.
 
 Plain state, changed at one instant each time; nothing here waits. A name is resolved to a Pin, which keeps
-the versions that it names until it is released, whatever becomes of the name meanwhile. Knows no weights,
-files or threads. Used on the event loop only.
+the versions that it names until it is released, whatever becomes of the name meanwhile. An adapter that is
+registered need not be in memory: that is the business of `residency`. Knows no weights, files or threads.
+Used on the event loop only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .errors import (
 )
 from .folder import AdapterFolder, is_valid_id
 
-__all__ = ["Entry", "Kind", "Pin", "Registry", "State", "Terms", "Version"]
+__all__ = ["Entry", "Kind", "Pin", "Registry", "Resolved", "State", "Terms", "Version"]
 
 Kind = Literal["base", "adapter", "blend"]
 State = Literal["ready", "draining", "fused"]
@@ -35,7 +36,11 @@ Terms = Sequence[tuple[str, float]]
 
 @dataclass(eq=False, slots=True)
 class Version:
-    """One load of one id: what lies in the bank, where it came from, and how many requests use it."""
+    """One content of one id: what it is, where it came from, and how many requests use it.
+
+    `resident` describes it and stays the same object when it leaves memory and comes back, so that a row may
+    name it before it is there. `in_memory` says whether the bank has it, `loading` whether it is on its way.
+    """
 
     number: int
     resident: ResidentAdapter
@@ -43,6 +48,14 @@ class Version:
     created: float = field(default_factory=time.time)
     load_seconds: float = 0.0
     pins: int = 0
+    pinned: bool = False
+    in_memory: bool = False
+    loading: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that it takes in memory."""
+        return self.resident.size_bytes
 
 
 @dataclass(eq=False, slots=True)
@@ -52,10 +65,14 @@ class Entry:
     id: str
     current: Version
     retired: list[Version] = field(default_factory=list)
-    pinned: bool = False
     state: State = "ready"
     requests: int = 0
     last_used: float | None = None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether what the id means stays in memory."""
+        return self.current.pinned
 
     @property
     def versions(self) -> list[Version]:
@@ -66,6 +83,24 @@ class Entry:
     def in_flight(self) -> int:
         """Pins on any version."""
         return sum(version.pins for version in self.versions)
+
+    @property
+    def uses(self) -> int:
+        """Pins, and loads under way."""
+        return sum(version.pins + version.loading for version in self.versions)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a request names, at this instant: entries, each once, and the row that computes with them."""
+
+    entries: tuple[Entry, ...]
+    row: RowAdapters
+
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        """The versions that the row computes with or that were named at weight 0."""
+        return tuple(entry.current for entry in self.entries)
 
 
 class Pin:
@@ -89,9 +124,14 @@ class Pin:
 
 
 class Registry:
-    """The adapters beside the base model named `base`. `on_release` is told of every pin that drops."""
+    """The adapters beside the base model named `base`.
 
-    def __init__(self, base: str, on_release: Callable[[], None] = lambda: None) -> None:
+    `on_release` is told, for every pin that drops, which versions it kept.
+    """
+
+    def __init__(
+        self, base: str, on_release: Callable[[Sequence[Version]], None] = lambda versions: None
+    ) -> None:
         self.base = base
         self.active: str | None = None
         self.fused: str | None = None
@@ -101,6 +141,8 @@ class Registry:
         self.totals: Counter[Kind] = Counter()
         """Requests since the start, by what they were computed with."""
         self._entries: dict[str, Entry] = {}
+        self._replaced: set[Entry] = set()
+        """Entries that may have retired versions."""
         self._on_release = on_release
 
     @property
@@ -142,7 +184,11 @@ class Registry:
         return adapters
 
     def pin(self, model: str | None, adapters: Terms | None = None) -> Pin:
-        """Resolve what a request names, and keep it.
+        """Resolve what a request names, and keep it. Raises as `resolve`."""
+        return self.keep(self.resolve(model, adapters))
+
+    def resolve(self, model: str | None, adapters: Terms | None = None) -> Resolved:
+        """What a request names, as of now.
 
         Raises:
             UnknownModelError: it is not served.
@@ -158,7 +204,26 @@ class Registry:
         else:
             self._require_fused_only(self.fused, terms)
             row = ()
-        return self._pinned(list(dict.fromkeys(entries)), row)
+        return Resolved(tuple(dict.fromkeys(entries)), row)
+
+    def keep(self, resolved: Resolved) -> Pin:
+        """A pin on what was resolved at this very instant."""
+        now = time.time()
+        entries, versions = resolved.entries, resolved.versions
+        self.in_flight += 1
+        self.totals["base" if not entries else "adapter" if len(entries) == 1 else "blend"] += 1
+        for entry in entries:
+            entry.current.pins += 1
+            entry.requests += 1
+            entry.last_used = now
+
+        def release() -> None:
+            self.in_flight -= 1
+            for version in versions:
+                version.pins -= 1
+            self._on_release(versions)
+
+        return Pin(resolved.row, entries[0].id if len(entries) == 1 else self.base, release)
 
     def publish(self, adapter_id: str, version: Version, pinned: bool | None = None) -> Entry:
         """Make `version` what `adapter_id` means; a version before it is retired. `pinned` None keeps it."""
@@ -166,12 +231,18 @@ class Registry:
         if entry is None:
             entry = self._entries[adapter_id] = Entry(adapter_id, version)
         else:
-            entry.retired.append(entry.current)
+            version.pinned, entry.current.pinned = entry.current.pinned, False
+            self.retire(entry, entry.current)
             entry.current = version
         if pinned is not None:
-            entry.pinned = pinned
+            version.pinned = pinned
         self.unloaded.discard(adapter_id)
         return entry
+
+    def retire(self, entry: Entry, version: Version) -> None:
+        """`version` is an older one of `entry`, which nothing will name."""
+        entry.retired.append(version)
+        self._replaced.add(entry)
 
     def start_draining(self, entry: Entry) -> bool:
         """Serve `entry` to no new request; returns whether it was the active one."""
@@ -191,17 +262,29 @@ class Registry:
         """Forget `entry`, because a call unloaded it."""
         if self._entries.get(entry.id) is entry:
             del self._entries[entry.id]
+        self._replaced.discard(entry)
         if self.active == entry.id:
             self.active = None
         self.unloaded.add(entry.id)
 
     def take_stale(self) -> list[Version]:
-        """The retired versions that no request uses any more; they are forgotten here."""
+        """The retired versions that nothing uses any more; they are forgotten here."""
         stale: list[Version] = []
-        for entry in self._entries.values():
-            stale += [version for version in entry.retired if not version.pins]
-            entry.retired = [version for version in entry.retired if version.pins]
+        for entry in tuple(self._replaced):
+            stale += [version for version in entry.retired if not _is_used(version)]
+            entry.retired = [version for version in entry.retired if _is_used(version)]
+            if not entry.retired:
+                self._replaced.discard(entry)
         return stale
+
+    @property
+    def has_stale(self) -> bool:
+        """Whether `take_stale` would find any."""
+        return any(not _is_used(version) for entry in self._replaced for version in entry.retired)
+
+    def digests(self) -> set[str]:
+        """The contents that requests can still name or compute with, in memory or not."""
+        return {version.resident.digest for entry in self._entries.values() for version in entry.versions}
 
     def activate(self, adapter_id: str | None) -> str | None:
         """Change what "default" means; returns what it meant before.
@@ -244,23 +327,9 @@ class Registry:
         if terms and (len(terms) > 1 or terms[0] != (fused, 1.0)):
             raise BaseIsFusedError(fused, "no other adapter or weight can be computed with")
 
-    def _pinned(self, entries: list[Entry], row: RowAdapters) -> Pin:
-        now = time.time()
-        versions = [entry.current for entry in entries]
-        self.in_flight += 1
-        self.totals["base" if not entries else "adapter" if len(entries) == 1 else "blend"] += 1
-        for entry in entries:
-            entry.current.pins += 1
-            entry.requests += 1
-            entry.last_used = now
 
-        def release() -> None:
-            self.in_flight -= 1
-            for version in versions:
-                version.pins -= 1
-            self._on_release()
-
-        return Pin(row, entries[0].id if len(entries) == 1 else self.base, release)
+def _is_used(version: Version) -> bool:
+    return bool(version.pins) or version.loading
 
 
 def _means_default(model: str | None) -> bool:

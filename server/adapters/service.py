@@ -2,14 +2,15 @@
 
 A call that changes adapters runs to its end even if its caller leaves meanwhile, so that names and bank
 never disagree; calls on one id take turns, calls on different ids do not wait for each other. Loads and
-unloads pass the gate together, surgery on the base passes it alone. Knows no HTTP. Runs on the event loop.
+unloads pass the gate together, surgery on the base passes it alone. What is registered comes into memory and
+leaves it by the `pager`. Knows no HTTP. Runs on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ from server.engine.container import ModelContainer
 from server.engine.model import ModelInfo
 
 from .errors import AdapterBusyError, AdapterExistsError, BaseIsFusedError, LifeCycleError, quoted
-from .folder import AdapterFolder, AdapterFolders, check_id
+from .folder import AdapterFolders, check_id
 from .fusing import Fuser, FuseResult, Precision
 from .gate import Gate
-from .loading import load_version, remove_residents
-from .registry import Entry, Pin, Registry, Terms
+from .pager import Pager
+from .registry import Entry, Pin, Registry, Terms, Version
+from .residency import Residency
 
 __all__ = ["AdapterService", "Listing", "Loaded", "ServiceOptions", "Swapped"]
 
@@ -36,10 +38,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:
-    """`memory_bytes` bounds what adapters take, if given; `models_dir` is where models are saved."""
+    """`memory_bytes` bounds what adapters in memory take; `models_dir` is where models are saved.
 
+    `wait_seconds` bounds how long a request waits for others to make room for the adapters that it names.
+    """
+
+    memory_bytes: int
+    wait_seconds: float = 30.0
     load_on_demand: bool = True
-    memory_bytes: int | None = None
     unload_timeout_seconds: float = 30.0
     models_dir: Path | None = None
 
@@ -86,22 +92,32 @@ class AdapterService:
         on_load: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.registry = Registry(base, self._on_release)
+        self.residency = Residency(options.memory_bytes)
         self.info = info
         self.created = time.time()
         self._container = container
         self._folders = folders
         self._options = options
-        self._on_load = on_load
         self._gate = Gate()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._released = asyncio.Event()
         self._closing = False
-        self._fuser = Fuser(container, info, self.registry, self._gate, self._idle, options.models_dir)
+        self._on_load = on_load
+        self._pager = Pager(
+            container, folders, self.registry, self.residency, self._gate, options.wait_seconds,
+            start=self._start_load, on_load=on_load,
+        )  # fmt: skip
+        self._fuser = Fuser(
+            container, info, self.registry, self.residency, self._gate, self._idle, options.models_dir
+        )
 
     async def start(self, adapter_ids: Iterable[str]) -> None:
-        """Load the adapters that the operator named. Raises what `load` raises."""
+        """Load the adapters that the operator named; those that do not fit together leave again.
+
+        Raises: what `load` raises.
+        """
         for adapter_id in adapter_ids:
             await self.load(adapter_id)
 
@@ -109,23 +125,24 @@ class AdapterService:
         """End the changes that are under way, without waiting for requests; call it when no more come."""
         self._closing = True
         self._released.set()
+        self._pager.close()
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
     async def resolve(self, model: str | None, adapters: Terms | None = None) -> Pin:
-        """What a request that names `model` and `adapters` computes with; loads on demand.
+        """What a request that names `model` and `adapters` computes with, in memory; loads on demand.
 
         The caller releases the pin when the request has ended in any way.
 
         Raises:
-            UnknownModelError, AdaptersWithModelError, BaseIsFusedError, BlendError: as `Registry.pin`.
-            InvalidAdapterError, AdapterMemoryError: an adapter that was to be loaded on demand.
+            UnknownModelError, AdaptersWithModelError, BaseIsFusedError, BlendError: as `Registry.resolve`.
+            AdapterMemoryError, AdapterMemoryBusyError: there is no room, now or ever.
+            AdapterNotFoundError, PathNotAllowedError, InvalidAdapterError: an adapter that was to be loaded.
         """
         for adapter_id, _ in self.registry.terms(model, adapters):
             if self.registry.find(adapter_id) is None:
                 await self._load_on_demand(adapter_id)
-        await self._gate.opened()
-        return self.registry.pin(model, adapters)
+        return await self._pager.pin(model, adapters)
 
     async def list(self) -> Listing:
         """All adapters, loaded and not."""
@@ -209,27 +226,28 @@ class AdapterService:
     async def _load(
         self, adapter_id: str, path: str | None, pinned: bool | None, activate: bool, replace: bool
     ) -> Loaded:
-        async with self._lock(adapter_id), self._gate.shared():
-            self._refuse_if_fused(f"{quoted(adapter_id)} cannot be loaded")
+        async with self._lock(adapter_id):
+            self._refuse_load_if_fused(adapter_id)
             entry = self.registry.find(adapter_id)
             if entry is not None and not replace:
                 raise AdapterExistsError(adapter_id)
             folder = await asyncio.to_thread(self._folders.find, adapter_id, path)
-            published = await self._publish(adapter_id, folder, entry, pinned)
-            if activate:
-                self.registry.activate(adapter_id)
+
+            def publish(version: Version) -> Entry:
+                published = self._publish(adapter_id, version, pinned)
+                if activate:
+                    self.registry.activate(adapter_id)
+                return published
+
+            published = await self._pager.fetch_in_turn(
+                folder, entry, lambda: self._refuse_load_if_fused(adapter_id), publish
+            )
             return Loaded(published, created=entry is None)
 
-    async def _publish(
-        self, adapter_id: str, folder: AdapterFolder, entry: Entry | None, pinned: bool | None
-    ) -> Entry:
-        number = 1 if entry is None else entry.current.number + 1
-        leaving = [] if entry is None else [v.resident for v in entry.versions if not v.pins]
-        version = await load_version(
-            self._container, folder, number, limit_bytes=self._options.memory_bytes, leaving=leaving
-        )
+    def _publish(self, adapter_id: str, version: Version, pinned: bool | None = None) -> Entry:
         self._on_load(version.load_seconds)
-        _log.info("adapter_loaded", adapter=adapter_id, version=number, digest=version.resident.digest)
+        digest = version.resident.digest
+        _log.info("adapter_loaded", adapter=adapter_id, version=version.number, digest=digest)
         return self.registry.publish(adapter_id, version, pinned)
 
     async def _load_on_demand(self, adapter_id: str) -> None:
@@ -247,9 +265,10 @@ class AdapterService:
         if folder is None:
             return
         async with self._lock(adapter_id), self._gate.shared():
-            self._refuse_if_fused(f"{quoted(adapter_id)} cannot be loaded")
+            self._refuse_load_if_fused(adapter_id)
             if self.registry.find(adapter_id) is None and adapter_id not in self.registry.unloaded:
-                await self._publish(adapter_id, folder, None, None)
+                # Without room at once it is registered, and the requests that name it wait for room.
+                await self._pager.fetch(folder, None, lambda version: self._publish(adapter_id, version))
 
     async def _unload(self, adapter_id: str, timeout_seconds: float) -> tuple[Entry, int]:
         async with self._lock(adapter_id):
@@ -258,15 +277,14 @@ class AdapterService:
                 self._refuse_if_fused("none can be unloaded")
                 was_active = self.registry.start_draining(entry)
             try:
-                await self._idle(lambda: entry.in_flight, timeout_seconds, f"adapter {quoted(adapter_id)}")
-                async with self._gate.shared():
-                    residents = [version.resident for version in entry.versions]
-                    entry.retired = []
-                    freed_bytes = await remove_residents(self._container, residents)
+                await self._idle(lambda: entry.uses, timeout_seconds, f"adapter {quoted(adapter_id)}")
+                await self._gate.opened()
             except BaseException:
                 self.registry.stop_draining(entry, was_active)
                 raise
-            self.registry.remove(entry)
+            async with self._gate.shared():
+                self.registry.remove(entry)
+                freed_bytes = await self._pager.remove(entry.versions)
             _log.info("adapter_unloaded", adapter=adapter_id, freed_bytes=freed_bytes)
             return entry, freed_bytes
 
@@ -285,7 +303,7 @@ class AdapterService:
         async with self._gate.shared():
             stale = self.registry.take_stale()
             if stale:
-                await remove_residents(self._container, [version.resident for version in stale])
+                await self._pager.remove(stale)
 
     async def _idle(self, in_flight: Callable[[], int], timeout_seconds: float, what: str) -> None:
         """Wait until `in_flight()` is 0. Raises AdapterBusyError when the time is up."""
@@ -303,18 +321,27 @@ class AdapterService:
                 in_flight(),
             )
 
-    def _on_release(self) -> None:
+    def _on_release(self, versions: Sequence[Version]) -> None:
+        for version in versions:
+            self.residency.touch(version)
         self._released.set()
-        if any(not version.pins for entry in self.registry.entries for version in entry.retired):
+        self._pager.look_again()
+        if self.registry.has_stale:
             self._task(self._reap())
+
+    def _refuse_load_if_fused(self, adapter_id: str) -> None:
+        self._refuse_if_fused(f"{quoted(adapter_id)} cannot be loaded")
 
     def _refuse_if_fused(self, refused: str) -> None:
         if self.registry.fused is not None:
             raise BaseIsFusedError(self.registry.fused, refused)
 
     async def _in_turn(self, adapter_id: str, work: Coroutine[Any, Any, _T]) -> _T:
-        async with self._lock(adapter_id):
-            return await work
+        try:
+            async with self._lock(adapter_id):
+                return await work
+        finally:
+            self._pager.look_again()
 
     def _lock(self, adapter_id: str) -> asyncio.Lock:
         return self._locks.setdefault(adapter_id, asyncio.Lock())
@@ -322,6 +349,11 @@ class AdapterService:
     async def _to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
         """What comes of `work`, which goes on if the caller is cancelled."""
         return await asyncio.shield(self._task(work))
+
+    def _start_load(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._task(work)
+        task.add_done_callback(lambda _: self._on_release(()))
+        return task
 
     def _task(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.get_running_loop().create_task(work)

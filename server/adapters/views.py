@@ -28,6 +28,7 @@ def adapter_object(entry: Entry, registry: Registry) -> dict[str, Any]:
         "digest": resident.digest,
         "version": version.number,
         "state": entry.state,
+        "resident": version.in_memory or entry.state == "fused",
         "pinned": entry.pinned,
         "active": registry.active == entry.id,
         "in_flight": entry.in_flight,

@@ -70,6 +70,7 @@ async def list_adapters(service: Service) -> dict[str, Any]:
         "data": [adapter_object(entry, service.registry) for entry in listing.entries],
         "active": service.registry.active,
         "resident_bytes": listing.resident_bytes,
+        "memory_limit_bytes": service.residency.limit_bytes,
         "available": listing.available,
     }
 

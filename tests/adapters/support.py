@@ -159,7 +159,9 @@ async def house(
     info = await engine.start()
     folders = AdapterFolders(root, configured)
     container = wrap(engine.container)
-    service = AdapterService(container, info, BASE, folders, ServiceOptions(**options))
+    service = AdapterService(
+        container, info, BASE, folders, ServiceOptions(**{"memory_bytes": 2**30, **options})
+    )
     try:
         yield House(engine, container, service, root)
         assert service.registry.in_flight == 0

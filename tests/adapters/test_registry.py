@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ class Life(RuleBasedStateMachine):
         self.active: str | None = None
         self.numbers = 0
 
-    def _on_release(self) -> None:
+    def _on_release(self, versions: Sequence[Version]) -> None:
         self.released += 1
 
     @rule(name=st.sampled_from(IDS))

@@ -17,7 +17,8 @@ from tests.models import adapter_tensors, adapter_values, make_adapter, write_ad
 
 FIELDS = {
     "id", "object", "created", "base", "path", "format", "type", "rank", "scale", "modules", "bytes",
-    "digest", "version", "state", "pinned", "active", "in_flight", "requests", "last_used", "load_seconds",
+    "digest", "version", "state", "resident", "pinned", "active", "in_flight", "requests", "last_used",
+    "load_seconds",
 }  # fmt: skip
 
 
@@ -29,8 +30,10 @@ async def test_the_whole_life(tiny_site: Site) -> None:
     base = await tiny_site.says(None)
     listing = await tiny_site.call("GET", "/v1/adapters")
     assert listing["available"] == ["a", "b", "broken", "d"]
-    assert {**listing, "available": []} == {
-        "object": "list", "data": [], "active": None, "resident_bytes": 0, "available": [],
+    assert listing["memory_limit_bytes"] > 0
+    assert {**listing, "available": [], "memory_limit_bytes": 1} == {
+        "object": "list", "data": [], "active": None, "resident_bytes": 0, "memory_limit_bytes": 1,
+        "available": [],
     }  # fmt: skip
 
     adapter = await load(tiny_site, "a")

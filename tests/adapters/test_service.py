@@ -213,7 +213,7 @@ async def test_swapping_loads_on_demand_and_unloads_the_previous_one(tiny_house:
 async def test_the_memory_limit_refuses_before_anything_changes(model_path: Path, root: Path) -> None:
     async with house(model_path, root) as first:
         size_bytes = (await first.service.load("a")).entry.current.resident.size_bytes
-    async with house(model_path, root, memory_bytes=size_bytes) as limited:
+    async with house(model_path, root, memory_bytes=size_bytes, wait_seconds=0.2) as limited:
         service = limited.service
         await service.load("a")
         for attempt in (service.load("b"), service.resolve("b"), service.swap("b")):

@@ -1,0 +1,287 @@
+"""Brings versions into memory: for requests that name them, and for calls that load something new.
+
+A load reads, checks and lays out beside the generation, a few at a time, and then changes the bank in one
+update that first removes what has to leave. While it does so it is inside the gate; while it waits for room
+it is not, so that surgery on the base waits for no request. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import structlog
+
+from adapters_core.bank import AdapterBank, PreparedAdapter
+from server.engine.container import ModelContainer
+
+from .errors import AdapterMemoryBusyError, AdapterMemoryError
+from .folder import AdapterFolder, AdapterFolders
+from .gate import Gate
+from .line import Line
+from .loading import exchange, known_as, prepare_folder, remove_residents
+from .registry import Entry, Pin, Registry, Terms, Version
+from .residency import Reservation, Residency
+
+__all__ = ["MAX_LOADS", "Pager"]
+
+_log = structlog.get_logger(__name__)
+
+MAX_LOADS = 2
+"""Loads that read and lay out at one time: one computes while another waits for the disk. What they hold
+lies outside the budget, so more would take more memory, and on few cores would not be sooner."""
+
+Start = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+_Taken = tuple[Pin, tuple[Version, ...], list["asyncio.Task[None]"]]
+
+
+class Pager:
+    """The loads of one service. `start` runs a load to its end; `on_load` is told each one's seconds."""
+
+    def __init__(
+        self,
+        container: ModelContainer,
+        folders: AdapterFolders,
+        registry: Registry,
+        residency: Residency,
+        gate: Gate,
+        wait_seconds: float,
+        start: Start,
+        on_load: Callable[[float], None],
+    ) -> None:
+        self._container = container
+        self._folders = folders
+        self._registry = registry
+        self._residency = residency
+        self._gate = gate
+        self._line = Line(gate)
+        self._wait_seconds = wait_seconds
+        self._start = start
+        self._on_load = on_load
+        self._slots = asyncio.Semaphore(MAX_LOADS)
+        self._loads: dict[Version, asyncio.Task[None]] = {}
+        self._bank: AdapterBank | None = None
+
+    def look_again(self) -> None:
+        """Pins, versions or the base have changed: whoever waits for room may find it now."""
+        self._line.look_again()
+
+    def close(self) -> None:
+        """Nobody waits for room any more; call it when no requests come."""
+        self._line.close()
+
+    async def pin(self, model: str | None, adapters: Terms | None) -> Pin:
+        """Keep what a request names, all of it in memory; those who want the same share its load.
+
+        Raises:
+            As `Registry.resolve`, at the time when it is the request's turn.
+            AdapterMemoryError: it can never fit.
+            AdapterMemoryBusyError: there was no room in time.
+            AdapterNotFoundError, PathNotAllowedError, InvalidAdapterError: the folder of an adapter that is
+                not in memory has gone or is broken; the adapter stays registered.
+        """
+        while True:
+            pin, versions, loads = await self._line.in_turn(
+                partial(self._take, model, adapters), self._wait_seconds
+            )
+            try:
+                if loads:
+                    await asyncio.wait(loads)
+                    for load in loads:
+                        load.result()
+                if all(version.in_memory for version in versions):
+                    return pin
+            except BaseException:
+                pin.release()
+                raise
+            pin.release()  # a folder held something new, which is the adapter's next version now
+
+    async def fetch(
+        self, folder: AdapterFolder, entry: Entry | None, publish: Callable[[Version], Entry]
+    ) -> Entry:
+        """Load what is in `folder` now, as the next version of `entry`, or the first where there is none.
+
+        Call it inside the gate. If there is no room at once, what is published is not in memory yet. If this
+        raises, nothing has changed.
+
+        Raises:
+            InvalidAdapterError: everything that is wrong with the folder or does not fit the model.
+            AdapterMemoryError: it can never fit.
+        """
+        return publish(await self._fetch(folder, entry, None))
+
+    async def fetch_in_turn(
+        self,
+        folder: AdapterFolder,
+        entry: Entry | None,
+        check: Callable[[], None],
+        publish: Callable[[Version], Entry],
+    ) -> Entry:
+        """As `fetch`, outside the gate: waits for room, and publishes what is in memory only.
+
+        `check` raises if the load is not wanted any more.
+
+        Raises:
+            As `fetch` and `check`; AdapterMemoryError also if there was no room in time.
+        """
+        async with self._gate.shared():
+            check()
+            version = await self._fetch(folder, entry, None)
+            if version.in_memory:
+                return publish(version)
+        while True:
+            # What was read is let go of: those who wait hold no memory.
+            reservation = await self._reserve_in_turn(version.size_bytes, entry, check)
+            try:
+                version = await self._fetch(folder, entry, reservation)
+                if version.in_memory:
+                    return publish(version)
+            finally:
+                self._gate.leave()
+
+    async def remove(self, versions: list[Version]) -> int:
+        """Take versions that nothing uses out of memory, and what requests can name no more out of the
+        prompt cache; they are out of the registry already. Returns the bytes that this freed."""
+        there = [version for version in versions if version.in_memory]
+        for version in there:
+            self._residency.drop(version)
+        forgotten = {version.resident.digest for version in versions} - self._registry.digests()
+        freed_bytes = await remove_residents(
+            self._container, [version.resident for version in there], forgotten
+        )
+        self.look_again()
+        return freed_bytes
+
+    def _take(self, model: str | None, adapters: Terms | None, is_next: bool) -> _Taken | None:
+        resolved = self._registry.resolve(model, adapters)
+        versions = resolved.versions if self._registry.fused is None else ()
+        reservations = self._residency.take(versions, is_next)
+        if reservations is None:
+            return None
+        pin = self._registry.keep(resolved)
+        for entry, version, reservation in zip(resolved.entries, versions, reservations, strict=False):
+            if reservation is not None:
+                self._gate.enter()
+                self._loads[version] = self._start(self._reload(entry, version, reservation))
+        return pin, versions, [self._loads[version] for version in versions if version in self._loads]
+
+    async def _reserve_in_turn(
+        self, size_bytes: int, entry: Entry | None, check: Callable[[], None]
+    ) -> Reservation:
+        attempt = partial(self._reserve, size_bytes, entry, check)
+        try:
+            return await self._line.in_turn(attempt, self._wait_seconds)
+        except AdapterMemoryBusyError:
+            needed_bytes = self._residency.committed_bytes + size_bytes
+            raise AdapterMemoryError(needed_bytes, self._residency.limit_bytes) from None
+
+    def _reserve(
+        self, size_bytes: int, entry: Entry | None, check: Callable[[], None], is_next: bool
+    ) -> Reservation | None:
+        check()
+        replaces = None if entry is None else entry.current
+        reservation = self._residency.reserve(size_bytes, replaces, is_next)
+        if reservation is not None:
+            self._gate.enter()
+        return reservation
+
+    async def _fetch(
+        self, folder: AdapterFolder, entry: Entry | None, reservation: Reservation | None
+    ) -> Version:
+        async with self._slots:
+            started = time.perf_counter()
+            try:
+                prepared = await prepare_folder(folder, await self._the_bank())
+            except BaseException:
+                self._give_up(reservation)
+                raise
+            return await self._place(prepared, folder, entry, reservation, started)
+
+    async def _place(
+        self,
+        prepared: PreparedAdapter,
+        folder: AdapterFolder,
+        entry: Entry | None,
+        reservation: Reservation | None,
+        started: float,
+    ) -> Version:
+        """A new version of what was prepared: in memory if the reservation, or another at once, suffices."""
+        size_bytes = prepared.resident.size_bytes
+        if reservation is None or reservation.size_bytes < size_bytes:
+            self._give_up(reservation)
+            replaces = None if entry is None else entry.current
+            reservation = self._residency.reserve(size_bytes, replaces, is_next=not len(self._line))
+        version = Version(0, prepared.resident, folder)
+        if reservation is not None:
+            await self._add(prepared, version, reservation)
+        version.number = 1 if entry is None else entry.current.number + 1
+        version.load_seconds = time.perf_counter() - started
+        return version
+
+    async def _reload(self, entry: Entry, version: Version, reservation: Reservation) -> None:
+        """Bring back a version that left memory, or publish what its folder holds in its place."""
+        try:
+            folder = await asyncio.to_thread(self._folders.again, version.folder)
+            async with self._slots:
+                started = time.perf_counter()
+                prepared = await prepare_folder(folder, await self._the_bank())
+                if prepared.resident.digest == version.resident.digest:
+                    await self._add(known_as(prepared, version.resident), version, reservation)
+                    version.load_seconds = time.perf_counter() - started
+                elif entry.current is version:
+                    await self._succeed(entry, version, prepared, folder, reservation, started)
+                self._residency.cold_loads += 1
+                self._on_load(time.perf_counter() - started)
+        finally:
+            self._give_up(reservation)
+            version.loading = False
+            del self._loads[version]
+            self._gate.leave()
+
+    async def _succeed(
+        self,
+        entry: Entry,
+        version: Version,
+        prepared: PreparedAdapter,
+        folder: AdapterFolder,
+        reservation: Reservation,
+        started: float,
+    ) -> None:
+        new = await self._place(prepared, folder, entry, reservation, started)
+        if entry.current is not version:  # a call was faster; what it loaded counts
+            self._registry.retire(entry, new)
+            return
+        self._registry.publish(entry.id, new)
+        _log.warning(
+            "adapter_folder_changed",
+            adapter=entry.id,
+            version=new.number,
+            digest=new.resident.digest,
+            before=version.resident.digest,
+        )
+
+    async def _add(self, prepared: PreparedAdapter, version: Version, reservation: Reservation) -> None:
+        """Put `version` into the bank in the place of what leaves for it; if this raises, that is cold."""
+        reservation.size_bytes = version.size_bytes
+        try:
+            leaving = self._residency.make_room(reservation)
+            await exchange(self._container, prepared, [each.resident for each in leaving])
+        except BaseException:
+            self._give_up(reservation)
+            raise
+        self._residency.settle(reservation, version)
+        if leaving:
+            _log.debug("adapters_evicted", count=len(leaving))
+
+    def _give_up(self, reservation: Reservation | None) -> None:
+        if reservation is not None:
+            self._residency.cancel(reservation)
+            self.look_again()
+
+    async def _the_bank(self) -> AdapterBank:
+        if self._bank is None:
+            self._bank = await self._container.perform(lambda context: context.bank)
+        return self._bank
