@@ -74,14 +74,11 @@ class ProjectionGroup:
             raise UnsupportedModelError(
                 [f"{path} gets input of shape {x.shape}; its axis 0 must be the {plan.batch_size} rows"]
             )
-        outputs = (
-            fused_outputs(x, self.layers, steps, self._routing.kernels) if self._routing.kernels else None
-        )
-        return (
-            _Products(x, steps, gather=self._routing.kernels is None)
-            if outputs is None
-            else _Kernel(x, outputs)
-        )
+        kernels = self._routing.kernels
+        outputs = None if kernels is None else fused_outputs(x, self.layers, steps, kernels)
+        if outputs is not None:
+            return _Kernel(x, outputs)
+        return _Products(x, steps, on_cuda=kernels is not None)
 
 
 class _Kernel:
@@ -99,10 +96,10 @@ class _Kernel:
 class _Products:
     """The input times A, weighted, for each pass; each layer's B when it is asked for."""
 
-    def __init__(self, x: mx.array, steps: Steps, gather: bool) -> None:
+    def __init__(self, x: mx.array, steps: Steps, on_cuda: bool) -> None:
         self._x = x
         self._steps = steps
-        self._gather = gather
+        self._on_cuda = on_cuda
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
         self._shrunk = [self._shrink(rows, one, stack) for one, stack in steps]
 
@@ -115,13 +112,17 @@ class _Products:
                 y = self._expand(y, h, one, stack, path, linear)
         return y.reshape(shape)
 
+    def _gathers(self, dtype: mx.Dtype) -> bool:
+        """Whether `gather_mm` can do it well: on a CPU it knows float32 alone."""
+        return not self._on_cuda and (dtype == mx.float32 or mx.default_device().type == mx.DeviceType.gpu)
+
     def _shrink(self, x: mx.array, one: Pass, stack: Stack) -> mx.array:
         """w·s·A x of the rows concerned, (E, L, rank of all projections)."""
         a, layout = stack.a(), stack.layout
         x = x.astype(layout.dtype)
         if one.slot is not None:
             h = x @ a[one.slot].T
-        elif self._gather:
+        elif self._gathers(layout.dtype):
             h = mx.gather_mm(x, a.swapaxes(-1, -2), lhs_indices=one.rows, rhs_indices=one.slots)
         else:
             h = (x if one.rows is None else x[one.rows]) @ a[one.slots].swapaxes(-1, -2)
@@ -135,7 +136,7 @@ class _Products:
             h = h[..., layout.ranks[path]]
         if one.slot is not None:
             delta = h @ b[one.slot]
-        elif self._gather:
+        elif self._gathers(layout.dtype):
             delta = mx.gather_mm(h, b, rhs_indices=one.slots)
         else:
             delta = h @ b[one.slots]

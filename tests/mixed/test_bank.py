@@ -131,6 +131,28 @@ def test_a_half_precision_base_keeps_its_dtype_beside_float32_factors(
     assert relative_error(resident.logits(inputs, [row, row]), expected) < 2e-2
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_half_precision_factors_serve_rows_that_differ(dtype: mx.Dtype, tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        made = tiny_llama()
+        made.set_dtype(dtype)
+        return made
+
+    resident = Resident(model())
+    folders = []
+    for seed in range(2):
+        values = adapter_values()
+        halves = {name: one.astype(dtype) for name, one in adapter_tensors(model(), values, seed).items()}
+        folders.append(write_adapter(tmp_path / str(seed), values, halves))
+    rows = [(), *(only(resident.add(folder)) for folder in folders)]
+    for length in (9, 1):
+        inputs = tokens(3, length)
+        found = resident.logits(inputs, rows)
+        for row, folder in enumerate(folders, start=1):
+            expected = load_adapters(model(), str(folder))(inputs[row : row + 1]).astype(mx.float32)
+            assert relative_error(found[row], np.array(expected)[0]) < 2e-2
+
+
 def test_weights_and_blends_are_sums_of_the_deltas(tmp_path: Path) -> None:
     resident = Resident(tiny_llama())
     folders = [

@@ -1,0 +1,274 @@
+"""Decoding with an adapter for each row against the base, on a GPU; random weights in real models' shapes.
+
+    python -m benchmarks.gpu [--models 8b 8b-4bit 1b] [--rows 1 8 32] [--json FILE]
+
+Needs an NVIDIA GPU and `mlx[cuda13]`; no model is downloaded. All sides run in one process and take turns.
+Before anything is timed, the fused kernel is checked against the plain products on the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models import llama
+from rich.console import Console
+from rich.table import Table
+
+from adapters_core.bank import AdapterBank, PreparedAdapter
+from adapters_core.layers import compute_dtype
+from adapters_core.layout import GroupLayout, Projection, group_projections
+from adapters_core.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from adapters_core.targets import linear_shape
+
+_PROMPT_TOKENS = 32
+_SCALE = 2.0
+_SIZE = 0.02  # of the factors' entries: a delta of some percent of the base's outputs
+_TOLERANCE = 0.02  # relative, of logits in bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Llama's sizes; `bits` None is bfloat16."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    bits: int | None = None
+
+
+SHAPES = {
+    "1b": Shape(2048, 16, 8192, 32, 8),
+    "8b": Shape(4096, 32, 14336, 32, 8),
+    "8b-4bit": Shape(4096, 32, 14336, 32, 8, bits=4),
+}
+_VOCABULARY = 128256
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Milliseconds of a decode step, and base ÷ side: medians over the blocks, which took turns."""
+
+    model: str
+    rows: int
+    adapters: int
+    side: str
+    step_ms: float
+    ratio: float
+    lowest: float
+    highest: float
+
+
+class Sides:
+    """One model with resident adapters, decoded in turn by several batches."""
+
+    def __init__(self, shape: Shape, adapters: int, rank: int) -> None:
+        self.model = _random_model(shape)
+        self.routing = Routing()
+        self.routed = RoutedModel(self.model, self.routing)
+        self.kernels = self.routing.kernels
+        bank = AdapterBank(self.model, self.routing)
+        self.adapters = [bank.add(_random_adapter(self.model, rank, index)) for index in range(adapters)]
+
+    def rows(self, count: int, adapters: int) -> list[RowAdapters]:
+        """`count` rows dealt to `adapters` adapters; 0 is the base."""
+        if not adapters:
+            return [()] * count
+        return [make_row([(self.adapters[index % adapters], 1.0)]) for index in range(count)]
+
+    def error(self, rows: Sequence[RowAdapters]) -> float:
+        """‖fused - products‖ / ‖products‖ of the logits of one decode step."""
+        found = []
+        for kernels in (self.kernels, None):
+            self.routing.kernels = kernels
+            caches = [self.routed.new_cache(row) for row in rows]
+            merged = [entries[0].merge(list(entries)) for entries in zip(*caches, strict=True)]
+            found.append(
+                self.routed(mx.ones((len(rows), 1), dtype=mx.int32), cache=merged).astype(mx.float32)
+            )
+        self.routing.kernels = self.kernels
+        return float(mx.linalg.norm(found[0] - found[1]) / mx.linalg.norm(found[1]))
+
+
+class Batch:
+    """Rows that decode without end, and the seconds that each block of steps took."""
+
+    def __init__(self, sides: Sides, rows: Sequence[RowAdapters], fused: bool, max_tokens: int) -> None:
+        self._sides = sides
+        self._fused = fused
+        self.block_seconds: list[float] = []
+        self._use_form()
+        self._generator = BatchGenerator(
+            sides.routed,  # pyright: ignore[reportArgumentType] (it calls the model, nothing else)
+            completion_batch_size=len(rows),
+            prefill_batch_size=len(rows),
+        )
+        self._generator.insert(
+            [[1 + index] * _PROMPT_TOKENS for index in range(len(rows))],
+            max_tokens=[max_tokens] * len(rows),
+            caches=[sides.routed.new_cache(row) for row in rows],
+        )
+        while len(self._generator.next()[1]) < len(rows):
+            pass
+
+    def run(self, steps: int) -> None:
+        """Decode `steps` times; the first two warm up."""
+        self._use_form()
+        for _ in range(2):
+            self._generator.next()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._generator.next()
+        self.block_seconds.append((time.perf_counter() - start) / steps)
+
+    def _use_form(self) -> None:
+        self._sides.routing.kernels = self._sides.kernels if self._fused else None
+
+
+def measure(name: str, row_counts: Sequence[int], rank: int, blocks: int, steps: int) -> list[Result]:
+    """Every side of one model. Raises: RuntimeError if the forms do not agree."""
+    sides = Sides(SHAPES[name], max(row_counts), rank)
+    results = []
+    for count in row_counts:
+        error = sides.error(sides.rows(count, count))
+        if error > _TOLERANCE:
+            raise RuntimeError(f"{name}, {count} rows: fused and plain differ by {error:.4f} of the logits")
+        max_tokens = (blocks + 1) * (steps + 2) + 16
+        batches = {("base", 0): Batch(sides, sides.rows(count, 0), True, max_tokens)}
+        for adapters in sorted({1, count}):
+            rows = sides.rows(count, adapters)
+            batches["fused", adapters] = Batch(sides, rows, True, max_tokens)
+            batches["products", adapters] = Batch(sides, rows, False, max_tokens)
+        for batch in batches.values():
+            batch.run(steps)
+            batch.block_seconds.clear()
+        for index in range(blocks):
+            for batch in list(batches.values())[:: -1 if index % 2 else 1]:
+                batch.run(steps)
+        base = batches["base", 0].block_seconds
+        for (side, adapters), batch in batches.items():
+            ratios = [one / other for one, other in zip(base, batch.block_seconds, strict=True)]
+            step_ms = 1e3 * median(batch.block_seconds)
+            results.append(
+                Result(name, count, adapters, side, step_ms, median(ratios), min(ratios), max(ratios))
+            )
+    return results
+
+
+def _random_model(shape: Shape) -> nn.Module:
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            intermediate_size=shape.intermediate,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            rms_norm_eps=1e-5,
+            vocab_size=_VOCABULARY,
+            tie_word_embeddings=False,
+        )
+    )
+    # Part by part, so that the float32 weights that they are made from never lie there all at once.
+    for part in (*model.layers, model.lm_head, model.model.embed_tokens, model):
+        part.set_dtype(mx.bfloat16)
+        mx.eval(part.parameters())
+    if shape.bits is not None:
+        nn.quantize(model, bits=shape.bits)
+        mx.eval(model.parameters())
+    model.eval()
+    mx.clear_cache()
+    return model
+
+
+def _random_adapter(model: nn.Module, rank: int, seed: int) -> PreparedAdapter:
+    linears = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.QuantizedLinear) and ".layers." in f".{path}."
+    }
+    linears = {path.removesuffix(".linear"): module for path, module in linears.items()}
+    groups: dict[str, GroupLayout] = {}
+    rows: dict[str, mx.array] = {}
+    key = mx.random.key(seed)
+    for name, paths in group_projections({p: linear_shape(one)[1] for p, one in linears.items()}).items():
+        parts = [Projection(path, rank, *linear_shape(linears[path])[::-1]) for path in paths]
+        groups[name] = GroupLayout(tuple(parts), False, compute_dtype(linears[paths[0]]))
+        key, mine = mx.random.split(key)
+        rows[name] = (_SIZE * mx.random.normal((groups[name].size,), key=mine)).astype(groups[name].dtype)
+    mx.eval(rows)
+    size_bytes = sum(row.nbytes for row in rows.values())
+    resident = ResidentAdapter(f"random-{seed}", "lora", rank, _SCALE, tuple(sorted(linears)), size_bytes)
+    return PreparedAdapter(resident, groups, rows)
+
+
+def _environment() -> dict[str, Any]:
+    info = mx.device_info(mx.default_device())
+    versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm")}
+    return {"device": str(info.get("device_name")), "architecture": str(info.get("architecture")), **versions}
+
+
+def _table(results: Sequence[Result]) -> Table:
+    table = Table(title="Decode steps; ratio: base ÷ side, in turn, lowest to highest", title_justify="left")
+    for heading in ("model", "rows", "adapters", "side", "ms a step", "ratio", "spread"):
+        table.add_column(heading, justify="left" if heading in ("model", "side") else "right")
+    for one in results:
+        spread = f"{one.lowest:.2f} to {one.highest:.2f}"
+        table.add_row(
+            one.model,
+            str(one.rows),
+            str(one.adapters),
+            one.side,
+            f"{one.step_ms:.2f}",
+            f"{one.ratio:.2f}",
+            spread,
+        )
+    return table
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--blocks", type=int, default=7, help="blocks of steps for each side, in turn")
+    parser.add_argument("--steps", type=int, default=20, help="decode steps of a block")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if Routing().kernels is None:
+        parser.error("MLX has no CUDA GPU here, so that the fused kernel cannot run")
+    results: list[Result] = []
+    for name in options.models:
+        results += measure(name, options.rows, options.rank, options.blocks, options.steps)
+        Console(width=110).print(_table([one for one in results if one.model == name]))
+        mx.clear_cache()
+    environment = _environment()
+    Console(width=110).print(environment)
+    if options.json:
+        report = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment,
+            "options": {**vars(options), "json": str(options.json)},
+            "results": [asdict(one) for one in results],
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
