@@ -1,0 +1,124 @@
+"""Puts the figures of reports into a page, as tables between markers: `python -m benchmarks.page FILE.json…`.
+
+A block begins with `<!-- bench: NAME -->` and ends with `<!-- end -->`. NAME is `goals` (the figures with
+goals of all reports), `conditions` (what the reports depend on) or a case's name (its own table). What lies
+between the two is replaced; a block that no report has anything for stays as it is. Computes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.report import CaseRecord, FigureRecord, Report, ReportError, read_report
+from benchmarks.tables import cell, conditions, number, reached_word, span
+
+__all__ = ["PageError", "block", "filled", "main"]
+
+_PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+_BLOCK = re.compile(r"(<!-- bench: (?P<name>[a-z-]+) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
+
+
+class PageError(Exception):
+    """A page without a place for figures."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(page)
+    app(prog_name="python -m benchmarks.page")
+
+
+def page(
+    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Reports in JSON.")],
+    into: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The page.")] = _PAGE,
+) -> None:
+    """Write the figures of reports into a page, between its markers."""
+    try:
+        reports = [read_report(file) for file in files]
+        text, names = filled(into.read_text(), reports)
+    except (PageError, ReportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    into.write_text(text)
+    typer.echo(f"{into.name}: {', '.join(names)}")
+
+
+def filled(text: str, reports: Sequence[Report]) -> tuple[str, list[str]]:
+    """The page with its blocks filled, and the names of those that were.
+
+    Raises: PageError if the reports have nothing for any of them.
+    """
+    names: list[str] = []
+
+    def replaced(found: re.Match[str]) -> str:
+        new = block(found["name"], reports)
+        if new is None:
+            return found[0]
+        names.append(found["name"])
+        return f"{found[1]}{new}\n{found[4]}"
+
+    text = _BLOCK.sub(replaced, text)
+    if not names:
+        raise PageError("expected a line <!-- bench: NAME --> that the reports have figures for, found none")
+    return text, names
+
+
+def block(name: str, reports: Sequence[Report]) -> str | None:
+    """The Markdown of a block, None if the reports have nothing for it."""
+    if name == "conditions":
+        lines = dict.fromkeys(line for report in reports for line in conditions(report))
+        return "\n".join(f"- {_escaped(line)}" for line in lines)
+    if name == "goals":
+        figures = [figure for report in reports for figure in report.figures if figure.goal is not None]
+        return _figures(figures) if figures else None
+    cases = [case for report in reports for case in report.cases if case.name == name and case.measures]
+    return "\n".join(_case(cases[-1])) if cases else None
+
+
+def _figures(figures: Sequence[FigureRecord]) -> str:
+    rows = [
+        (
+            figure.label,
+            f"**{number(figure.median)}{figure.unit}**",
+            span(figure),
+            f"{figure.goal or ''}{figure.unit if figure.goal else ''}",
+            reached_word(figure),
+            str(len(figure.rounds)),
+        )
+        for figure in figures
+    ]
+    return _table(("figure", "median", "lowest to highest", "goal", "reached", "rounds"), rows)
+
+
+def _case(case: CaseRecord) -> Iterator[str]:
+    headings = ("measure", *(column.heading for column in case.columns), "rounds")
+    rows = [
+        (measure.name, *(cell(measure, column) for column in case.columns), str(len(measure.rounds)))
+        for measure in case.measures
+    ]
+    yield _table(headings, rows)
+    if plain := [figure for figure in case.figures if figure.goal is None]:
+        yield ""
+        yield _figures(plain)
+    for note in case.notes:
+        yield f"\nNote: {_escaped(note)}."
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column is words, the others are numbers."""
+    lines = [headings, ["---", *("--:" for _ in headings[1:])], *rows]
+    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    main()
