@@ -42,6 +42,8 @@ def list_adapters(
         else:
             say("No adapter is loaded.")
         resident = human_bytes(listing.get("resident_bytes"))
+        limit = human_bytes(listing.get("memory_limit_bytes"))
+        resident = f"{resident} of {limit}" if resident and limit else resident
         say(f"Active: {listing.get('active') or 'none'}." + (f" Resident: {resident}." if resident else ""))
         if available:
             say(f"Not loaded: {', '.join(map(str, available))}.")

@@ -54,6 +54,8 @@ def adapters_table(adapters: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("path", overflow="fold")
     for adapter in adapters:
         marks = [mark for mark in ("active", "pinned") if adapter.get(mark)]
+        if adapter.get("resident") is False:
+            marks.append("not in memory")
         state = ", ".join([str(adapter.get("state", "")), *marks])
         cells = [
             *(_plain(adapter.get("id")), _plain(adapter.get("type")), _plain(state)),

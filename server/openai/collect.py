@@ -11,9 +11,9 @@ from server.openai.choice import Piece
 from server.openai.responses import Reply
 from server.openai.run import Run
 
-__all__ = ["collect"]
+__all__ = ["CLIENT_CLOSED_REQUEST", "client_left", "collect"]
 
-_CLIENT_CLOSED_REQUEST = 499  # nobody reads it but the log
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it but the log
 
 
 async def collect(run: Run, reply: Reply, request: Request) -> Response:
@@ -23,11 +23,11 @@ async def collect(run: Run, reply: Reply, request: Request) -> Response:
         GenerationFailedError: the engine gave it up.
     """
     whole = asyncio.create_task(_collect_pieces(run))
-    left = asyncio.create_task(_client_left(request))
+    left = asyncio.create_task(client_left(request))
     try:
         await asyncio.wait({whole, left}, return_when=asyncio.FIRST_COMPLETED)
         if not whole.done():
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         return JSONResponse(reply.whole(whole.result(), run.usage))
     finally:
         whole.cancel()
@@ -35,7 +35,7 @@ async def collect(run: Run, reply: Reply, request: Request) -> Response:
         await run.aclose()
 
 
-async def _client_left(request: Request) -> None:
+async def client_left(request: Request) -> None:
     """Return when the client has gone: nothing else can come once the body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,15 +1,19 @@
 """What the routes that generate text share: their response's description, and how an answer is sent.
 
+A request may wait for its adapters before anything is computed; one whose client leaves waits no longer.
+
 Runs on the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 
-from server.openai.collect import collect
+from server.openai.collect import CLIENT_CLOSED_REQUEST, client_left, collect
 from server.openai.service import Answer
 from server.openai.streaming import ReplyStream
 
@@ -23,8 +27,23 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-async def send(answer: Answer, request: Request, stream: bool) -> Response:
-    """`answer` as server-sent events, or in one piece."""
+async def send(start: Coroutine[Any, Any, Answer], request: Request, stream: bool) -> Response:
+    """The answer that `start` comes to, as server-sent events or in one piece."""
+    answer = await _unless_client_leaves(start, request)
+    if answer is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     if stream:
         return ReplyStream(answer.run, answer.reply)
     return await collect(answer.run, answer.reply, request)
+
+
+async def _unless_client_leaves(start: Coroutine[Any, Any, Answer], request: Request) -> Answer | None:
+    """What `start` comes to; None if the client has left first, and then nothing is left of it."""
+    starting = asyncio.create_task(start)
+    left = asyncio.create_task(client_left(request))
+    try:
+        await asyncio.wait({starting, left}, return_when=asyncio.FIRST_COMPLETED)
+        return starting.result() if starting.done() else None
+    finally:
+        left.cancel()
+        starting.cancel()

@@ -22,4 +22,4 @@ async def create_chat_completion(
     request: Request, body: ChatRequest, service: Annotated[TextService, Depends(text_service)]
 ) -> Response:
     """Answer a conversation with the base model or an adapter, in one piece or as server-sent events."""
-    return await send(await service.chat(body), request, bool(body.stream))
+    return await send(service.chat(body), request, bool(body.stream))

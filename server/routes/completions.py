@@ -22,4 +22,4 @@ async def create_completion(
     request: Request, body: CompletionRequest, service: Annotated[TextService, Depends(text_service)]
 ) -> Response:
     """Continue one or more prompts, texts or token ids, in one piece or as server-sent events."""
-    return await send(await service.complete(body), request, bool(body.stream))
+    return await send(service.complete(body), request, bool(body.stream))

@@ -35,6 +35,7 @@ ADAPTER = {
     "digest": "sha256:00",
     "version": 1,
     "state": "ready",
+    "resident": True,
     "pinned": False,
     "active": True,
     "in_flight": 0,
@@ -73,6 +74,7 @@ def canned_app(server: CannedServer) -> FastAPI:
             "data": [ADAPTER, {**ADAPTER, "id": "[bold]haiku", "active": False, "pinned": True}],
             "active": "pirate",
             "resident_bytes": 3686400,
+            "memory_limit_bytes": 2**30,
             "available": ["sonnet"],
         }
 

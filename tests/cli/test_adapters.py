@@ -83,7 +83,7 @@ def test_list_is_a_table(command: Program, canned: CannedServer) -> None:
     assert first.split()[:4] == ["pirate", "lora", "ready,", "active"]
     assert second.split()[:4] == ["[bold]haiku", "lora", "ready,", "pinned"]
     assert "1.8 MiB" in first
-    assert (active, available) == ("Active: pirate. Resident: 3.5 MiB.", "Not loaded: sonnet.")
+    assert (active, available) == ("Active: pirate. Resident: 3.5 MiB of 1.0 GiB.", "Not loaded: sonnet.")
 
 
 @pytest.mark.parametrize("url", ["{}", "{}/", "{}/v1", "{}/v1/"])
