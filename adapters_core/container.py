@@ -21,7 +21,7 @@ from .errors import ContainerStateError, InvalidAdapterError
 from .fusion import FuseReport, Fusion, Precision, fuse_layers
 from .layers import DoRALinear, LinearWeights, LoRALayer, LoRALinear, adapted, with_weights
 from .surgery import Modes, Surgery, copy_modes, replace_modules
-from .targets import Wrapper, find_targets, linear_shape, module_at, resolve_targets
+from .targets import find_targets, is_wrapper, linear_shape, module_at, named_modules, resolve_targets
 from .weights import WEIGHTS_FILE, digest_of, read_weights, save_weights
 
 __all__ = ["AdapterContainer", "LinearWeights"]
@@ -169,10 +169,10 @@ class AdapterContainer:
                 problems.append(
                     f"tensor {name}: expected shape {shape} (rank {rank}), got {tensors[name].shape}"
                 )
-        known = {path for path, _ in model.named_modules()}
-        problems += [
-            _left_over(name, known, self._config) for name in sorted(tensors) if name not in expected
-        ]
+        left_over = sorted(tensors.keys() - expected.keys())
+        if left_over:
+            known = {path for path, _ in named_modules(model)}
+            problems += [_left_over(name, known, self._config) for name in left_over]
         if problems:
             raise InvalidAdapterError(self._source, problems)
         scale = self._config.lora_parameters.scale
@@ -291,21 +291,19 @@ def require_bare(model: nn.Module) -> None:
     Raises:
         ContainerStateError: naming the first such module.
     """
-    _refuse(model, lambda module: isinstance(module, Wrapper) or "lora_a" in module)
+    _refuse(model, lambda module: is_wrapper(module) or "lora_a" in module)
 
 
 def _require_no_adapter(model: nn.Module) -> None:
     # The wrappers of a bank are seen through: checking an adapter against a served model is its business.
     _refuse(
         model,
-        lambda module: (
-            isinstance(module, LoRALayer) or ("lora_a" in module and not isinstance(module, Wrapper))
-        ),
+        lambda module: isinstance(module, LoRALayer) if is_wrapper(module) else "lora_a" in module,
     )
 
 
 def _refuse(model: nn.Module, carries: Callable[[nn.Module], bool]) -> None:
-    carriers = [path for path, module in model.named_modules() if carries(module)]
+    carriers = [path for path, module in named_modules(model) if carries(module)]
     if carriers:
         raise ContainerStateError(
             f"expected a model without an adapter, but {len(carriers)} module(s) carry one, first "

@@ -8,7 +8,7 @@ package put into the model are seen through to the module they stand for. Change
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -22,9 +22,11 @@ __all__ = [
     "adaptable_layers",
     "default_keys",
     "find_targets",
+    "is_wrapper",
     "linear_shape",
     "module_at",
     "named_base_modules",
+    "named_modules",
     "resolve_targets",
 ]
 
@@ -41,15 +43,39 @@ class Wrapper(Protocol):
         ...
 
 
+def is_wrapper(module: object) -> TypeGuard[Wrapper]:
+    """As `isinstance(module, Wrapper)`, which takes microseconds for each of a model's many modules."""
+    return hasattr(type(module), "reverted")
+
+
+def named_modules(module: nn.Module, *, wrapped: bool = True) -> list[tuple[str, nn.Module]]:
+    """`module.named_modules()`, in the same order, at a fraction of its cost.
+
+    With `wrapped` False, base modules are found under the wrappers' paths, and nothing inside them.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    stack: list[tuple[str, nn.Module]] = [("", module)]
+    while stack:
+        path, inner = stack.pop()
+        if not wrapped and is_wrapper(inner):
+            found.append((path, inner.reverted()))
+            continue
+        found.append((path, inner))
+        _push_children(f"{path}." if path else "", inner, stack)
+    return found
+
+
+def _push_children(prefix: str, parent: Any, stack: list[tuple[str, nn.Module]]) -> None:
+    for key, child in parent.items() if isinstance(parent, dict) else enumerate(parent):
+        if isinstance(child, nn.Module):
+            stack.append((f"{prefix}{key}", child))
+        elif isinstance(child, dict | list | tuple):
+            _push_children(f"{prefix}{key}.", child, stack)
+
+
 def named_base_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """`module.named_modules()` as if nothing were wrapped: base modules under the wrappers' paths."""
-    found = module.named_modules()
-    inside = tuple(f"{path}." for path, inner in found if isinstance(inner, Wrapper))
-    return [
-        (path, inner.reverted() if isinstance(inner, Wrapper) else inner)
-        for path, inner in found
-        if not path.startswith(inside)
-    ]
+    return named_modules(module, wrapped=False)
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -60,7 +86,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     """
     parent, key = locate(model, path)
     module = parent[key]
-    return module.reverted() if isinstance(module, Wrapper) else module
+    return module.reverted() if is_wrapper(module) else module
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
@@ -82,7 +108,7 @@ def adaptable_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         raise UnsupportedModelError(
             [f"expected the model's layers as a list at model.layers; {type(model).__name__} has none there"]
         )
-    paths = {id(module): path for path, module in reversed(model.named_modules())}
+    paths = {id(module): path for path, module in reversed(named_modules(model))}
     lost = [
         index
         for index, layer in enumerate(layers)
@@ -123,7 +149,7 @@ def resolve_targets(model: nn.Module, config: AdapterConfig, source: str = "conf
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module], list[str]]:
     """As `resolve_targets`, with the problems returned beside the targets that are well."""
-    layers = adaptable_layers(model)
+    layers = [(path, named_base_modules(layer)) for path, layer in adaptable_layers(model)]
     given = config.lora_parameters.keys
     keys = set(given if given is not None else _mlx_lm_keys(layers))
     # -0 as a start is the whole list: no number of layers, or a negative one, means all.
@@ -131,8 +157,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
     matched: dict[str, nn.Module] = {}
     used: set[str] = set()
     problems: list[str] = []
-    for path, layer in chosen:
-        for key, module in named_base_modules(layer):
+    for path, modules in chosen:
+        for key, module in modules:
             if key in keys:
                 matched[f"{path}.{key}" if key else path] = module
                 used.add(key)
@@ -143,7 +169,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
             matched[path] = module
             used.add(path)
     if given is not None:
-        skipped = {key for _, layer in layers for key, _ in named_base_modules(layer)}
+        skipped = {key for _, modules in layers for key, _ in modules}
         problems += [
             _unmatched(key, key in skipped, config.num_layers)
             for key in dict.fromkeys(given)
@@ -156,11 +182,11 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
     return targets, problems
 
 
-def _mlx_lm_keys(layers: Sequence[tuple[str, nn.Module]]) -> list[str]:
+def _mlx_lm_keys(layers: Sequence[tuple[str, list[tuple[str, nn.Module]]]]) -> list[str]:
     return [
         key
-        for _, layer in layers
-        for key, module in named_base_modules(layer)
+        for _, modules in layers
+        for key, module in modules
         if hasattr(module, "to_lora") or isinstance(module, _ADAPTED_BY_MLX_LM)
     ]
 

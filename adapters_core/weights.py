@@ -1,19 +1,22 @@
 """The tensors of an adapter: adapters.safetensors, read, checked and written.
 
-Knows neither the config nor a model: which tensors have to be there is the container's affair. What is
-read is evaluated on the calling thread, so that it can be handed to another one.
+Knows neither the config nor a model: which tensors have to be there is the container's affair. A file is
+read once: what is parsed, checked, hashed and handed on are the very same bytes. The arrays are evaluated on
+the calling thread, so that they can be handed to another one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from safetensors import SafetensorError, deserialize
 
 from .errors import InvalidAdapterError
 from .files import replacing
@@ -22,7 +25,8 @@ __all__ = ["MAX_HEADER_BYTES", "WEIGHTS_FILE", "AdapterWeights", "digest_of", "r
 
 WEIGHTS_FILE = "adapters.safetensors"
 MAX_HEADER_BYTES = 1 << 20
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+_EXPONENT_BF16 = 0x7F80  # all ones: infinite or not a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +46,17 @@ def read_weights(directory: str | Path) -> AdapterWeights:
             holds tensors that are not float32, float16 or bfloat16, or values that are not finite.
     """
     directory = Path(directory)
-    path = directory / WEIGHTS_FILE
-    problem = _unreadable(path)
-    problems = [problem] if problem else _wrong_dtypes(path)
+    content, problems = _read(directory / WEIGHTS_FILE)
+    found: list[_Tensor] = []
     if not problems:
-        tensors = _load(path)
-        problems = _not_finite(tensors)
-        if not problems:
-            size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-            return AdapterWeights(tensors, digest_of(tensors), size_bytes)
-    raise InvalidAdapterError(directory.name, [f"{WEIGHTS_FILE}: {problem}" for problem in problems])
+        found, problems = _parse(content)
+    problems = problems or _not_finite(found)
+    if problems:
+        raise InvalidAdapterError(directory.name, [f"{WEIGHTS_FILE}: {problem}" for problem in problems])
+    digest = _digest((tensor.name, tensor.dtype, tensor.shape, tensor.values) for tensor in found)
+    tensors = {tensor.name: tensor.to_array() for tensor in found}
+    mx.eval(tensors)
+    return AdapterWeights(tensors, digest, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def save_weights(path: str | Path, tensors: Mapping[str, mx.array]) -> None:
@@ -69,67 +74,87 @@ def save_weights(path: str | Path, tensors: Mapping[str, mx.array]) -> None:
 
 def digest_of(tensors: Mapping[str, mx.array]) -> str:
     """The digest of names, dtypes, shapes and bytes, in the order of the names: "sha256:…"."""
+    return _digest(
+        (name, tensor.dtype, tensor.shape, cast(Any, mx.contiguous(tensor).reshape(-1).view(mx.uint8)))
+        for name, tensor in sorted(tensors.items())
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of a file; `values` (n,) are its values, bfloat16 ones as uint16 with the same bits."""
+
+    name: str
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+    values: np.ndarray
+
+    def to_array(self) -> mx.array:
+        array = mx.array(self.values.reshape(self.shape))
+        return array.view(mx.bfloat16) if self.dtype == mx.bfloat16 else array
+
+    def count_not_finite(self) -> int:
+        if self.dtype == mx.bfloat16:
+            return int(np.count_nonzero((self.values & _EXPONENT_BF16) == _EXPONENT_BF16))
+        return self.values.size - int(np.count_nonzero(np.isfinite(self.values)))
+
+
+def _digest(tensors: Iterable[tuple[str, mx.Dtype, tuple[int, ...], Any]]) -> str:
+    """`tensors` in the order of their names."""
     total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name}\n{tensor.dtype}\n{tensor.shape}\n".encode())
-        flat: Any = mx.contiguous(tensor).reshape(-1).view(mx.uint8)
-        total.update(memoryview(flat))
+    for name, dtype, shape, values in tensors:
+        total.update(f"{name}\n{dtype}\n{shape}\n".encode())
+        total.update(memoryview(values))
     return f"sha256:{total.hexdigest()}"
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why the file cannot be parsed, as far as its first bytes and its size tell."""
+def _read(path: Path) -> tuple[bytes, list[str]]:
+    """The file's bytes, or why it cannot be parsed, as far as its first bytes tell."""
     if not path.is_file():
-        return "expected a file of this name, there is none"
+        return b"", ["expected a file of this name, there is none"]
     try:
         with path.open("rb") as file:
             prefix = file.read(8)
+            header_bytes = int.from_bytes(prefix, "little")
+            if len(prefix) == 8 and header_bytes <= MAX_HEADER_BYTES:
+                file.seek(0)
+                return file.read(), []
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    header_bytes = int.from_bytes(prefix, "little")
+        return b"", [f"cannot be read: {error.strerror}"]
     if len(prefix) < 8:
-        return f"expected a safetensors file, got {len(prefix)} byte(s)"
-    if header_bytes > MAX_HEADER_BYTES:
-        return (
-            f"expected a safetensors header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}; "
-            "the file is damaged or not safetensors"
-        )
-    return None
+        return b"", [f"expected a safetensors file, got {len(prefix)} byte(s)"]
+    problem = (
+        f"expected a safetensors header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}; "
+        "the file is damaged or not safetensors"
+    )
+    return b"", [problem]
 
 
-def _wrong_dtypes(path: Path) -> list[str]:
-    """Problems of the header: the reference parser checks it and the file's length in full."""
+def _parse(content: bytes) -> tuple[list[_Tensor], list[str]]:
+    """The tensors by name, or problems: the reference parser checks the header and the length in full."""
     try:
-        with safe_open(str(path), framework="np") as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        return [
-            f"expected a whole safetensors file, got a damaged one ({error})".replace(str(path), path.name)
-        ]
-    if not dtypes:
-        return ["expected tensors, the file holds none"]
-    return [
-        f"tensor {name}: expected dtype float32, float16 or bfloat16, got {dtype}"
-        for name, dtype in sorted(dtypes.items())
-        if dtype not in _FLOATS
+        parsed = sorted(deserialize(content), key=itemgetter(0))
+    except SafetensorError as error:
+        return [], [f"expected a whole safetensors file, got a damaged one ({error})"]
+    if not parsed:
+        return [], ["expected tensors, the file holds none"]
+    problems = [
+        f"tensor {name}: expected dtype float32, float16 or bfloat16, got {tensor['dtype']}"
+        for name, tensor in parsed
+        if tensor["dtype"] not in _FLOATS
     ]
+    return [] if problems else [_tensor(name, **tensor) for name, tensor in parsed], problems
 
 
-def _load(path: Path) -> dict[str, mx.array]:
-    try:
-        tensors = cast("dict[str, mx.array]", mx.load(str(path)))
-        mx.eval(tensors)
-    except RuntimeError as error:
-        problem = f"{WEIGHTS_FILE}: cannot be loaded ({error})".replace(str(path), path.name)
-        raise InvalidAdapterError(path.parent.name, [problem]) from None
-    return tensors
+def _tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> _Tensor:
+    kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[dtype]
+    return _Tensor(name, _FLOATS[dtype], tuple(shape), np.frombuffer(data, dtype=kind))
 
 
-def _not_finite(tensors: dict[str, mx.array]) -> list[str]:
-    wrong = {name: mx.sum(mx.logical_not(mx.isfinite(tensor))) for name, tensor in tensors.items()}
-    mx.eval(wrong)
+def _not_finite(tensors: list[_Tensor]) -> list[str]:
+    counts = [(tensor, tensor.count_not_finite()) for tensor in tensors]
     return [
-        f"tensor {name}: expected finite values, {count.item()} of {tensors[name].size} are NaN or infinite"
-        for name, count in sorted(wrong.items())
-        if count.item()
+        f"tensor {tensor.name}: expected finite values, {count} of {tensor.values.size} are NaN or infinite"
+        for tensor, count in counts
+        if count
     ]
