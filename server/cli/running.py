@@ -1,19 +1,21 @@
 """Runs the application under uvicorn: start, readiness, stop. Main thread.
 
 Until the server is ready an interrupt ends the process at once: nothing was promised to anybody. Then the
-first one (or SIGTERM) lets requests in flight finish for `shutdown_timeout_seconds`, and a second Ctrl-C ends
-the process at once. Knows nothing of models: what stops a start is an exception of the application's.
+first one (or SIGTERM) lets requests in flight finish for `shutdown_timeout_seconds`, after which those that
+are still being computed end with an error of their own; a second Ctrl-C ends the process at once. Knows
+nothing of models: what stops a start is an exception of the application's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -25,6 +27,9 @@ from server.settings import Settings
 
 __all__ = ["StartError", "end_process", "run"]
 
+
+# What requests that were given up have to send their errors, before their connections are cut.
+_LAST_WORDS_SECONDS = 2
 
 _log = structlog.get_logger(__name__)
 
@@ -51,12 +56,14 @@ def run(
     sockets: Sequence[socket.socket],
     *,
     on_ready: Callable[[], None],
+    give_up: Callable[[], Awaitable[None]],
     on_end: Callable[[], None],
     say: Callable[[str], None],
 ) -> None:
     """Serve `app` on bound sockets until a signal; returns after a graceful stop.
 
-    `on_ready` is called once requests are answered, `on_end` before the process is ended at once by a signal.
+    `on_ready` is called once requests are answered; `give_up` when the time of those in flight is up, to end
+    what is still being computed, each with an error; `on_end` before a signal ends the process at once.
     Raises: StartError; OSError if the sockets cannot be listened on.
     """
     watched = _Watched(app)
@@ -70,9 +77,9 @@ def run(
         server_header=False,
         # Longer than clients keep an idle connection, so that none is closed under a request on its way.
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=settings.shutdown_timeout_seconds,
+        timeout_graceful_shutdown=settings.shutdown_timeout_seconds + _LAST_WORDS_SECONDS,
     )
-    server = _Server(config, on_ready, on_end, say)
+    server = _Server(config, settings.shutdown_timeout_seconds, on_ready, give_up, on_end, say)
     try:
         server.run(sockets=list(sockets))
     except SystemExit:
@@ -124,18 +131,35 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
+        finish_seconds: float,
         on_ready: Callable[[], None],
+        give_up: Callable[[], Awaitable[None]],
         on_end: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         super().__init__(config)
+        self._finish_seconds = finish_seconds
         self._on_ready = on_ready
+        self._give_up = give_up
         self._on_end = on_end
         self._say = say
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        giving_up = asyncio.create_task(self._give_up_late())
+        try:
+            await super().shutdown(sockets=sockets)
+        finally:
+            giving_up.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await giving_up
+
+    async def _give_up_late(self) -> None:
+        await asyncio.sleep(self._finish_seconds)
+        await self._give_up()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal has come. Unlike uvicorn's own, a graceful stop is not followed by dying of the signal."""
@@ -144,5 +168,5 @@ class _Server(uvicorn.Server):
             end_process(128 + sig)
         if not self.should_exit:
             self.should_exit = True
-            seconds = self.config.timeout_graceful_shutdown
+            seconds = self._finish_seconds
             self._say(f"Stopping: requests in flight have {seconds} s to finish; Ctrl-C again stops at once.")

@@ -111,7 +111,16 @@ def _run(settings: Settings, sockets: list[Any], progress: Progress, welcome: Ca
 
     problem: str | None = None
     try:
-        run(create_app(settings), settings, sockets, on_ready=on_ready, on_end=progress.stop, say=warn)
+        app = create_app(settings)
+        run(
+            app,
+            settings,
+            sockets,
+            on_ready=on_ready,
+            give_up=lambda: app.state.engine.stop(0.0),
+            on_end=progress.stop,
+            say=warn,
+        )
     except StartError as error:
         problem = _reason(error.__cause__)
     except OSError as error:

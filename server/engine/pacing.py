@@ -9,63 +9,107 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["Pace", "first_read"]
+__all__ = ["Line", "Pace", "first_read"]
 
-# Reading may take the time of so many decoding steps, and more where many rows wait to join few.
+# Reading may take the time of so many decoding steps,
 _DECODE_STEPS = 2.0
+# and so many times as much again where it lets as many rows join as decode.
+_FINISHED_WEIGHT = 5.0
 # What is read while nothing is known of the times yet.
-_UNKNOWN_TOKENS = 128
+_UNKNOWN_TOKENS = 256
 # What a forward costs besides its tokens, in tokens: reading in one go saves it, padding wastes it.
 _FORWARD_TOKENS = 64
 # Prompts that need a little more than the budget are finished in the same step.
 _STRETCH = 1.25
-# Weight of the newest measurement in a running average.
-_NEWEST = 0.3
+# How much of what was learnt is left after each further measurement.
+_MEMORY = 0.98
+
+
+class Line:
+    """Seconds as a line over a size, fitted to measurements of which the older count less and less."""
+
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0  # decaying sums
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return self._weight > 0
+
+    def observe(self, size: float, seconds: float) -> None:
+        """One more measurement; sizes are above 0."""
+        self._weight = _MEMORY * self._weight + 1
+        self._x = _MEMORY * self._x + size
+        self._y = _MEMORY * self._y + seconds
+        self._xx = _MEMORY * self._xx + size * size
+        self._xy = _MEMORY * self._xy + size * seconds
+
+    def _fit(self) -> tuple[float, float]:
+        """Seconds at size 0, and for each one of size; neither is negative."""
+        x, y = self._x / self._weight, self._y / self._weight
+        variance = self._xx / self._weight - x * x
+        if (
+            variance <= 1e-3 * x * x
+        ):  # one size alone tells nothing of others: half of it is taken to be fixed
+            return y / 2, y / 2 / x
+        slope = (self._xy / self._weight - x * y) / variance
+        slope = min(max(slope, 0.0), y / x)
+        return y - slope * x, slope
+
+    def seconds(self, size: float) -> float:
+        """What a size is likely to take."""
+        fixed, slope = self._fit()
+        return fixed + slope * size
+
+    def size(self, seconds: float) -> float:
+        """What size is likely to take so long; below 0 if none does."""
+        fixed, slope = self._fit()
+        return (seconds - fixed) / slope if slope > 0 else float("inf")
 
 
 class Pace:
-    """Running averages of decoding and reading times, and the budget that follows from them."""
+    """What decoding so many rows and reading so many tokens takes here, and the budget that follows."""
 
     def __init__(self, *, min_tokens: int, max_tokens: int) -> None:
         self._min_tokens = min(min_tokens, max_tokens)
         self._max_tokens = max_tokens
-        self.decode_seconds: float | None = None
-        self.read_tokens_per_second: float | None = None
+        self._decoding = Line()
+        self._reading = Line()
 
     def observe(self, seconds: float, *, decoded_rows: int, read_tokens: int) -> None:
         """Learn from a step: how long it took, the rows that decoded in it, the tokens read with padding.
 
-        A step that did both is told apart by what decoding alone has taken of late.
+        A step that did both is told apart by what decoding alone is known to take.
         """
         if seconds <= 0:
             return
         if read_tokens == 0:
             if decoded_rows:
-                self.decode_seconds = _average(self.decode_seconds, seconds)
-            return
-        if decoded_rows:
-            if self.decode_seconds is None:
-                return
-            # A decoding step can be overestimated, for its rows may have become fewer.
-            seconds = max(seconds - self.decode_seconds, seconds / 4)
-        self.read_tokens_per_second = _average(self.read_tokens_per_second, read_tokens / seconds)
+                self._decoding.observe(decoded_rows, seconds)
+        elif decoded_rows == 0:
+            self._reading.observe(read_tokens, seconds)
+        elif self._decoding.known:
+            self._reading.observe(
+                read_tokens, max(seconds - self._decoding.seconds(decoded_rows), seconds / 4)
+            )
 
-    def budget_tokens(self, *, decoding_rows: int, joining_rows: int) -> int:
-        """Tokens to read in the next step, all rows and their padding together, while rows decode.
+    def budget_tokens(self, left_tokens: Sequence[int], decoding_rows: int) -> int:
+        """Tokens to read in the next step, all prompts and their padding together, while rows decode.
 
-        `joining_rows` are read or wait to be read: the more they are against those that they hold up, the
-        more is read at once, since that is what lets them all decode together.
+        `left_tokens` are what the prompts lack. Reading that finishes none of them takes about two decoding
+        steps' time. Prompts that can be finished at once are worth a longer gap, the more of them there are
+        against the rows that they hold up: once they decode too, every step serves them all.
         """
-        if self.decode_seconds is None or self.read_tokens_per_second is None:
-            tokens = float(_UNKNOWN_TOKENS)
-        else:
-            tokens = _DECODE_STEPS * self.decode_seconds * self.read_tokens_per_second
-        tokens *= 1 + joining_rows / max(decoding_rows, 1)
-        return int(min(max(tokens, self._min_tokens), self._max_tokens))
-
-
-def _average(old: float | None, new: float) -> float:
-    return new if old is None else old + _NEWEST * (new - old)
+        if not (self._decoding.known and self._reading.known):
+            return min(max(self._min_tokens, _UNKNOWN_TOKENS), self._max_tokens)
+        seconds = _DECODE_STEPS * self._decoding.seconds(decoding_rows)
+        budget = max(self._reading.size(seconds), self._min_tokens)
+        for finished, left in enumerate(sorted(left_tokens), start=1):
+            needed = left * len(left_tokens)
+            worth = seconds * (1 + _FINISHED_WEIGHT * finished / max(decoding_rows, 1))
+            if self._reading.seconds(needed) <= worth:
+                budget = max(budget, needed)
+        return int(min(budget, self._max_tokens))
 
 
 def first_read(left_tokens: Sequence[int], budget_tokens: int, max_tokens: int) -> int:

@@ -146,21 +146,19 @@ class Scheduler:
             return False
         if all(other.request.share != request.share for other in reading):
             return True
-        budget = self._budget_tokens()
-        return budget // (len(reading) + 1) >= min(left_tokens, _MIN_READ_TOKENS, budget // 2)
+        left = [left_tokens, *(other.left_tokens for other in reading)]
+        budget = self._budget_tokens(left)
+        return budget // len(left) >= min(left_tokens, _MIN_READ_TOKENS, budget // 2)
 
     @property
     def decoding_rows(self) -> int:
         """Rows in the batch whose prompt has been read."""
         return sum(len(request.uids) for request in self.running.values()) - len(self.reading)
 
-    def _budget_tokens(self) -> int:
-        options, decoding = self.options, self.decoding_rows
-        if decoding == 0:
-            return options.prefill_step_tokens * options.prefill_batch_size
-        free = max(options.max_batch_size - self.taken_rows, 0)
-        joining = len(self.reading) + min(len(self.waiting), free)
-        return self.pace.budget_tokens(decoding_rows=decoding, joining_rows=joining)
+    def _budget_tokens(self, left_tokens: list[int]) -> int:
+        if self.decoding_rows == 0:
+            return self.options.prefill_step_tokens * self.options.prefill_batch_size
+        return self.pace.budget_tokens(left_tokens, self.decoding_rows)
 
     def step_tokens(self) -> int:
         """How many tokens of each prompt to read in the next step; at least 1."""
@@ -168,5 +166,5 @@ class Scheduler:
         if not reading:
             return options.prefill_step_tokens
         left = [one.left_tokens for one in reading]
-        step_tokens = first_read(left, self._budget_tokens(), options.prefill_step_tokens)
+        step_tokens = first_read(left, self._budget_tokens(left), options.prefill_step_tokens)
         return step_tokens if all(one.padded for one in reading) else min(step_tokens, *left)

@@ -110,3 +110,26 @@ def test_ctrl_c_ends_a_server_after_what_it_is_about(tmp_path: Path) -> None:
     assert "Stopping" in said
     assert "Traceback" not in said
     assert "terminate called" not in said
+
+
+def test_a_stream_that_outlasts_the_stop_is_told_so(tmp_path: Path) -> None:
+    errors = tmp_path / "errors.log"
+    body = {
+        "messages": [{"role": "user", "content": "Count to a thousand."}],
+        "max_tokens": 4000,
+        "logit_bias": {"0": -100, "2": -100},  # what would end the answer
+        "stream": True,
+    }
+    with (
+        serving(errors, "demo", "--shutdown-timeout-seconds", "1") as server,
+        server.http.stream("POST", "/v1/chat/completions", json=body) as reply,
+    ):
+        lines = (line for line in reply.iter_lines() if line)
+        next(lines)
+        server.process.send_signal(signal.SIGINT)
+        *_, last = lines
+        told = json.loads(last.removeprefix("data: "))
+        assert "stopped before this request had finished" in told["error"]["message"]
+        server.http.close()
+        assert server.process.wait(STOP_SECONDS) in (0, 130)
+    assert "Traceback" not in errors.read_text()

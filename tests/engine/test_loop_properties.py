@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from concurrent.futures import Future
+from functools import cache
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from adapters_core.container import AdapterContainer
+from adapters_core.routing import RowAdapters, make_row, row_key
+from server.engine.container import ModelContext
 from server.engine.errors import EngineStoppedError
+from server.engine.loop import GenerationLoop, LoopOptions
 from server.engine.messages import Cancel, ChoiceFinished, Failed, Finished, SamplingParams, Submit, Update
-from tests.engine.support import Poisoned, Transcript, make_loop, reference, submit
-from tests.models import tiny_llama
+from tests.engine.support import Poisoned, Transcript, make_context, submit
+from tests.models import make_adapter, tiny_llama
 
 POISON = Poisoned.token
 # Nobody generates the poison by chance.
 MUTE = SamplingParams(temperature=0.0, logit_bias=((POISON, -1e9),))
 MODEL = tiny_llama()
 LONG = list(range(40))
+NAMES = ("", "a", "b", "c", "ab", "abc")
+ADAPTERS_AT_MOST = 2
 
 
 class LoopMachine(RuleBasedStateMachine):
@@ -26,7 +39,18 @@ class LoopMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = make_loop(Poisoned(MODEL), max_batch_size=4, prefill_batch_size=2, prefill_step_tokens=8)
+        context = make_context(tiny_llama())
+        self.rows = make_rows(context)
+        context.routed.model = Poisoned(context.model)
+        self.turns = count()
+        options = LoopOptions(
+            max_batch_size=4,
+            prefill_batch_size=2,
+            prefill_step_tokens=8,
+            max_batch_adapters=ADAPTERS_AT_MOST,
+            keep_prompt_tokens=6,
+        )
+        self.loop = GenerationLoop(context, options, lambda: next(self.turns) ** 1.5)
         self.transcript = Transcript()
         self.submits: dict[str, Submit] = {}
         self.futures: list[Future[Any]] = []
@@ -35,6 +59,7 @@ class LoopMachine(RuleBasedStateMachine):
 
     # Prompts share beginnings, so that caches are hit at every length.
     @rule(
+        adapters=st.sampled_from(NAMES),
         start=st.integers(0, 2),
         length=st.integers(1, 35),
         max_tokens=st.integers(1, 5),
@@ -42,7 +67,7 @@ class LoopMachine(RuleBasedStateMachine):
         stop=st.frozensets(st.integers(0, 94), max_size=20),
     )
     def submit_one(
-        self, start: int, length: int, max_tokens: int, choices: int, stop: frozenset[int]
+        self, adapters: str, start: int, length: int, max_tokens: int, choices: int, stop: frozenset[int]
     ) -> None:
         name = f"r{len(self.submits)}"
         self.submits[name] = submit(
@@ -52,6 +77,7 @@ class LoopMachine(RuleBasedStateMachine):
             choices=choices,
             stop_token_ids=stop,
             sampling=MUTE,
+            row=self.rows[adapters],
         )
         self.loop.submit(self.submits[name])
 
@@ -94,6 +120,11 @@ class LoopMachine(RuleBasedStateMachine):
         # Six choices on an empty batch of four are the one exception.
         assert self.loop.stats.running_rows <= 6
 
+    @invariant()
+    def adapters_are_bounded(self) -> None:
+        # A blend of three, in the company of its own adapters, is the one exception.
+        assert self.loop.stats.batch_adapters <= 3
+
     def teardown(self) -> None:
         while not self.loop.idle:
             self.transcript.add(self.loop.step())
@@ -111,9 +142,7 @@ class LoopMachine(RuleBasedStateMachine):
         self.loop.fail_all("over", EngineStoppedError("over"))
 
     def check_answer(self, name: str, sent: Submit) -> None:
-        expected = reference(
-            MODEL, list(sent.prompt_tokens), sent.max_tokens, logits_processors=[lambda _, row: forbid(row)]
-        )
+        expected = expected_tokens(sent.row, sent.prompt_tokens)[: sent.max_tokens]
         stopped = next((at for at, token in enumerate(expected) if token in sent.stop_token_ids), None)
         for choice in range(sent.choices):
             tokens = self.transcript.tokens(name, choice)
@@ -128,9 +157,46 @@ class LoopMachine(RuleBasedStateMachine):
                 assert tokens == expected[: len(tokens)]
 
 
-def forbid(row: Any) -> Any:
-    row[:, POISON] -= 1e9
-    return row
+def make_rows(context: ModelContext) -> dict[str, RowAdapters]:
+    """The rows of NAMES; a blend has each of its adapters at half its weight."""
+    residents = {name: context.bank.add(context.bank.prepare(CONTAINERS[name])) for name in "abc"}
+    return {
+        names: make_row((residents[name], 1.0 if len(names) == 1 else 0.5) for name in names)
+        for names in NAMES
+    }
+
+
+def make_containers() -> dict[str, AdapterContainer]:
+    with TemporaryDirectory() as folder:
+        return {
+            name: AdapterContainer.from_directory(
+                make_adapter(Path(folder) / name, MODEL, "lora", seed=seed, rank=2)
+            )
+            for seed, name in enumerate("abc")
+        }
+
+
+CONTAINERS = make_containers()
+ALONE = make_context(MODEL, prompt_cache_bytes=0)
+ROWS_ALONE = {row_key(row): row for row in make_rows(ALONE).values()}
+
+
+@cache
+def expected_of_key(key: Hashable, prompt: tuple[int, ...]) -> list[int]:
+    """Five tokens of a prompt alone, read in one go, by a model whose cache has one row."""
+    row = next(row for row in ROWS_ALONE.values() if row_key(row) == key)
+    caches = [entry.merge([entry]) for entry in ALONE.routed.new_cache(row)]
+    read, tokens = list(prompt), list[int]()
+    for _ in range(5):
+        logits = ALONE.routed(mx.array([read]), cache=caches)[0, -1]
+        logits[POISON] -= 1e9
+        read = [int(np.argmax(np.array(logits)))]
+        tokens += read
+    return tokens
+
+
+def expected_tokens(row: RowAdapters, prompt: tuple[int, ...]) -> list[int]:
+    return expected_of_key(row_key(row), prompt)
 
 
 LoopMachine.TestCase.settings = settings(

@@ -6,53 +6,72 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.pacing import Pace, first_read
+from server.engine.pacing import Line, Pace, first_read
 
 FULL = 8 * 512
 
 
-def measured(decode_seconds: float, tokens_per_second: float) -> Pace:
+LONG = [5000]
+
+
+def measured(fixed: float, for_a_row: float, for_a_token: float) -> Pace:
+    """A pace that has seen forwards that cost so many seconds, and so many more for each row or token."""
     pace = Pace(min_tokens=32, max_tokens=512)
-    pace.observe(100 / tokens_per_second, decoded_rows=0, read_tokens=100)
-    pace.observe(decode_seconds, decoded_rows=8, read_tokens=0)
+    for size in (1, 2, 8, 16):
+        pace.observe(fixed + size * for_a_row, decoded_rows=size, read_tokens=0)
+        pace.observe(fixed + 30 * size * for_a_token, decoded_rows=0, read_tokens=30 * size)
     return pace
 
 
-@pytest.mark.parametrize(("decode_seconds", "tokens_per_second"), [(0.16, 313), (0.01, 20_000), (0.05, 2000)])
-def test_reading_takes_about_twice_as_long_as_decoding(
-    decode_seconds: float, tokens_per_second: float
-) -> None:
-    pace = measured(decode_seconds, tokens_per_second)
-    budget = pace.budget_tokens(decoding_rows=100, joining_rows=1)
-    assert budget / tokens_per_second == pytest.approx(2 * decode_seconds, rel=0.05)
+@pytest.mark.parametrize("rows", [4, 12, 24])
+def test_reading_takes_about_twice_as_long_as_decoding(rows: int) -> None:
+    for fixed, for_a_row, for_a_token in [(0.043, 0.0072, 0.0032), (0.01, 0.0001, 0.00005)]:
+        budget = measured(fixed, for_a_row, for_a_token).budget_tokens(LONG, rows)
+        wanted = 2 * (fixed + rows * for_a_row)
+        assert budget == 512 or fixed + budget * for_a_token == pytest.approx(wanted, rel=0.05)
 
 
 def test_the_budget_is_kept_within_its_limits() -> None:
-    assert measured(0.001, 100).budget_tokens(decoding_rows=8, joining_rows=1) == 32
-    assert measured(1.0, 100_000).budget_tokens(decoding_rows=8, joining_rows=1) == 512
+    assert measured(0.001, 0.0, 0.01).budget_tokens(LONG, 8) == 32
+    assert measured(1.0, 0.1, 0.001).budget_tokens(LONG, 8) == 512
+    assert Pace(min_tokens=32, max_tokens=64).budget_tokens(LONG, 8) == 64  # nothing is known yet
 
 
-def test_many_that_wait_to_join_few_are_read_faster() -> None:
-    pace = measured(0.05, 2000)
-    few, many = (pace.budget_tokens(decoding_rows=8, joining_rows=joining) for joining in (1, 8))
-    assert many > 1.5 * few
+def test_prompts_that_can_be_finished_together_are_worth_a_longer_gap() -> None:
+    pace = measured(0.043, 0.0072, 0.0032)
+    assert pace.budget_tokens([45] * 7, 9) == 45 * 7
+    assert pace.budget_tokens([2000] * 7, 9) < 100
+    assert pace.budget_tokens([300], 12) < 100
 
 
 def test_reading_and_decoding_in_one_step_are_told_apart() -> None:
-    pace = measured(0.1, 1000)
-    for _ in range(40):
-        pace.observe(0.1 + 0.4, decoded_rows=8, read_tokens=200)
-    assert pace.read_tokens_per_second == pytest.approx(500, rel=0.01)
-    assert pace.decode_seconds == pytest.approx(0.1)
+    pace = measured(0.04, 0.005, 0.001)
+    for _ in range(200):
+        pace.observe(0.04 + 8 * 0.005 + 0.04 + 100 * 0.003, decoded_rows=8, read_tokens=100)
+    slower = pace.budget_tokens(LONG, 8)
+    assert slower < 0.6 * measured(0.04, 0.005, 0.001).budget_tokens(LONG, 8)
 
 
-def test_a_slower_machine_reads_less() -> None:
-    """Small reads are less efficient, which must not shrink the budget for ever."""
-    pace, tokens = measured(0.1, 1000), 0
-    for _ in range(60):
-        tokens = pace.budget_tokens(decoding_rows=100, joining_rows=1)
-        pace.observe(0.1 + 0.05 + tokens / 1000, decoded_rows=8, read_tokens=tokens)
-    assert 0.05 + tokens / 1000 == pytest.approx(0.2, rel=0.05)
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 500), st.floats(1e-4, 10)), min_size=1, max_size=30))
+def test_a_line_never_falls_and_never_starts_below_nought(points: list[tuple[int, float]]) -> None:
+    line = Line()
+    for size, seconds in points:
+        line.observe(size, seconds)
+    assert line.seconds(0) >= -1e-9
+    assert line.seconds(400) >= line.seconds(10) - 1e-9
+
+
+def test_a_line_forgets() -> None:
+    line = Line()
+    for _ in range(300):
+        for size in (10, 20):
+            line.observe(size, 5.0 * size)
+    for _ in range(300):
+        for size in (10, 20):
+            line.observe(size, 1.0 + size)
+    assert line.seconds(40) == pytest.approx(41, rel=0.01)
+    assert line.size(31) == pytest.approx(30, rel=0.01)
 
 
 LEFT = st.lists(st.integers(1, 3000), min_size=1, max_size=8)

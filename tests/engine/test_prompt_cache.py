@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import time
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from server.engine.messages import Cancel, Finished, Update
-from server.engine.prompt_cache import PromptCache
+from server.engine.prefixes import TokenText
+from server.engine.prompt_cache import PromptCache, PromptMatch
 from tests.engine.support import (
     Transcript,
     make_loop,
@@ -119,7 +123,7 @@ def test_the_least_recently_used_goes_first_and_the_bytes_hold() -> None:
     assert kept.drop(lambda key: key == "old") == size_bytes
     assert kept.clear() == size_bytes
     assert kept.stats.entries == kept.stats.bytes_held == 0
-    assert (kept.stats.hits, kept.stats.misses) == (2, 1)
+    assert (kept.stats.hits, kept.stats.misses, kept.stats.evictions) == (2, 1, 1)
 
 
 def test_no_bytes_keep_nothing_and_count_nothing() -> None:
@@ -134,6 +138,53 @@ def test_the_number_of_entries_is_bounded_too() -> None:
     for first in range(10):
         kept.store("k", [first, 0], caches_for([first, 0]))
     assert kept.stats.entries == 3
+
+
+def test_a_shorter_entry_is_superfluous_where_a_longer_one_can_be_trimmed() -> None:
+    kept = PromptCache(1 << 20)
+    kept.store("k", [1, 2, 3, 4], caches_for([1, 2, 3, 4]))
+    kept.store("k", [1, 2], caches_for([1, 2]))
+    assert (kept.stats.entries, kept.stats.evictions) == (1, 0)
+
+
+def test_where_a_prompt_parts_from_what_cannot_be_trimmed_is_told() -> None:
+    kept = PromptCache(1 << 20)
+    long = list(range(20))
+    kept.store("k", long, caches_for(long, lambda: RotatingKVCache(max_size=8)))
+    assert kept.match("k", [*long[:15], 99, 98]) == PromptMatch(0, 15)
+    kept.store("k", long[:12], caches_for(long[:12], lambda: RotatingKVCache(max_size=8)))
+    assert kept.match("k", [*long[:15], 99, 98]) == PromptMatch(12, 15)
+    assert kept.match("k", [*long, 99]) == PromptMatch(20, 0)
+    assert kept.match("other", long) == PromptMatch(0, 0)
+    assert (kept.stats.hits, kept.stats.misses) == (0, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("ab"), TOKENS, st.booleans()), max_size=12), st.integers(1, 40))
+def test_the_bytes_are_never_more_than_allowed(
+    stored: list[tuple[str, list[int], bool]], tokens: int
+) -> None:
+    one_token_bytes = caches_for([0])[0].nbytes
+    kept = PromptCache(tokens * one_token_bytes)
+    for key, spelling, fixed in stored:
+        kept.store(key, spelling, caches_for(spelling, partial(RotatingKVCache, 4) if fixed else KVCache))
+        assert kept.stats.bytes_held <= tokens * one_token_bytes
+        kept.fetch(key, spelling[:-1])
+    assert kept.clear() >= 0
+    assert kept.stats.entries == kept.stats.bytes_held == 0
+
+
+def test_looking_up_among_the_most_and_longest_entries_takes_no_time() -> None:
+    kept = PromptCache(1 << 40)
+    beginning = np.random.default_rng(0).integers(0, 50_000, 8000).tolist()
+    for number in range(1024):
+        kept.store("k", [*beginning[: 8000 - number], 50_000 + number], [KVCache()])
+    assert kept.stats.entries == 1024
+    wanted = TokenText.of([*beginning, 1])
+    started = time.perf_counter()
+    for _ in range(20):
+        assert kept.match("k", wanted).cached_tokens == 8000
+    assert (time.perf_counter() - started) / 20 < 0.01
 
 
 # Through the loop
