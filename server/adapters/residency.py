@@ -71,11 +71,11 @@ class Residency:
             AdapterMemoryError: they do not fit beside what is pinned, however long one waits.
         """
         fresh = [version for version in versions if not self._is_committed(version)]
-        if not is_next and (fresh or not self._claimed.isdisjoint(versions)):
-            return None
         missing = [version for version in fresh if not version.in_memory]
         if missing and not self._fits_as_it_is(_total(missing)):
             self._require_possible(_total(versions), versions)
+        if not is_next and (fresh or not self._claimed.isdisjoint(versions)):
+            return None
         if fresh and not self._fits_as_it_is(_total(missing)):
             lacking_bytes = self.committed_bytes + _total(fresh) - self.limit_bytes
             if not self._is_enough(lacking_bytes, versions):

@@ -22,6 +22,7 @@ from mlx_lm.utils import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from adapters_core.routing import ResidentAdapter
 from server.adapters.folder import AdapterFolders
 from server.adapters.registry import Pin
 from server.adapters.service import AdapterService, ServiceOptions
@@ -115,7 +116,11 @@ class House:
 
     async def residents(self) -> int:
         """How many adapters lie in the bank."""
-        return await self.engine.container.perform(lambda context: len(context.bank.residents))
+        return len(await self.bank())
+
+    async def bank(self) -> frozenset[ResidentAdapter]:
+        """The adapters that lie in the bank."""
+        return await self.engine.container.perform(lambda context: context.bank.residents)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Let the engine turn until `condition` holds."""

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,7 +22,7 @@ from hypothesis.stateful import (
 
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
-from server.adapters.errors import LifeCycleError
+from server.adapters.errors import AdapterMemoryBusyError, AdapterMemoryError, LifeCycleError
 from server.adapters.registry import Pin
 from tests.adapters.support import House, greedy, house, make_adapters, read_model, tokens_of
 
@@ -35,6 +36,7 @@ class AnyOrder(RuleBasedStateMachine):
     model_path: Path
     expected: dict[str, list[int]]
     """What mlx-lm answers with each folder's adapter; "" is the base alone."""
+    memory_bytes: int
     refusals: set[str]
     """The kinds of errors that were met."""
 
@@ -44,7 +46,14 @@ class AnyOrder(RuleBasedStateMachine):
         root = make_adapters(Path(self.folder.name) / "adapters", read_model(self.model_path))
         self.loop = asyncio.new_event_loop()
         self.stack = AsyncExitStack()
-        started = house(self.model_path, root, unload_timeout_seconds=0, load_on_demand=False)
+        started = house(
+            self.model_path,
+            root,
+            memory_bytes=self.memory_bytes,
+            wait_seconds=0,
+            unload_timeout_seconds=0,
+            load_on_demand=False,
+        )
         self.house: House = self.run(self.stack.enter_async_context(started))
         self.before = self.run(self.house.snapshot())
         self.held: list[tuple[Pin, str]] = []
@@ -95,7 +104,10 @@ class AnyOrder(RuleBasedStateMachine):
     def hold(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from([*self.house.service.registry.served, "default"]))
         meaning = self.meaning(name)
-        self.held.append((self.run(self.house.service.resolve(name)), meaning))
+        try:
+            self.held.append((self.run(self.house.service.resolve(name)), meaning))
+        except (AdapterMemoryBusyError, AdapterMemoryError) as error:
+            self.refusals.add(type(error).__name__)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -120,8 +132,11 @@ class AnyOrder(RuleBasedStateMachine):
         registry = self.house.service.registry
         assert registry.in_flight == len(self.held)
         versions = [version for entry in registry.entries for version in entry.versions]
-        expected = 0 if registry.fused else len(versions)
-        assert self.run(self.house.residents()) == expected
+        here = {version.resident for version in versions if version.in_memory}
+        assert not (registry.fused and here)
+        assert all(version.in_memory for version in versions if version.pins) or registry.fused
+        assert self.run(self.house.bank()) == here
+        assert sum(resident.size_bytes for resident in here) <= self.memory_bytes
 
     def teardown(self) -> None:
         if not hasattr(self, "house"):
@@ -143,8 +158,10 @@ class AnyOrder(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
-def test_any_order(model_path: Path, root: Path) -> None:
+@pytest.mark.parametrize("memory_bytes", [2**30, 33_000])
+def test_any_order(model_path: Path, root: Path, memory_bytes: int) -> None:
     AnyOrder.model_path = model_path
+    AnyOrder.memory_bytes = memory_bytes
     AnyOrder.refusals = set()
     AnyOrder.expected = {"": greedy(read_model(model_path))}
     for name in ("a", "b", "d"):
@@ -160,4 +177,6 @@ def test_any_order(model_path: Path, root: Path) -> None:
     )
     run_state_machine_as_test(AnyOrder, settings=quick)
     kinds = {"AdapterExistsError", "AdapterNotFoundError", "AdapterBusyError", "BaseIsFusedError"}
+    if memory_bytes < 2**30:
+        kinds = {"AdapterExistsError", "AdapterMemoryError"}
     assert AnyOrder.refusals >= kinds

@@ -1,0 +1,499 @@
+"""Adapters that leave memory and come back, over a real engine: what is kept, who waits, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlx_lm.models import llama
+
+from adapters_core.bank import AdapterBank
+from adapters_core.container import AdapterContainer
+from adapters_core.errors import InvalidAdapterError
+from adapters_core.routing import Routing
+from server.adapters.errors import (
+    AdapterChangedError,
+    AdapterMemoryBusyError,
+    AdapterMemoryError,
+    AdapterNotFoundError,
+    UnknownModelError,
+)
+from server.adapters.registry import Pin
+from server.engine.container import ModelContainer, ModelContext
+from tests.adapters.support import House, greedy, house, read_model, site, tokens_of
+from tests.models import adapter_tensors, adapter_values, make_adapter, write_adapter
+
+NAMES = ["a", "b", "c", "e"]
+
+
+@pytest.fixture(scope="session")
+def equal_root(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
+    """A root with four LoRAs of one size."""
+    root, model = tmp_path_factory.mktemp("equal"), read_model(model_path)
+    for seed, name in enumerate(NAMES):
+        make_adapter(root / name, model, seed=20 + seed)
+    return root
+
+
+@pytest.fixture
+def own_root(tmp_path: Path, equal_root: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(equal_root, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def size_bytes(model_path: Path, equal_root: Path) -> int:
+    """What one of them takes."""
+    bank = AdapterBank(read_model(model_path), Routing())
+    return bank.prepare(AdapterContainer.from_directory(equal_root / "a")).resident.size_bytes
+
+
+@pytest.fixture(scope="session")
+def expected(model_path: Path, equal_root: Path) -> dict[str, list[int]]:
+    """What mlx-lm answers with each."""
+    return {name: answer_of(model_path, equal_root / name) for name in NAMES}
+
+
+def answer_of(model_path: Path, folder: Path) -> list[int]:
+    model: llama.Model = read_model(model_path)
+    AdapterContainer.from_directory(folder).load(into=model)
+    return greedy(model)
+
+
+def in_memory(tiny: House) -> list[str]:
+    return [entry.id for entry in tiny.service.registry.entries if entry.current.in_memory]
+
+
+async def turns(tiny: House, count: int = 8) -> None:
+    """Let everything that can go on do so."""
+    for _ in range(count):
+        await tiny.engine.container.perform(lambda context: None)
+
+
+async def test_what_left_memory_comes_back_as_it_was(
+    model_path: Path, equal_root: Path, size_bytes: int, expected: dict[str, list[int]]
+) -> None:
+    async with house(model_path, equal_root, memory_bytes=2 * size_bytes) as tight:
+        registry, residency = tight.service.registry, tight.service.residency
+        for name in ("a", "b", "a", "c"):
+            assert await tight.answer(name) == expected[name]
+        assert in_memory(tight) == ["a", "c"]  # b was the least recently used
+        assert (residency.evictions, residency.cold_loads) == (1, 0)
+        entry = registry.get("b")
+        before = (entry.current.number, entry.current.resident.digest, entry.requests)
+        assert registry.served == ["tiny", "a", "b", "c"]
+        assert entry.state == "ready"
+
+        hits = await tight.engine.container.perform(lambda context: context.prompt_cache.stats.hits)
+        assert await tight.answer("b") == expected["b"]
+        assert await tight.engine.container.perform(lambda c: c.prompt_cache.stats.hits) == hits + 1
+        assert (entry.current.number, entry.current.resident.digest, entry.requests - 1) == before
+        assert in_memory(tight) == ["b", "c"]
+        assert (residency.evictions, residency.cold_loads) == (2, 1)
+        assert await tight.residents() == 2
+
+
+async def test_all_who_want_a_cold_adapter_share_one_load(
+    model_path: Path, equal_root: Path, size_bytes: int
+) -> None:
+    async with house(model_path, equal_root, memory_bytes=size_bytes) as tight:
+        for name in ("a", "b"):
+            await tight.answer(name)
+        waiters = [asyncio.create_task(tight.service.resolve("a")) for _ in range(20)]
+        await asyncio.sleep(0)
+        waiters[3].cancel()
+        pins = await asyncio.gather(*waiters, return_exceptions=True)
+        assert tight.service.residency.cold_loads == 1
+        assert isinstance(pins.pop(3), asyncio.CancelledError)
+        assert len({pin.row for pin in cast(list[Pin], pins)}) == 1
+        assert tight.service.registry.get("a").in_flight == 19
+        for pin in cast(list[Pin], pins):
+            pin.release()
+        assert tight.service.residency.committed_bytes == 0
+
+
+async def test_another_content_is_another_version(model_path: Path, own_root: Path, size_bytes: int) -> None:
+    async with house(model_path, own_root, memory_bytes=size_bytes) as tight:
+        old = await tight.answer("a")
+        entry = tight.service.registry.get("a")
+        digest = entry.current.resident.digest
+        await tight.answer("b")
+        make_adapter(own_root / "a", read_model(model_path), seed=99)
+        with pytest.raises(AdapterChangedError):
+            await tight.service.fuse("a", "auto", unload_others=True)
+        new = answer_of(model_path, own_root / "a")
+        assert new != old
+        assert await asyncio.gather(*(tight.answer("a") for _ in range(3))) == [new] * 3
+        assert (entry.current.number, entry.current.resident.digest != digest) == (2, True)
+        await tight.until(lambda: not entry.retired)
+        await turns(tight)
+        keys = await tight.engine.container.perform(lambda context: context.prompt_cache.stats.entries)
+        assert keys == 2  # those of b and of what a is now
+
+        # A larger one waits for room under its own size.
+        await tight.answer("b")
+        make_adapter(own_root / "a", read_model(model_path), seed=98, rank=16)
+        with pytest.raises(AdapterMemoryError):
+            await tight.answer("a")
+        assert (entry.current.number, tight.service.registry.in_flight) == (2, 0)
+
+
+async def test_an_adapter_whose_folder_has_gone_stays_registered(
+    model_path: Path, own_root: Path, size_bytes: int, expected: dict[str, list[int]]
+) -> None:
+    async with house(model_path, own_root, memory_bytes=size_bytes) as tight:
+        for name in ("a", "b"):
+            await tight.answer(name)
+        (own_root / "a").rename(own_root / "elsewhere")
+        with pytest.raises(AdapterNotFoundError):
+            await tight.answer("a")
+        shutil.copytree(own_root / "elsewhere", own_root / "a")
+        (own_root / "a" / "adapters.safetensors").write_bytes(b"damaged")
+        results = await asyncio.gather(*(tight.answer("a") for _ in range(3)), return_exceptions=True)
+        assert {type(result) for result in results} == {InvalidAdapterError}
+        assert await tight.answer("b") == expected["b"]
+        shutil.rmtree(own_root / "a")
+        (own_root / "elsewhere").rename(own_root / "a")
+        assert await tight.answer("a") == expected["a"]
+        assert tight.service.registry.get("a").current.number == 1
+
+
+async def test_a_folder_that_now_leads_out_of_the_root_is_not_read(
+    model_path: Path, own_root: Path, size_bytes: int, tmp_path: Path
+) -> None:
+    async with house(model_path, own_root, memory_bytes=size_bytes) as tight:
+        for name in ("a", "b"):
+            await tight.answer(name)
+        (own_root / "a").rename(tmp_path / "outside")
+        (own_root / "a").symlink_to(tmp_path / "outside")
+        with pytest.raises(Exception, match="outside the adapters root"):
+            await tight.answer("a")
+
+
+async def test_requests_wait_for_room_and_get_it_in_their_order(
+    model_path: Path, equal_root: Path, size_bytes: int, expected: dict[str, list[int]]
+) -> None:
+    async with house(model_path, equal_root, memory_bytes=size_bytes) as tight:
+        for name in NAMES:
+            await tight.answer(name)
+        held = await tight.service.resolve("a")
+        order: list[str] = []
+
+        async def ask(name: str) -> list[int]:
+            pin = await tight.service.resolve(name)
+            order.append(name)
+            assert tight.service.residency.bytes_held == size_bytes
+            return await tokens_of(tight.generate(pin))
+
+        tasks = []
+        for name in ("b", "c", "a"):
+            tasks.append(asyncio.create_task(ask(name)))
+            await turns(tight)
+        gone = asyncio.create_task(tight.service.resolve("e"))
+        await turns(tight)
+        gone.cancel()
+        await turns(tight)
+        assert order == []
+        (await tight.service.resolve("tiny")).release()  # the base waits for nobody
+        held.release()
+        assert await asyncio.gather(*tasks) == [expected[name] for name in ("b", "c", "a")]
+        assert order == ["b", "c", "a"]
+
+
+async def test_a_wait_has_an_end(model_path: Path, equal_root: Path, size_bytes: int) -> None:
+    async with house(model_path, equal_root, memory_bytes=size_bytes, wait_seconds=0.1) as tight:
+        pin = await tight.service.resolve("a")
+        with pytest.raises(AdapterMemoryBusyError):
+            await tight.service.resolve("b")
+        with pytest.raises(AdapterMemoryError):
+            await tight.service.load("c")
+        assert tight.service.registry.find("c") is None
+        assert tight.service.registry.in_flight == 1
+        pin.release()
+        assert (await tight.service.load("c")).created
+        (await tight.service.resolve("b")).release()
+
+
+async def test_the_end_of_a_wait_over_http(model_path: Path, equal_root: Path, size_bytes: int) -> None:
+    limits = {"adapter_memory_bytes": size_bytes, "adapter_wait_seconds": 0.1}
+    async with site(model_path, equal_root, **limits) as tight:
+        pin = await tight.service.resolve("a")
+        body = {"model": "b", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        reply = await tight.client.post("/v1/chat/completions", json=body)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "adapter_memory_busy")
+        assert int(reply.headers["retry-after"]) >= 1
+        await tight.call("POST", "/v1/adapters", {"id": "c"}, status=507)
+        pin.release()
+        await tight.chat("b")
+        listing = await tight.call("GET", "/v1/adapters")
+        assert [(each["id"], each["resident"], each["state"]) for each in listing["data"]] == [
+            ("a", False, "ready"),
+            ("b", True, "ready"),
+        ]
+        assert listing["memory_limit_bytes"] == size_bytes
+        metrics = (await tight.client.get("/metrics")).text
+        for line in (
+            "graft_adapters 2.0",
+            "graft_resident_adapters 1.0",
+            "graft_adapter_evictions_total 1.0",
+            "graft_adapter_cold_loads_total 1.0",
+            f"graft_adapter_bytes {float(size_bytes)}",
+            f"graft_adapter_memory_limit_bytes {float(size_bytes)}",
+        ):
+            assert line in metrics
+
+
+async def test_a_client_that_leaves_while_it_waits_frees_its_place(
+    model_path: Path, equal_root: Path, size_bytes: int
+) -> None:
+    async with site(model_path, equal_root, adapter_memory_bytes=size_bytes) as tight:
+        pin = await tight.service.resolve("a")
+        body = json.dumps({"model": "b", "messages": [{"role": "user", "content": "hi"}]}).encode()
+        messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        was_read = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if messages.empty():
+                was_read.set()
+            return await messages.get()
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
+            "scheme": "http", "http_version": "1.1", "root_path": "", "server": ("localhost", 80),
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        }  # fmt: skip
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        call = asyncio.create_task(tight.app(scope, receive, send))
+        async with asyncio.timeout(20):
+            await was_read.wait()
+        while tight.service.registry.find("b") is None:  # it is read, and there is no room for it
+            assert not call.done()
+            await tight.service.list()
+        waiting = asyncio.create_task(tight.service.resolve("c"))
+        await tight.service.list()
+        messages.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(call, 20)
+        assert not waiting.done()
+        pin.release()
+        (await asyncio.wait_for(waiting, 20)).release()
+        assert not tight.service.registry.get("b").in_flight
+
+
+async def test_blends_that_need_the_same_room_all_come_through(
+    model_path: Path, equal_root: Path, size_bytes: int
+) -> None:
+    async with house(model_path, equal_root, memory_bytes=4 * size_bytes) as wide:
+        pairs = [("a", "b"), ("b", "c"), ("c", "a"), ("e", "a"), ("b", "e")]
+        blends = [[(first, 0.5), (second, 0.5)] for first, second in pairs]
+        answers = [await wide.answer(None, blend) for blend in blends]
+    async with house(model_path, equal_root, memory_bytes=2 * size_bytes) as tight:
+        async with asyncio.timeout(60):
+            got = await asyncio.gather(*(tight.answer(None, blend) for blend in blends * 3))
+        assert got == answers * 3
+        assert tight.service.residency.committed_bytes == 0
+        with pytest.raises(AdapterMemoryError):
+            await tight.answer(None, [("a", 0.3), ("b", 0.3), ("c", 0.4)])
+
+
+async def test_a_pinned_adapter_stays(
+    model_path: Path, equal_root: Path, size_bytes: int, expected: dict[str, list[int]]
+) -> None:
+    async with house(model_path, equal_root, memory_bytes=2 * size_bytes) as tight:
+        service = tight.service
+        await service.load("a", pinned=True)
+        for name in ("b", "c", "e"):
+            assert await tight.answer(name) == expected[name]
+        assert in_memory(tight) == ["a", "e"]
+        await service.load("e", pinned=True, replace=True)
+        for work in (service.resolve("b"), service.load("b", replace=True)):
+            with pytest.raises(AdapterMemoryError):
+                await work
+        assert (await service.load("a", replace=True)).entry.pinned
+        assert in_memory(tight) == ["a", "e"]
+        await service.load("e", pinned=False, replace=True)
+        assert await tight.answer("b") == expected["b"]
+        assert in_memory(tight) == ["a", "b"]
+        assert await tight.residents() == 2
+
+
+async def test_calls_on_an_adapter_that_is_not_in_memory(
+    model_path: Path, own_root: Path, size_bytes: int, expected: dict[str, list[int]]
+) -> None:
+    async with house(model_path, own_root, memory_bytes=size_bytes, load_on_demand=False) as tight:
+        service = tight.service
+        before = await tight.snapshot()
+        await service.start(["a", "b", "c"])  # more than fits together
+        assert in_memory(tight) == ["c"]
+        assert (await service.swap("a")).active == "a"
+        for name in ("default", "b", "default"):
+            assert await tight.answer(name) == expected["a" if name == "default" else name]
+        replaced = await service.load("b", replace=True)
+        assert (replaced.entry.current.number, in_memory(tight)) == (2, ["b"])
+
+        _, freed_bytes = await service.unload("c")
+        assert freed_bytes == 0
+        with pytest.raises(UnknownModelError):
+            await service.resolve("c")
+
+        base = await tight.answer("tiny")
+        await service.fuse("a", "auto", unload_others=True)
+        assert await tight.answer("tiny") == expected["a"]
+        assert service.residency.bytes_held == 0
+        await service.unfuse("a")
+        assert (in_memory(tight), await tight.answer("a")) == (["a"], expected["a"])
+        assert await tight.answer("tiny") == base
+        await service.unload("a")
+        assert await tight.snapshot() == before
+
+
+class Watched(ModelContainer):
+    """A real container; keeps what the bank took at most, and fails in the middle of an exchange if told."""
+
+    def __init__(self, inner: ModelContainer) -> None:
+        self._inner = inner
+        self.most_bytes = 0
+        self.refuses = False
+
+    async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
+        return await self._inner.update(self._watch(fn), drain=drain)
+
+    async def perform(self, fn: Callable[[ModelContext], Any]) -> Any:
+        return await self._inner.perform(fn)
+
+    def _watch(self, fn: Callable[[ModelContext], Any]) -> Callable[[ModelContext], Any]:
+        def run(context: ModelContext) -> Any:
+            bank = context.bank
+            context.bank = cast(AdapterBank, Refusing(bank)) if self.refuses else bank
+            try:
+                return fn(context)
+            finally:
+                context.bank = bank
+                held = sum(resident.size_bytes for resident in bank.residents)
+                self.most_bytes = max(self.most_bytes, held)
+
+        return run
+
+
+class Refusing:
+    """A bank that gives and does not take."""
+
+    def __init__(self, bank: AdapterBank) -> None:
+        self.remove = bank.remove
+
+    def add(self, prepared: object) -> None:
+        raise RuntimeError("no memory")
+
+
+async def test_a_load_that_fails_at_the_last_moment_loses_nothing(
+    model_path: Path, equal_root: Path, size_bytes: int, expected: dict[str, list[int]]
+) -> None:
+    async with house(model_path, equal_root, memory_bytes=size_bytes, wrap=Watched) as tight:
+        assert isinstance(tight.container, Watched)
+        assert await tight.answer("a") == expected["a"]
+        tight.container.refuses = True
+        for work in (tight.answer("b"), tight.service.load("c")):
+            with pytest.raises(RuntimeError, match="no memory"):
+                await work
+        assert tight.service.residency.committed_bytes == 0
+        tight.container.refuses = False
+        for name in ("a", "b", "c"):
+            assert await tight.answer(name) == expected[name]
+        assert tight.container.most_bytes <= size_bytes
+
+
+@given(
+    names=st.lists(
+        st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True), min_size=4, max_size=16
+    ),
+    fits=st.integers(2, 3),
+    seed=st.integers(0, 2**16),
+)
+@settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_any_requests_at_once_stay_within_the_budget_and_get_what_they_name(
+    model_path: Path,
+    equal_root: Path,
+    size_bytes: int,
+    expected: dict[str, list[int]],
+    names: list[list[str]],
+    fits: int,
+    seed: int,
+) -> None:
+    limit_bytes = fits * size_bytes
+
+    async def ask(tight: House, wanted: list[str], hold_turns: int) -> None:
+        terms = [(name, 1.0 / len(wanted)) for name in wanted]
+        pin = await tight.service.resolve(None, terms)
+        entries = [tight.service.registry.get(name) for name in wanted]
+        digests = {entry.current.resident.digest for entry in entries}
+        assert {resident.digest for resident, _ in pin.row} == digests
+        assert {resident for resident, _ in pin.row} <= await tight.bank()
+        await turns(tight, hold_turns)
+        assert {resident for resident, _ in pin.row} <= await tight.bank()
+        tokens = await tokens_of(tight.generate(pin))
+        if len(wanted) == 1:
+            assert tokens == expected[wanted[0]]
+
+    async def run() -> None:
+        draw = random.Random(seed)
+        async with house(model_path, equal_root, memory_bytes=limit_bytes, wrap=Watched) as tight:
+            assert isinstance(tight.container, Watched)
+            async with asyncio.timeout(60):
+                await asyncio.gather(*(ask(tight, wanted, draw.randrange(5)) for wanted in names))
+            assert tight.container.most_bytes <= limit_bytes
+            assert tight.service.residency.committed_bytes == 0
+            here = {
+                entry.current.resident for entry in tight.service.registry.entries if entry.current.in_memory
+            }
+            assert await tight.bank() == here
+
+    asyncio.run(run())
+
+
+async def test_a_thousand_adapters_in_the_room_of_a_few(model_path: Path, tmp_path: Path) -> None:
+    model = read_model(model_path)
+    values = adapter_values(num_layers=1, keys=["self_attn.q_proj"])
+    root = tmp_path / "many"
+    first = write_adapter(root / "n0", values, adapter_tensors(model, values))
+    for number in range(1, 1000):
+        scaled = adapter_values(num_layers=1, keys=["self_attn.q_proj"], scale=2.0 + number / 100)
+        folder = write_adapter(root / f"n{number}", scaled, None)
+        os.link(first / "adapters.safetensors", folder / "adapters.safetensors")
+    one_bytes = (
+        AdapterBank(model, Routing()).prepare(AdapterContainer.from_directory(first)).resident.size_bytes
+    )
+    async with house(model_path, root, memory_bytes=8 * one_bytes, wrap=Watched) as tight:
+        assert isinstance(tight.container, Watched)
+        for number in range(0, 1000, 20):
+            batch = [tight.service.resolve(f"n{each}") for each in range(number, number + 8)]
+            for pin in await asyncio.gather(*batch):
+                pin.release()
+            for each in range(number + 8, number + 20):
+                (await tight.service.resolve(f"n{each}")).release()
+        registry = tight.service.registry
+        assert len(registry.entries) == 1000
+        assert len({entry.current.resident.digest for entry in registry.entries}) == 1000
+        assert len(in_memory(tight)) == await tight.residents() == 8
+        for number in (0, 999, 500, 7):
+            assert await tight.answer(f"n{number}") == answer_of(model_path, root / f"n{number}")
+            digest = AdapterContainer.from_directory(root / f"n{number}").digest
+            assert registry.get(f"n{number}").current.resident.digest == digest
+        assert tight.container.most_bytes <= 8 * one_bytes
