@@ -6,6 +6,7 @@ Runs on the main thread. MLX is imported with this module, so a fast BLAS has to
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import sys
 import tempfile
@@ -41,10 +42,11 @@ _FEWEST_ROUNDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a run is made."""
+    """How a run is made; after `minutes`, only the first round of anything is measured."""
 
     sizes: Sizes = field(default_factory=Sizes)
     rounds: int = _FEWEST_ROUNDS
+    minutes: float | None = None
     seed: int = 0
     load_timeout_seconds: float = 600
     ready_timeout_seconds: float = 120
@@ -98,6 +100,7 @@ def measure(cases: Sequence[Case], model_path: Path, options: Options, progress:
     Raises: ValueError if that is no model folder; OSError.
     """
     start = time.perf_counter()
+    until = math.inf if options.minutes is None else start + 60 * options.minutes
     environment, facts = describe_environment(), describe_model(model_path)
     with tempfile.TemporaryDirectory(prefix="mlx-graft-bench-") as folder:
         context = SideContext(
@@ -107,7 +110,7 @@ def measure(cases: Sequence[Case], model_path: Path, options: Options, progress:
             options.ready_timeout_seconds,
             options.load_timeout_seconds,
         )
-        outcomes = run_to_end(run_cases(cases, context, options.rounds, progress))
+        outcomes = run_to_end(run_cases(cases, context, options.rounds, progress, until))
     return make_report(
         outcomes,
         options=asdict(options),

@@ -102,7 +102,7 @@ def _blas_threads() -> str:
     """OpenBLAS takes the first of these that is set, and else as many threads as there are cores."""
     for name in ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"):
         if value := os.environ.get(name):
-            return f"{value} threads ({name})"
+            return f"{name}={value}"
     return "all cores"
 
 

@@ -17,7 +17,7 @@ from benchmarks.sides import Question, Side, SideKind, SideSpec
 
 __all__ = ["LoadMeasure", "deal", "sample_of", "stories"]
 
-_WARM_UP_TOKENS = 8
+_WARM_UP_TOKENS = 2
 
 
 def stories(round_index: int, count: int, max_tokens: int, series: int = 0) -> list[Question]:
@@ -99,11 +99,11 @@ class LoadMeasure:
         return self.requests, self.max_tokens, self.adapters, self.kind, self.series
 
     async def prepare(self, side: Side) -> None:
-        """A short load: compiles, caches what may be cached, and loads all adapters."""
-        questions = [replace(each, max_tokens=min(_WARM_UP_TOKENS, self.max_tokens)) for each in self.ask(0)]
-        if self.side.kind is SideKind.MLX_LM and self.adapters:
-            questions = questions[:1]  # it loads an adapter anew for every group of requests
-        await side.ask(questions, in_flight=self.in_flight or None)
+        """A short load: loads all adapters, and compiles what has to be."""
+        questions = [replace(each, max_tokens=_WARM_UP_TOKENS) for each in self.ask(0)]
+        # mlx_lm.server loads an adapter anew for every group of requests, and keeps none.
+        few = 1 if self.side.kind is SideKind.MLX_LM else self.adapters
+        await side.ask(questions[: max(few, 2)], in_flight=self.in_flight or None)
 
     async def run(self, side: Side, round_index: int) -> Sample:
         """Ask, and wait for all answers."""

@@ -29,18 +29,18 @@ _SUBJECTS = (
 
 
 def instruction(number: int) -> str:
-    """A system message whose first word no other number has.
+    """A system message of one word that no other number has.
 
     It stands before all that is the same in prompts, a template's own words included, so that no cache of
     earlier prompts can spare a side more than the template's first mark. Numbers of as many digits have
     as many tokens with tokenizers that split digits.
     """
-    return f"{number:06d} is this story's number."
+    return f"{number:06d}."
 
 
 def story(number: int) -> str:
     """A question with a long answer."""
-    return f"Write a long and detailed story about {_SUBJECTS[number % len(_SUBJECTS)]}."
+    return f"Tell a long story about {_SUBJECTS[number % len(_SUBJECTS)]}."
 
 
 def passage(model_path: Path, number: int, tokens: int) -> str:

@@ -205,6 +205,12 @@ def _case(outcome: CaseOutcome) -> CaseRecord:
         )
         notes = list(dict.fromkeys(f"{measure.name}: {note}" for measure, note in noted))
         notes += case.remarks(samples)
+        most = max(map(len, samples.values()))
+        notes += [
+            f"{measure.name}: {len(rounds)} of {most} rounds, for want of time"
+            for measure, rounds in samples.items()
+            if len(rounds) < most
+        ]
     return CaseRecord(
         name=case.name,
         about=case.about,

@@ -6,13 +6,15 @@ Never more than one side is under load. Knows neither commands nor reports.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adapters_core.errors import AdapterError
 from benchmarks.case import Case, Measure, Sample, Samples
 from benchmarks.processes import ProcessError
-from benchmarks.sides import Side, SideContext, SideSpec, open_side
+from benchmarks.sides import Side, SideContext, SideKind, SideSpec, open_side
 
 __all__ = ["CaseOutcome", "Progress", "measures_of", "order_of_round", "run_cases", "run_rounds"]
 
@@ -29,15 +31,18 @@ class CaseOutcome:
 
 
 async def run_cases(
-    cases: Sequence[Case], context: SideContext, rounds: int, progress: Progress
+    cases: Sequence[Case], context: SideContext, rounds: int, progress: Progress, until: float = math.inf
 ) -> list[CaseOutcome]:
-    """Measure stage after stage; the outcomes are in the order of the cases.
+    """Measure stage after stage, those with a peer last; the outcomes are in the order of the cases.
 
-    A stage that fails leaves its cases without samples and the others as they are.
+    A stage that fails leaves its cases without samples and the others as they are. A measure that would not
+    end before `until`, on the clock of `time.perf_counter`, is not measured again.
     """
     stages: dict[str, list[Case]] = {}
     for case in cases:
         stages.setdefault(case.measured_with, []).append(case)
+    # A peer takes the most time, so that it is what loses rounds when the time is up.
+    stages = dict(sorted(stages.items(), key=lambda stage: _has_peer(stage[1])))
     outcomes: dict[str, CaseOutcome] = {}
     for number, (name, members) in enumerate(stages.items(), 1):
 
@@ -45,7 +50,7 @@ async def run_cases(
             progress(head + text)
 
         try:
-            samples = await _run_stage(members, context, rounds, tell)
+            samples = await _run_stage(members, context, rounds, tell, until)
         except (AdapterError, ProcessError, OSError, ValueError) as error:
             tell(f"failed: {str(error).splitlines()[0]}")
             outcomes |= {case.name: CaseOutcome(case, failure=str(error)) for case in members}
@@ -56,30 +61,48 @@ async def run_cases(
     return [outcomes[case.name] for case in cases]
 
 
-async def _run_stage(cases: Sequence[Case], context: SideContext, rounds: int, progress: Progress) -> Samples:
+async def _run_stage(
+    cases: Sequence[Case], context: SideContext, rounds: int, progress: Progress, until: float
+) -> Samples:
     measures = measures_of(cases, rounds)
     async with contextlib.AsyncExitStack() as stack:
         sides: dict[SideSpec, Side] = {}
         for spec in dict.fromkeys(measure.side for measure in measures):
             progress(f"starting {spec}")
             sides[spec] = await stack.enter_async_context(open_side(spec, context))
-        return await run_rounds(measures, sides, progress)
+        return await run_rounds(measures, sides, progress, until)
 
 
 async def run_rounds(
-    measures: Mapping[Measure, int], sides: Mapping[SideSpec, Side], progress: Progress
+    measures: Mapping[Measure, int],
+    sides: Mapping[SideSpec, Side],
+    progress: Progress,
+    until: float = math.inf,
 ) -> Samples:
-    """Prepare, then measure: the samples by measure and round, which count from 1."""
+    """Prepare, then measure: the samples by measure and round, which count from 1.
+
+    The first round is always whole; a later one leaves out what would not end before `until`.
+    """
     for measure in measures:
         progress(f"preparing {measure.name}")
         await measure.prepare(sides[measure.side])
     samples: dict[Measure, dict[int, Sample]] = {measure: {} for measure in measures}
+    took_seconds: dict[Measure, float] = {}
     last = max(measures.values())
     for index in range(1, last + 1):
         for measure in order_of_round([each for each, rounds in measures.items() if rounds >= index], index):
+            start = time.perf_counter()
+            if start + took_seconds.get(measure, -math.inf) > until:
+                progress(f"no time for round {index} of {measures[measure]}, {measure.name}")
+                continue
             progress(f"round {index} of {measures[measure]}, {measure.name}")
             samples[measure][index] = await measure.run(sides[measure.side], index)
+            took_seconds[measure] = time.perf_counter() - start
     return samples
+
+
+def _has_peer(cases: Sequence[Case]) -> bool:
+    return any(measure.side.kind is SideKind.MLX_LM for case in cases for measure in case.measures)
 
 
 def measures_of(cases: Sequence[Case], rounds: int) -> dict[Measure, int]:

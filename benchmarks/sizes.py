@@ -18,10 +18,10 @@ class Sizes:
     first_token_samples: int = 8
     registered: int = 1000
     resident: int = 64
-    closed_loop_requests: int = 48
+    closed_loop_requests: int = 32
     closed_loop_warm_up: int = 160
     streams: int = 4
-    stream_tokens: int = 64
+    stream_tokens: int = 48
     loads: int = 20
     prefix_tokens: int = 512
     memory_adapters: int = 64

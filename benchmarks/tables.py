@@ -35,7 +35,7 @@ def conditions(report: Report) -> Iterator[str]:
     yield "Values of a measure are medians over the samples of all rounds, unless a heading says otherwise."
     yield (
         f"Model: {report.model.name}, {report.model.dtype}. MLX on {environment.device}, BLAS "
-        f"{environment.blas} on {environment.blas_threads}."
+        f"{environment.blas} ({environment.blas_threads})."
     )
     yield f"Machine: {environment.processor}, {environment.cores} cores, {environment.system}."
     versions = "; ".join(f"{name} {version}" for name, version in environment.packages.items())

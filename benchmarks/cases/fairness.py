@@ -54,7 +54,7 @@ class Fairness:
     async def run(self, side: Side, round_index: int) -> Sample:
         """The idle server first, then the crowd."""
         popular, lone = self._questions(round_index)
-        alone = replace(lone, system=lone.system.replace("story", "quiet story"))
+        alone = replace(lone, system=f"Alone. {lone.system}")
         (idle,) = (await side.ask([alone])).answers
         speaking = asyncio.Event()
 

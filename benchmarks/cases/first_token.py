@@ -58,8 +58,8 @@ class FirstTokens:
         return None
 
     async def prepare(self, side: Side) -> None:
-        """One round."""
-        await self.run(side, 0)
+        """One request; every later one is the first of its kind again."""
+        await replace(self, samples=1).run(side, 0)
 
     async def run(self, side: Side, round_index: int) -> Sample:
         """Adapters are unloaded at the end; those of much later rounds come again, loaded anew."""

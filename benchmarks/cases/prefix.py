@@ -42,8 +42,7 @@ class Prefix:
         return None
 
     async def prepare(self, side: Side) -> None:
-        """One round."""
-        await self.run(side, 0)
+        """Nothing: every round has a beginning of its own."""
 
     async def run(self, side: Side, round_index: int) -> Sample:
         """The second request differs in the question after the passage."""

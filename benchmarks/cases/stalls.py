@@ -53,8 +53,9 @@ class Stalls:
         return None
 
     async def prepare(self, side: Side) -> None:
-        """One round."""
-        await self.run(side, 0)
+        """The adapters that stream, loaded."""
+        questions = stories(0, self.streams, 1, series=4)
+        await side.ask(deal(questions, [adapter_id(_KIND, index) for index in range(self.streams)]))
 
     async def run(self, side: Side, round_index: int) -> Sample:
         """The loaded adapters are unloaded at the end."""

@@ -16,6 +16,7 @@ from server.cli.output import fail
 __all__ = ["bench"]
 
 _SIZE = "Sizes"
+_TABLE_MINUTES = 14
 
 
 def bench(
@@ -32,6 +33,14 @@ def bench(
     json_file: Annotated[
         Path | None,
         typer.Option("--json", dir_okay=False, help="File for the report as JSON.", show_default=False),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Begin no further round that would end later than this; 14 when no case is named.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         Path | None,
@@ -95,7 +104,8 @@ def bench(
     wanted = {name: value for name, value in chosen.items() if value is not None}
     try:
         sizes = replace(QUICK_SIZES if quick else GOAL_SIZES, **wanted)
-        options = Options(sizes, rounds=1 if quick else rounds, seed=seed)
+        limit = _TABLE_MINUTES if minutes is None and not cases else minutes
+        options = Options(sizes, rounds=1 if quick else rounds, minutes=limit, seed=seed)
         code = run(cases or (), model, options, json_file)
     except ValueError as error:
         fail(str(error), code=2)

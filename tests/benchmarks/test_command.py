@@ -22,7 +22,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_cases_run_and_all_sides_give_the_same_answers(tiny_model_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    names = ("adapters", "peer", "overhead", "first-token", "stalls", "prefix", "memory", "churn")
+    names = ("adapters", "peer", "overhead", "first-token", "zipf", "prefix", "memory", "churn")
     done = bench(*names, "--quick", "--model", str(tiny_model_path), "--json", str(file))
     assert done.returncode == 0, done.stderr
     report = read_report(file)

@@ -60,6 +60,30 @@ async def test_rounds_interleave_and_every_second_runs_backwards() -> None:
     }
 
 
+async def test_when_the_time_is_up_the_first_round_is_still_whole() -> None:
+    log: list[str] = []
+    first, second = Written("first", log), Written("second", log)
+    told: list[str] = []
+    sides = {SPEC: None}
+    samples = await run_rounds({first: 3, second: 3}, sides, told.append, until=0.0)  # type: ignore[arg-type]
+    assert {measure.name: sorted(rounds) for measure, rounds in samples.items()} == {
+        "first": [1],
+        "second": [1],
+    }
+    assert "no time for round 3 of 3, second" in told
+
+
+async def test_stages_with_a_peer_run_last(tmp_path: Path) -> None:
+    context = SideContext(tmp_path / "none", AdapterLibrary(tmp_path, tmp_path / "a", 0), tmp_path, 0.3, 60)
+    kinds = (SideKind.MLX_LM, SideKind.BARE)
+    cases = [Case(str(kind), "", (LoadMeasure(SideSpec(kind), 1, 1),)) for kind in kinds]
+    told: list[str] = []
+    outcomes = await run_cases(cases, context, 1, told.append)
+    assert [outcome.case.name for outcome in outcomes] == [str(kind) for kind in kinds]
+    assert told[0].startswith("[1/2] BatchGenerator: ")
+    assert told[-1].startswith("[2/2] mlx_lm.server: failed")
+
+
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_every_order_of_a_round_has_all_measures_and_the_next_is_its_mirror(count: int, index: int) -> None:
     measures = [Written(str(number), []) for number in range(count)]
@@ -158,7 +182,7 @@ def test_no_two_series_or_rounds_share_a_question(
     starts = {question.system.split()[0] for question in [*ours, *theirs]}
     same = (index, series) == (other_index, other_series)
     assert len(starts) == (4 if same else 8)
-    assert {len(start) for start in starts} == {6}
+    assert {len(start) for start in starts} == {7}
     assert [question.prompt for question in ours] == [question.prompt for question in theirs]
 
 

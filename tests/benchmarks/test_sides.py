@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.adapters import KindName
+from benchmarks.cases.stalls import Stalls
 from benchmarks.command import run_to_end
 from benchmarks.library import AdapterLibrary, AdapterSet
 from benchmarks.loads import LoadMeasure
@@ -37,7 +38,7 @@ async def test_our_server_as_a_side(tiny_model_path: Path, tmp_path: Path) -> No
         await measure.prepare(side)
         sample = await measure.run(side, 1)
         listed = await side.adapters()
-        assert [adapter["id"] for adapter in listed["data"]] == ["rank8-qv-0", "rank8-qv-1"]
+        assert {adapter["id"] for adapter in listed["data"]} == {"rank8-qv-0", "rank8-qv-1"}
         assert (await side.load("rank8-qv-2"))["rank"] == 8
         assert (await side.activate("rank8-qv-2"))["active"] == "rank8-qv-2"
         await side.activate(None)
@@ -55,6 +56,29 @@ async def test_our_server_as_a_side(tiny_model_path: Path, tmp_path: Path) -> No
     assert len(sample.values["first_token_seconds"]) == 4
     assert sample.values["completion_tokens"] == (12.0,)
     assert sample.values["cached_percent"][0] < 20
+
+
+async def test_gaps_of_streams_before_and_while_adapters_load(tiny_model_path: Path, tmp_path: Path) -> None:
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 5),))
+    stalls = Stalls(spec, streams=2, tokens=600, loads=3)
+    async with open_side(spec, context_of(tiny_model_path, tmp_path)) as side:
+        await stalls.prepare(side)
+        sample = await stalls.run(side, 1)
+        listed = await side.adapters()
+    assert {adapter["id"] for adapter in listed["data"]} == {"rank8-qv-0", "rank8-qv-1"}
+    quiet, busy = sample.values["quiet_gap_seconds"], sample.values["busy_gap_seconds"]
+    (acting_seconds,) = sample.values["acting_seconds"]
+    assert len(quiet) + len(busy) < 2 * 600
+    assert all(gap >= 0 for gap in (*quiet, *busy))
+    assert acting_seconds > 0
+    assert sum(busy) >= acting_seconds
+
+
+async def test_streams_too_short_to_tell_are_an_error(tiny_model_path: Path, tmp_path: Path) -> None:
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 2),))
+    async with open_side(spec, context_of(tiny_model_path, tmp_path)) as side:
+        with pytest.raises(ValueError, match="let them have more tokens"):
+            await Stalls(spec, streams=1, tokens=2, loads=1).run(side, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
