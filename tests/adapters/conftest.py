@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from tests.adapters.support import House, Site, house, make_adapters, read_model, site, write_model
+from adapters_core.bank import AdapterBank
+from adapters_core.container import AdapterContainer
+from adapters_core.routing import Routing
+from tests.adapters.support import (
+    NAMES,
+    House,
+    Site,
+    answer_of,
+    house,
+    make_adapters,
+    read_model,
+    site,
+    write_model,
+)
+from tests.models import make_adapter
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +48,31 @@ async def tiny_site(model_path: Path, root: Path, tmp_path: Path) -> AsyncIterat
     models.mkdir()
     async with site(model_path, root, models_dir=models, unload_timeout_seconds=5) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def equal_root(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
+    """A root with four LoRAs of one size."""
+    root, model = tmp_path_factory.mktemp("equal"), read_model(model_path)
+    for seed, name in enumerate(NAMES):
+        make_adapter(root / name, model, seed=20 + seed)
+    return root
+
+
+@pytest.fixture
+def own_root(tmp_path: Path, equal_root: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(equal_root, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def size_bytes(model_path: Path, equal_root: Path) -> int:
+    """What one of them takes."""
+    bank = AdapterBank(read_model(model_path), Routing())
+    return bank.prepare(AdapterContainer.from_directory(equal_root / "a")).resident.size_bytes
+
+
+@pytest.fixture(scope="session")
+def expected(model_path: Path, equal_root: Path) -> dict[str, list[int]]:
+    """What mlx-lm answers with each."""
+    return {name: answer_of(model_path, equal_root / name) for name in NAMES}

@@ -22,6 +22,7 @@ from mlx_lm.utils import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from adapters_core.container import AdapterContainer
 from adapters_core.routing import ResidentAdapter
 from server.adapters.folder import AdapterFolders
 from server.adapters.registry import Pin
@@ -37,6 +38,8 @@ from tests.models import make_adapter, snapshot, tiny_llama
 
 BASE = "tiny"
 PROMPT = [5, 17, 40, 3]
+NAMES = ["a", "b", "c", "e"]
+"""Adapters of one size, for tests of the budget."""
 _END = "<end>"
 _TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 _ERROR_FIELDS = {"message", "type", "param", "code", "details"}
@@ -127,6 +130,24 @@ class House:
         async with asyncio.timeout(20):
             while not condition():
                 await self.engine.container.perform(lambda context: None)
+
+
+def answer_of(model_path: Path, folder: Path) -> list[int]:
+    """What mlx-lm answers with the adapter in a folder."""
+    model: llama.Model = read_model(model_path)
+    AdapterContainer.from_directory(folder).load(into=model)
+    return greedy(model)
+
+
+def in_memory(tiny: House) -> list[str]:
+    """The ids of the adapters that are in memory now."""
+    return [entry.id for entry in tiny.service.registry.entries if entry.current.in_memory]
+
+
+async def turns(tiny: House, count: int = 8) -> None:
+    """Let everything that can go on do so."""
+    for _ in range(count):
+        await tiny.engine.container.perform(lambda context: None)
 
 
 async def tokens_of(generation: Generation, at_most: int | None = None) -> list[int]:

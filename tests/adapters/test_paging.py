@@ -1,9 +1,8 @@
-"""Adapters that leave memory and come back, over a real engine: what is kept, who waits, and how it ends."""
+"""Adapters that leave memory and come back, over a real engine: what is kept, and what is found again."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import shutil
@@ -14,7 +13,6 @@ from typing import Any, cast
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mlx_lm.models import llama
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
@@ -22,61 +20,14 @@ from adapters_core.errors import InvalidAdapterError
 from adapters_core.routing import Routing
 from server.adapters.errors import (
     AdapterChangedError,
-    AdapterMemoryBusyError,
     AdapterMemoryError,
     AdapterNotFoundError,
     UnknownModelError,
 )
 from server.adapters.registry import Pin
 from server.engine.container import ModelContainer, ModelContext
-from tests.adapters.support import House, greedy, house, read_model, site, tokens_of
+from tests.adapters.support import NAMES, House, answer_of, house, in_memory, read_model, tokens_of, turns
 from tests.models import adapter_tensors, adapter_values, make_adapter, write_adapter
-
-NAMES = ["a", "b", "c", "e"]
-
-
-@pytest.fixture(scope="session")
-def equal_root(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
-    """A root with four LoRAs of one size."""
-    root, model = tmp_path_factory.mktemp("equal"), read_model(model_path)
-    for seed, name in enumerate(NAMES):
-        make_adapter(root / name, model, seed=20 + seed)
-    return root
-
-
-@pytest.fixture
-def own_root(tmp_path: Path, equal_root: Path) -> Path:
-    """A copy of it that a test may change."""
-    return Path(shutil.copytree(equal_root, tmp_path / "own"))
-
-
-@pytest.fixture(scope="session")
-def size_bytes(model_path: Path, equal_root: Path) -> int:
-    """What one of them takes."""
-    bank = AdapterBank(read_model(model_path), Routing())
-    return bank.prepare(AdapterContainer.from_directory(equal_root / "a")).resident.size_bytes
-
-
-@pytest.fixture(scope="session")
-def expected(model_path: Path, equal_root: Path) -> dict[str, list[int]]:
-    """What mlx-lm answers with each."""
-    return {name: answer_of(model_path, equal_root / name) for name in NAMES}
-
-
-def answer_of(model_path: Path, folder: Path) -> list[int]:
-    model: llama.Model = read_model(model_path)
-    AdapterContainer.from_directory(folder).load(into=model)
-    return greedy(model)
-
-
-def in_memory(tiny: House) -> list[str]:
-    return [entry.id for entry in tiny.service.registry.entries if entry.current.in_memory]
-
-
-async def turns(tiny: House, count: int = 8) -> None:
-    """Let everything that can go on do so."""
-    for _ in range(count):
-        await tiny.engine.container.perform(lambda context: None)
 
 
 async def test_what_left_memory_comes_back_as_it_was(
@@ -177,136 +128,6 @@ async def test_a_folder_that_now_leads_out_of_the_root_is_not_read(
         (own_root / "a").symlink_to(tmp_path / "outside")
         with pytest.raises(Exception, match="outside the adapters root"):
             await tight.answer("a")
-
-
-async def test_requests_wait_for_room_and_get_it_in_their_order(
-    model_path: Path, equal_root: Path, size_bytes: int, expected: dict[str, list[int]]
-) -> None:
-    async with house(model_path, equal_root, memory_bytes=size_bytes) as tight:
-        for name in NAMES:
-            await tight.answer(name)
-        held = await tight.service.resolve("a")
-        order: list[str] = []
-
-        async def ask(name: str) -> list[int]:
-            pin = await tight.service.resolve(name)
-            order.append(name)
-            assert tight.service.residency.bytes_held == size_bytes
-            return await tokens_of(tight.generate(pin))
-
-        tasks = []
-        for name in ("b", "c", "a"):
-            tasks.append(asyncio.create_task(ask(name)))
-            await turns(tight)
-        gone = asyncio.create_task(tight.service.resolve("e"))
-        await turns(tight)
-        gone.cancel()
-        await turns(tight)
-        assert order == []
-        (await tight.service.resolve("tiny")).release()  # the base waits for nobody
-        held.release()
-        assert await asyncio.gather(*tasks) == [expected[name] for name in ("b", "c", "a")]
-        assert order == ["b", "c", "a"]
-
-
-async def test_a_wait_has_an_end(model_path: Path, equal_root: Path, size_bytes: int) -> None:
-    async with house(model_path, equal_root, memory_bytes=size_bytes, wait_seconds=0.1) as tight:
-        pin = await tight.service.resolve("a")
-        with pytest.raises(AdapterMemoryBusyError):
-            await tight.service.resolve("b")
-        with pytest.raises(AdapterMemoryError):
-            await tight.service.load("c")
-        assert tight.service.registry.find("c") is None
-        assert tight.service.registry.in_flight == 1
-        pin.release()
-        assert (await tight.service.load("c")).created
-        (await tight.service.resolve("b")).release()
-
-
-async def test_the_end_of_a_wait_over_http(model_path: Path, equal_root: Path, size_bytes: int) -> None:
-    limits = {"adapter_memory_bytes": size_bytes, "adapter_wait_seconds": 0.1}
-    async with site(model_path, equal_root, **limits) as tight:
-        pin = await tight.service.resolve("a")
-        body = {"model": "b", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-        reply = await tight.client.post("/v1/chat/completions", json=body)
-        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "adapter_memory_busy")
-        assert int(reply.headers["retry-after"]) >= 1
-        await tight.call("POST", "/v1/adapters", {"id": "c"}, status=507)
-        pin.release()
-        await tight.chat("b")
-        listing = await tight.call("GET", "/v1/adapters")
-        assert [(each["id"], each["resident"], each["state"]) for each in listing["data"]] == [
-            ("a", False, "ready"),
-            ("b", True, "ready"),
-        ]
-        assert listing["memory_limit_bytes"] == size_bytes
-        metrics = (await tight.client.get("/metrics")).text
-        for line in (
-            "graft_adapters 2.0",
-            "graft_resident_adapters 1.0",
-            "graft_adapter_evictions_total 1.0",
-            "graft_adapter_cold_loads_total 1.0",
-            f"graft_adapter_bytes {float(size_bytes)}",
-            f"graft_adapter_memory_limit_bytes {float(size_bytes)}",
-        ):
-            assert line in metrics
-
-
-async def test_a_client_that_leaves_while_it_waits_frees_its_place(
-    model_path: Path, equal_root: Path, size_bytes: int
-) -> None:
-    async with site(model_path, equal_root, adapter_memory_bytes=size_bytes) as tight:
-        pin = await tight.service.resolve("a")
-        body = json.dumps({"model": "b", "messages": [{"role": "user", "content": "hi"}]}).encode()
-        messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
-        was_read = asyncio.Event()
-
-        async def receive() -> dict[str, Any]:
-            if messages.empty():
-                was_read.set()
-            return await messages.get()
-
-        scope = {
-            "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
-            "scheme": "http", "http_version": "1.1", "root_path": "", "server": ("localhost", 80),
-            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-        }  # fmt: skip
-        sent: list[Any] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        call = asyncio.create_task(tight.app(scope, receive, send))
-        async with asyncio.timeout(20):
-            await was_read.wait()
-        while tight.service.registry.find("b") is None:  # it is read, and there is no room for it
-            assert not call.done()
-            await tight.service.list()
-        waiting = asyncio.create_task(tight.service.resolve("c"))
-        await tight.service.list()
-        messages.put_nowait({"type": "http.disconnect"})
-        await asyncio.wait_for(call, 20)
-        assert not waiting.done()
-        pin.release()
-        (await asyncio.wait_for(waiting, 20)).release()
-        assert not tight.service.registry.get("b").in_flight
-
-
-async def test_blends_that_need_the_same_room_all_come_through(
-    model_path: Path, equal_root: Path, size_bytes: int
-) -> None:
-    async with house(model_path, equal_root, memory_bytes=4 * size_bytes) as wide:
-        pairs = [("a", "b"), ("b", "c"), ("c", "a"), ("e", "a"), ("b", "e")]
-        blends = [[(first, 0.5), (second, 0.5)] for first, second in pairs]
-        answers = [await wide.answer(None, blend) for blend in blends]
-    async with house(model_path, equal_root, memory_bytes=2 * size_bytes) as tight:
-        async with asyncio.timeout(60):
-            got = await asyncio.gather(*(tight.answer(None, blend) for blend in blends * 3))
-        assert got == answers * 3
-        assert tight.service.residency.committed_bytes == 0
-        with pytest.raises(AdapterMemoryError):
-            await tight.answer(None, [("a", 0.3), ("b", 0.3), ("c", 0.4)])
 
 
 async def test_a_pinned_adapter_stays(
