@@ -260,6 +260,7 @@ class GenerationLoop:
                     request,
                     position=len(done),
                     segments=[len(segment) for segment in segments],
+                    kept=self._context.prompt_cache.enabled,
                     anywhere=serves_anywhere(caches[0]),
                     padded=bears_padding(caches[0]),
                 )

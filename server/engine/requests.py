@@ -58,15 +58,16 @@ class Request:
 class Reading:
     """A row whose prompt is being read: how far, and the lengths of the segments ahead.
 
-    The prompt's last token is in no segment: computing it starts the answer. `anywhere`: KV caches kept at
-    one place serve every beginning; otherwise they serve from the ends of segments alone. `padded`: whether
-    it may be read beside longer ones. `wanted`: the place from which on a waiting request could start with
-    this row's caches.
+    The prompt's last token is in no segment: computing it starts the answer. `kept`: whether others can have
+    its caches at all. `anywhere`: caches kept at one place serve every beginning; otherwise they serve from the
+    ends of segments alone. `padded`: whether it may be read beside longer ones. `wanted`: the place from which
+    on a waiting request could start with this row's caches.
     """
 
     request: Request
     position: int
     segments: list[int]
+    kept: bool
     anywhere: bool
     padded: bool
     wanted: int | None = None
@@ -87,6 +88,8 @@ class Reading:
 
     def will_serve(self, text: TokenText) -> int:
         """Of how many of the first tokens of `text` this row will have caches to start from."""
+        if not self.kept:
+            return 0
         shared = min(common_tokens(self.request.text, text), text.tokens - 1)
         if self.anywhere:
             return min(shared, self.position + sum(self.segments))

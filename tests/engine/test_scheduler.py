@@ -40,7 +40,7 @@ def admit(scheduler: Scheduler) -> list[str]:
             one.uids[choice] = uid = hash((one.request_id, choice))
             if len(one.submit.prompt_tokens) > 1:
                 left = [len(one.submit.prompt_tokens) - 1]
-                scheduler.reading[uid] = Reading(one, 0, left, anywhere=True, padded=True)
+                scheduler.reading[uid] = Reading(one, 0, left, kept=True, anywhere=True, padded=True)
         started.append(one.request_id)
     return started
 

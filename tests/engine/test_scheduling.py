@@ -183,6 +183,20 @@ def test_requests_that_share_a_long_beginning_read_it_once(waiting: int) -> None
     assert sum(clock.read) < 100 + 90 + waiting * (16 + 3) + 60
 
 
+def test_nobody_waits_for_caches_that_are_not_kept() -> None:
+    model = tiny_llama()
+    context = make_context(model, prompt_cache_bytes=0)
+    loop = GenerationLoop(context, LoopOptions(prefill_step_tokens=16, keep_prompt_tokens=32))
+    (prefix,) = prompts([100], seed=8)
+    loop.submit(submit("one", [*prefix, 1, 2], 3))
+    loop.submit(submit("two", [*prefix, 3, 4], 3))
+    transcript = Transcript()
+    transcript.add(loop.step())
+    assert loop.stats.running_requests == 2
+    run(loop, transcript=transcript)
+    assert transcript.tokens("two") == reference(model, [*prefix, 3, 4], 3)
+
+
 def test_a_request_whose_forerunner_leaves_reads_for_itself() -> None:
     model = tiny_llama()
     loop, _ = timed_loop(model, max_batch_size=8, prefill_step_tokens=16, keep_prompt_tokens=32)
