@@ -13,7 +13,8 @@ as mlx-lm does. Knows no routing beyond a pass's packed rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,103 +23,128 @@ from .fused_source import kernel_source
 from .layout import GroupLayout
 
 if TYPE_CHECKING:
-    from .mixed import MixedLinear
     from .routing import Pass
     from .stacks import Stack
 
-__all__ = ["Kernels", "fused_outputs", "make_kernels"]
+__all__ = ["Call", "Kernels", "on_cuda", "plan_calls", "run_calls"]
 
 _THREADS = 256
 _BLOCKS = 8  # for each row; also the size of a cluster, which is the most that every such GPU allows
-_CLUSTERS_SINCE = 90  # compute capability, times ten
+_THREADGROUP = (_THREADS, 1, 1)
+_CLUSTERS_SINCE = 9  # major compute capability
+
+_Kernel = Callable[..., Sequence[mx.array]]
 
 
-def make_kernels() -> Kernels | None:
-    """The kernels for MLX's default device; None unless that is a CUDA GPU."""
-    device = mx.default_device()
-    if device.type != mx.DeviceType.gpu or not mx.cuda.is_available():
-        return None
-    return Kernels(_capability(mx.device_info(device)) >= _CLUSTERS_SINCE)
+def on_cuda() -> bool:
+    """Whether MLX's default device is a CUDA GPU."""
+    return mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available()
 
 
 class Kernels:
     """One kernel for each shape of group and type of input, made when first asked for."""
 
-    def __init__(self, clusters: bool) -> None:
-        self._clusters = clusters
-        self._made: dict[tuple[object, ...], _Kernel] = {}
+    def __init__(self) -> None:
+        capability = mx.device_info(mx.default_device()).get("compute_capability_major", 0)
+        self._clusters = int(capability) >= _CLUSTERS_SINCE
+        self._made: dict[str, _Kernel] = {}
+        self._found: dict[tuple[GroupLayout, mx.Dtype], _Kernel] = {}
 
     def get(self, layout: GroupLayout, dtype: mx.Dtype) -> _Kernel:
-        """The kernel for inputs and outputs of `dtype` and factors in `layout`."""
-        sizes = tuple((p.rank, p.out_size) for p in layout.projections)
-        key = (sizes, layout.in_size, layout.is_dora, layout.dtype, dtype)
-        if key not in self._made:
-            self._made[key] = _Kernel(layout, dtype, self._clusters)
-        return self._made[key]
+        """The kernel for inputs and outputs of `dtype` and factors in `layout`.
+
+        x (B, 1, in), slab (slots, size), packed rows (B, 2), y_p (B, 1, out_p) → o_p (B, 1, out_p).
+        """
+        found = self._found.get((layout, dtype))
+        if found is None:
+            found = self._found[layout, dtype] = self._make(layout, dtype)
+        return found
+
+    def _make(self, layout: GroupLayout, dtype: mx.Dtype) -> _Kernel:
+        name, header, source = kernel_source(layout, dtype, _THREADS, _BLOCKS, self._clusters)
+        if name not in self._made:
+            count = len(layout.projections)
+            kernel = mx.fast.cuda_kernel(
+                name=name,
+                input_names=["x", "slab", "rows", *(f"y{index}" for index in range(count))],
+                output_names=[f"o{index}" for index in range(count)],
+                header=header,
+                source=source,
+            )
+            self._made[name] = cast(_Kernel, kernel)
+        return self._made[name]
 
 
-class _Kernel:
-    """x (B, 1, in), slab (slots, size), packed rows (B, 2), y_p (B, 1, out_p) → o_p (B, 1, out_p)."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One launch for one batch: the kernel, what it reads beside the input, and the form of what it writes.
 
-    def __init__(self, layout: GroupLayout, dtype: mx.Dtype, clusters: bool) -> None:
-        count = len(layout.projections)
-        name, header, source = kernel_source(layout, dtype, _THREADS, _BLOCKS, clusters)
-        self._run: Callable[..., Sequence[mx.array]] = mx.fast.cuda_kernel(  # pyright: ignore[reportAttributeAccessIssue] (typed as object)
-            name=name,
-            input_names=["x", "slab", "rows", *(f"y{index}" for index in range(count))],
-            output_names=[f"o{index}" for index in range(count)],
-            header=header,
-            source=source,
-        )
-        self._dtypes = [dtype] * count
+    `paths` are the layers in the kernel's order, `bases` their base layers' forwards.
+    """
 
-    def __call__(
-        self, x: mx.array, slab: mx.array, packed: mx.array, ys: Sequence[mx.array]
-    ) -> Sequence[mx.array]:
-        return self._run(
-            inputs=[x, slab, packed, *ys],
-            grid=(_THREADS * _BLOCKS, x.shape[0], 1),
-            threadgroup=(_THREADS, 1, 1),
-            output_shapes=[y.shape for y in ys],
-            output_dtypes=self._dtypes,
-        )
+    kernel: _Kernel
+    stack: Stack
+    packed: mx.array
+    paths: tuple[str, ...]
+    bases: tuple[Callable[[mx.array], mx.array], ...]
+    grid: tuple[int, int, int]
+    shapes: list[tuple[int, int, int]]
+    dtypes: list[mx.Dtype]
 
 
-def fused_outputs(
-    x: mx.array,
-    layers: Mapping[str, MixedLinear],
+def plan_calls(
     steps: Sequence[tuple[Pass, Stack]],
+    dtype: mx.Dtype,
     kernels: Kernels,
-) -> dict[str, mx.array] | None:
-    """The outputs of all layers that `steps` touch, by path; None where the kernel cannot or should not."""
-    if x.ndim != 3 or x.shape[1] != 1:
+    linears: Mapping[str, nn.Module],
+) -> tuple[Call, ...] | None:
+    """The launches that compute `steps` for inputs of `dtype`, in order; None where the kernel cannot."""
+    if not all(_fits(stack.layout, dtype, linears) for _, stack in steps):
         return None
-    if not all(_fits(stack.layout, x.dtype, layers) for _, stack in steps):
-        return None
-    outputs: dict[str, mx.array] = {}
+    calls = []
     for one, stack in steps:
-        paths = stack.layout.ranks
-        ys = [outputs[path] if path in outputs else layers[path].linear(x) for path in paths]
-        found = kernels.get(stack.layout, x.dtype)(x, stack.slab, one.packed, ys)
-        outputs.update(zip(paths, found, strict=True))
+        projections = stack.layout.projections
+        rows = one.packed.shape[0]
+        calls.append(
+            Call(
+                kernel=kernels.get(stack.layout, dtype),
+                stack=stack,
+                packed=one.packed,
+                paths=tuple(p.path for p in projections),
+                bases=tuple(linears[p.path].__call__ for p in projections),
+                grid=(_THREADS * _BLOCKS, rows, 1),
+                shapes=[(rows, 1, p.out_size) for p in projections],
+                dtypes=[dtype] * len(projections),
+            )
+        )
+    return tuple(calls)
+
+
+def run_calls(x: mx.array, calls: Sequence[Call]) -> dict[str, mx.array]:
+    """The outputs (B, 1, out) of all layers that the calls touch, by path, for x (B, 1, in)."""
+    outputs: dict[str, mx.array] = {}
+    for call in calls:
+        if outputs:
+            layers = zip(call.paths, call.bases, strict=True)
+            ys = [outputs[path] if path in outputs else base(x) for path, base in layers]
+        else:
+            ys = [base(x) for base in call.bases]
+        found = call.kernel(
+            inputs=[x, call.stack.slab, call.packed, *ys],
+            grid=call.grid,
+            threadgroup=_THREADGROUP,
+            output_shapes=call.shapes,
+            output_dtypes=call.dtypes,
+        )
+        outputs.update(zip(call.paths, found, strict=True))
     return outputs
 
 
-def _fits(layout: GroupLayout, dtype: mx.Dtype, layers: Mapping[str, MixedLinear]) -> bool:
+def _fits(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module]) -> bool:
     """Whether the kernel computes this: whole vectors of 16 bytes, and no bias that DoRA would scale."""
     if dtype.size > layout.dtype.size or not mx.issubdtype(dtype, mx.floating):
         return False
     width = 16 // layout.dtype.size
     if layout.in_size % width or any(p.out_size % width for p in layout.projections):
         return False
-    return not layout.is_dora or all(_has_no_bias(layers[p.path].linear) for p in layout.projections)
-
-
-def _has_no_bias(linear: nn.Module) -> bool:
-    return linear.get("bias") is None
-
-
-def _capability(info: Mapping[str, object]) -> int:
-    """Compute capability times ten; 0 where MLX does not say."""
-    digits = "".join(character for character in str(info.get("architecture", "")) if character.isdigit())
-    return int(digits or 0)
+    return not layout.is_dora or all(linears[p.path].get("bias") is None for p in layout.projections)

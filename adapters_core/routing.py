@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from .errors import BlendError, ContainerStateError
-from .fused import make_kernels
+from .fused import Kernels, on_cuda
 from .layout import Layout
 
 __all__ = [
@@ -145,7 +145,7 @@ class BatchPlan:
     def __init__(self, rows: Sequence[RowAdapters], placements: Mapping[ResidentAdapter, Placement]) -> None:
         self.batch_size = len(rows)
         self.memo: dict[Any, Any] = {}
-        self._steps: dict[Any, Any] = {}
+        self._work: dict[Any, Any] = {}
         # The n-th term of a row that falls into a layout goes to the layout's n-th pass.
         entries: dict[tuple[Layout, int], list[tuple[int, int, float]]] = {}
         for row, terms in enumerate(rows):
@@ -158,13 +158,12 @@ class BatchPlan:
                 used[layout] += 1
         self.passes = tuple(Pass(layout, found, self.batch_size) for (layout, _), found in entries.items())
 
-    def steps(self, owner: Any, find: Callable[[Layout], _T | None]) -> tuple[tuple[Pass, _T], ...]:
-        """The passes that concern `owner`, each with what `find` gives for its layout; found once."""
-        steps = self._steps.get(owner)
-        if steps is None:
-            pairs = ((one, find(one.layout)) for one in self.passes)
-            steps = self._steps[owner] = tuple((one, found) for one, found in pairs if found is not None)
-        return steps
+    def work(self, owner: Any, make: Callable[[BatchPlan], _T]) -> _T:
+        """What `make` gives for this plan and `owner`; made once."""
+        work = self._work.get(owner)
+        if work is None:
+            work = self._work[owner] = make(self)
+        return work
 
 
 class Placement(NamedTuple):
@@ -178,11 +177,12 @@ class Routing:
     """The plan of the forward under way, and where the bank keeps its adapters; shared by the layers.
 
     `generation` counts the times that adapters have changed their slots: an older plan points at wrong ones.
-    `kernels` are the fused ones of a CUDA GPU, None elsewhere.
+    On a CUDA GPU, `kernels` are the fused ones, unless `fused` says to do without.
     """
 
-    def __init__(self) -> None:
-        self.kernels = make_kernels()
+    def __init__(self, fused: bool = True) -> None:
+        self.on_cuda = on_cuda()
+        self.kernels = Kernels() if self.on_cuda and fused else None
         self.plan: BatchPlan | None = None
         self.placements: dict[ResidentAdapter, Placement] = {}
         self.generation = 0

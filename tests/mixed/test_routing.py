@@ -90,17 +90,16 @@ def test_select_puts_the_adapted_rows_back_in_their_places(rows) -> None:
         assert numbers(one.select) == [new.get(row, row) for row in range(len(rows))]
 
 
-def test_steps_are_those_that_concern_the_owner_and_are_found_once() -> None:
-    plan = BatchPlan([((ADAPTERS[0], 1.0), (ADAPTERS[1], 1.0))], ROUTING.placements)
-    asked = []
+def test_what_a_layer_lays_out_for_a_plan_is_made_once_for_each_layer() -> None:
+    plan = BatchPlan([((ADAPTERS[0], 1.0),)], ROUTING.placements)
+    made = []
 
-    def find(layout: Layout) -> str | None:
-        asked.append(layout)
-        return "stack" if layout is LAYOUTS[1] else None
+    def make(given: BatchPlan) -> str:
+        made.append(given)
+        return f"work {len(made)}"
 
-    for _ in range(2):
-        assert [(one.layout, found) for one, found in plan.steps("owner", find)] == [(LAYOUTS[1], "stack")]
-    assert len(asked) == 2
+    assert [plan.work(owner, make) for owner in ("a", "b", "a")] == ["work 1", "work 2", "work 1"]
+    assert made == [plan, plan]
 
 
 @given(st.data())
