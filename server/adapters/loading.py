@@ -15,9 +15,9 @@ from adapters_core.container import AdapterContainer
 from server.engine.container import ModelContainer, ModelContext
 
 from .aside import run_aside
-from .folder import AdapterFolder
+from .folder import AdapterFolder, AdapterFolders
 
-__all__ = ["exchange", "known_as", "prepare_folder", "remove_residents"]
+__all__ = ["exchange", "known_as", "prepare_again", "prepare_folder", "remove_residents"]
 
 
 async def prepare_folder(folder: AdapterFolder, bank: AdapterBank) -> PreparedAdapter:
@@ -27,6 +27,17 @@ async def prepare_folder(folder: AdapterFolder, bank: AdapterBank) -> PreparedAd
         InvalidAdapterError: everything that is wrong with the folder or does not fit the model.
     """
     return await run_aside(_prepare, folder, bank)
+
+
+async def prepare_again(
+    folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank
+) -> tuple[AdapterFolder, PreparedAdapter]:
+    """As `prepare_folder`, for a folder that was found before and may lead elsewhere by now.
+
+    Raises:
+        AdapterNotFoundError, PathNotAllowedError: as `AdapterFolders.again`.
+    """
+    return await run_aside(_prepare_again, folders, folder, bank)
 
 
 def known_as(prepared: PreparedAdapter, resident: ResidentAdapter) -> PreparedAdapter:
@@ -57,6 +68,13 @@ async def remove_residents(
 
 def _prepare(folder: AdapterFolder, bank: AdapterBank) -> PreparedAdapter:
     return bank.prepare(AdapterContainer.from_directory(folder.path))
+
+
+def _prepare_again(
+    folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank
+) -> tuple[AdapterFolder, PreparedAdapter]:
+    found = folders.again(folder)
+    return found, _prepare(found, bank)
 
 
 def _exchange(bank: AdapterBank, prepared: PreparedAdapter, leaving: tuple[ResidentAdapter, ...]) -> None:

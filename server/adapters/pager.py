@@ -22,7 +22,7 @@ from .errors import AdapterMemoryBusyError, AdapterMemoryError
 from .folder import AdapterFolder, AdapterFolders
 from .gate import Gate
 from .line import Line
-from .loading import exchange, known_as, prepare_folder, remove_residents
+from .loading import exchange, known_as, prepare_again, prepare_folder, remove_residents
 from .registry import Entry, Pin, Registry, Terms, Version
 from .residency import Reservation, Residency
 
@@ -224,10 +224,10 @@ class Pager:
     async def _reload(self, entry: Entry, version: Version, reservation: Reservation) -> None:
         """Bring back a version that left memory, or publish what its folder holds in its place."""
         try:
-            folder = await asyncio.to_thread(self._folders.again, version.folder)
             async with self._slots:
                 started = time.perf_counter()
-                prepared = await prepare_folder(folder, await self._the_bank())
+                bank = await self._the_bank()
+                folder, prepared = await prepare_again(self._folders, version.folder, bank)
                 if prepared.resident.digest == version.resident.digest:
                     await self._add(known_as(prepared, version.resident), version, reservation)
                     version.load_seconds = time.perf_counter() - started

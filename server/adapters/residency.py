@@ -94,7 +94,7 @@ class Residency:
         reservation = Reservation(size_bytes, replaces)
         if not self._fits_as_it_is(size_bytes):
             lacking_bytes = self._committed({*self._reservations, reservation}) - self.limit_bytes
-            if not self._is_enough(lacking_bytes, leaving):
+            if not self._is_enough(lacking_bytes, (), leaving):
                 return None
         self._reservations.add(reservation)
         return reservation
@@ -188,21 +188,27 @@ class Residency:
         if needed_bytes > self.limit_bytes:
             raise AdapterMemoryError(needed_bytes, self.limit_bytes)
 
-    def _is_enough(self, lacking_bytes: int, wanted: Collection[Version]) -> bool:
+    def _is_enough(
+        self, lacking_bytes: int, wanted: Collection[Version], leaving: Collection[Version] = ()
+    ) -> bool:
         """Whether nothing is lacking for the one whose turn it is; if not, what it waits for is claimed."""
-        self._claimed = self._to_be_released(lacking_bytes, wanted) if lacking_bytes > 0 else frozenset()
-        return lacking_bytes <= 0
+        enough = lacking_bytes <= 0
+        self._claimed = frozenset() if enough else self._to_be_released(lacking_bytes, wanted, leaving)
+        return enough
 
-    def _to_be_released(self, lacking_bytes: int, wanted: Collection[Version]) -> frozenset[Version]:
-        """The least recently used versions in use whose release would give so many bytes.
+    def _to_be_released(
+        self, lacking_bytes: int, wanted: Collection[Version], leaving: Collection[Version]
+    ) -> frozenset[Version]:
+        """Versions in use whose release would give so many bytes: those leaving, the least recently used.
 
         No new request gets them before the one that waits, so that its wait ends with requests under way now.
         """
         claimed: set[Version] = set()
-        for version in self._versions:
+        for version in (*leaving, *self._versions):
             if lacking_bytes <= 0:
                 break
-            if version.pins and not version.pinned and version not in wanted:
+            movable = version in leaving or not version.pinned
+            if version.pins and movable and version not in wanted and version not in claimed:
                 claimed.add(version)
                 lacking_bytes -= version.size_bytes
         return frozenset(claimed)

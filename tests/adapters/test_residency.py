@@ -157,6 +157,20 @@ def test_who_waits_is_not_passed_by_those_who_want_what_it_waits_for() -> None:
     assert residency.take([older], False) is None
 
 
+def test_a_version_in_use_is_not_taken_again_before_its_successor_has_come() -> None:
+    residency = Residency(LIMIT_BYTES)
+    old = version(8, pinned=True)
+    put(residency, old)
+    residency.take([old], True)
+    old.pins = 1
+    assert residency.reserve(8, old, is_next=True) is None
+    assert residency.take([old], False) is None
+    old.pins = 0
+    successor = residency.reserve(8, old, is_next=True)
+    assert successor is not None
+    assert residency.make_room(successor) == [old]
+
+
 def test_a_pinned_version_makes_way_for_its_successor_alone() -> None:
     residency = Residency(LIMIT_BYTES)
     old = version(6, pinned=True)
