@@ -59,9 +59,9 @@ class Reading:
     """A row whose prompt is being read: how far, and the lengths of the segments ahead.
 
     The prompt's last token is in no segment: computing it starts the answer. `kept`: whether others can have
-    its caches at all. `anywhere`: caches kept at one place serve every beginning; otherwise they serve from the
-    ends of segments alone. `padded`: whether it may be read beside longer ones. `wanted`: the place from which
-    on a waiting request could start with this row's caches.
+    its caches at all. `anywhere`: caches kept at one place serve every beginning; otherwise they serve from
+    the ends of segments alone. `padded`: whether it may be read beside longer ones. `wanted`: the place from
+    which on a waiting request could start with this row's caches.
     """
 
     request: Request
