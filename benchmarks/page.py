@@ -75,10 +75,26 @@ def block(name: str, reports: Sequence[Report]) -> str | None:
         lines = dict.fromkeys(line for report in reports for line in conditions(report))
         return "\n".join(f"- {_escaped(line)}" for line in lines)
     if name == "goals":
-        figures = [figure for report in reports for figure in report.figures if figure.goal is not None]
-        return _figures(figures) if figures else None
+        return _goals([case for report in reports for case in report.cases])
     cases = [case for report in reports for case in report.cases if case.name == name and case.measures]
     return "\n".join(_case(cases[-1])) if cases else None
+
+
+def _goals(cases: Sequence[CaseRecord]) -> str | None:
+    """All figures with goals, how many answers were the same, and what went other than planned."""
+    with_goals = [case for case in cases if any(figure.goal for figure in case.figures)]
+    if not with_goals:
+        return None
+    lines = [_figures([figure for case in with_goals for figure in case.figures if figure.goal])]
+    pairs = [pair for case in with_goals for pair in case.same_answers]
+    if pairs:
+        same, compared = sum(pair.same for pair in pairs), sum(pair.compared for pair in pairs)
+        lines.append(
+            f"Of {compared} answers of sides that were asked the same, {same} are equal, word for word."
+        )
+    lines += [f"Note: {_escaped(note)}." for case in with_goals for note in case.notes]
+    lines += [f"Failed: {case.name}: {_escaped(case.failure)}" for case in cases if case.failure]
+    return "\n\n".join(lines)
 
 
 def _figures(figures: Sequence[FigureRecord]) -> str:

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 __all__ = ["instruction", "passage", "story"]
 
+_SCATTER = 387_420_489  # without a common factor with a million, so that no two numbers fall together
 _SUBJECTS = (
     "a lighthouse keeper who finds a letter in a bottle",
     "a baker whose bread makes people remember",
@@ -29,13 +30,13 @@ _SUBJECTS = (
 
 
 def instruction(number: int) -> str:
-    """A system message of one word that no other number has.
+    """A system message of six digits that no other number below a million has.
 
-    It stands before all that is the same in prompts, a template's own words included, so that no cache of
-    earlier prompts can spare a side more than the template's first mark. Numbers of as many digits have
-    as many tokens with tokenizers that split digits.
+    It stands before all that is the same in prompts, a template's own words included, so that a cache of
+    earlier prompts spares a side hardly more than the template's first mark: the numbers are scattered, so
+    that neighbours differ in their first digits. All have as many tokens where digits are tokens.
     """
-    return f"{number:06d}."
+    return f"{number * _SCATTER % 1_000_000:06d}."
 
 
 def story(number: int) -> str:

@@ -19,9 +19,13 @@ _ALL = KindName.RANK_16_ALL
 
 
 def server(sizes: Sizes, kind: SideKind = SideKind.GRAFT) -> SideSpec:
-    """A side with all adapters of the stage."""
+    """A side with all adapters of the stage.
+
+    Our server keeps no prompts there: the few tokens that all begin with would be work that others do.
+    """
+    options = ("--prompt-cache-bytes", "0") if kind is SideKind.GRAFT else ()
     small = AdapterSet(KindName.RANK_8_QV, max(sizes.adapters, sizes.many_adapters))
-    return SideSpec(kind, (small, AdapterSet(_ALL, sizes.adapters)))
+    return SideSpec(kind, (small, AdapterSet(_ALL, sizes.adapters)), options)
 
 
 def base(sizes: Sizes, kind: SideKind = SideKind.GRAFT) -> LoadMeasure:

@@ -1,7 +1,7 @@
 """The whole server against mlx-lm's bare BatchGenerator: what HTTP and the engine cost.
 
-The same prompts, as many tokens, all in one batch. The generator keeps mlx-lm's own settings for reading
-prompts. It caches none, and the prompts share no beginning, so that the server's cache is of no use.
+The same prompts, as many tokens, all in one batch, and neither keeps what it has read. The generator has
+mlx-lm's own settings for reading prompts.
 """
 
 from __future__ import annotations

@@ -66,21 +66,27 @@ class ZipfMeasure:
         return None
 
     async def prepare(self, side: Side) -> None:
-        """Requests of one token by the same law, so that the resident adapters are those of its middle."""
-        await side.ask(self._questions(0, self.warm_up_requests, 1), in_flight=self.in_flight)
+        """Short requests by the same law, so that those adapters are resident that it would leave so."""
+        questions = self._questions(0, self.warm_up_requests, 1)
+        await side.ask([replace(each, prompt="Hello!") for each in questions], in_flight=self.in_flight)
 
     async def run(self, side: Side, round_index: int) -> Sample:
-        """Cold loads are read from the server's metrics."""
-        before = await side.metric("graft_adapter_cold_loads_total")
+        """Every adapter that comes into memory is a miss: one more is resident then, or another has left."""
+        before = await self._came_in(side)
         questions = self._questions(round_index, self.requests, self.max_tokens)
         result = await side.ask(questions, in_flight=self.in_flight)
-        cold_loads = await side.metric("graft_adapter_cold_loads_total") - before
+        misses = await self._came_in(side) - before
         sample = sample_of(result)
         more = {
-            "hit_percent": (100 * (1 - cold_loads / self.requests),),
+            "hit_percent": (100 * (1 - misses / self.requests),),
             "resident": (await side.metric("graft_resident_adapters"),),
         }
         return replace(sample, values={**sample.values, **more})
+
+    @staticmethod
+    async def _came_in(side: Side) -> float:
+        left = await side.metric("graft_adapter_evictions_total")
+        return left + await side.metric("graft_resident_adapters")
 
     def _questions(self, round_index: int, count: int, max_tokens: int) -> Sequence[Question]:
         numbers = draws(self.registered, count, seed=round_index)
