@@ -46,6 +46,7 @@ class AdapterBank:
     def __init__(self, model: nn.Module, routing: Routing) -> None:
         self._model = model
         self._routing = routing
+        self._float_dtype = _float_dtype(model)
         self._groups: dict[str, ProjectionGroup] = {}
         self._layers: dict[str, MixedLinear] = {}
         self._shelves: dict[frozenset[tuple[str, GroupLayout]], Shelf] = {}
@@ -67,7 +68,7 @@ class AdapterBank:
             InvalidAdapterError: it does not fit the model; every problem is listed.
         """
         weights = container.check(self._model)
-        default = _float_dtype(self._model)
+        default = self._float_dtype
         linears = {path: module_at(self._model, path) for path in weights}
         scale = max((linear.scale for linear in weights.values()), key=abs)
         groups: dict[str, GroupLayout] = {}
