@@ -83,7 +83,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
             axes = canvas.subplots()
             axes.grid(axis="y")
             PLOTS[case.name](axes, case)
-            axes.set_title(case.about, loc="left", fontsize=10)
+            canvas.suptitle(case.about, x=0.01, ha="left", fontsize=10)
             canvas.supxlabel(_footnote(report), fontsize=8, x=0.01, ha="left")
             canvas.savefig(path, format="svg", transparent=True, metadata={"Date": None})
         paths.append(path)
@@ -92,10 +92,11 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 def _footnote(report: Report) -> str:
     environment = report.environment
-    return (
-        f"{report.model.name}, {report.model.dtype}; {environment.device}, {environment.processor}, "
-        f"{environment.cores} cores; {report.created:%Y-%m-%d}"
-    )
+    device = environment.device
+    if environment.processor not in device:
+        device += f", {environment.processor}"
+    date = f"{report.created:%Y-%m-%d}"
+    return f"{report.model.name}, {report.model.dtype}; {device}, {environment.cores} cores; {date}"
 
 
 def _by_requests(axes: Axes, case: CaseRecord) -> None:
@@ -127,7 +128,7 @@ def _by_registered(axes: Axes, case: CaseRecord) -> None:
                 ha="center",
                 fontsize=8,
             )
-    axes.margins(y=0.15)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.set_ylabel("tokens/s")
 
 

@@ -42,7 +42,7 @@ def report_of(model_path: Path) -> Report:
             Case("concurrency", "Two.", (OURS, MIXED), (rated,), remarks=lambda found: ["odd [that]"]),
             {OURS: ours, MIXED: mixed},
         ),
-        CaseOutcome(Case("three", "Three.", (OURS,)), failure="it broke [off]\nits log"),
+        CaseOutcome(Case("churn", "Three.", (OURS,)), failure="it broke [off]\nits log"),
     ]
     return make_report(
         outcomes,

@@ -37,7 +37,7 @@ def test_blocks_are_filled_and_the_rest_stays(tiny_model_path: Path) -> None:
     assert "| mixed ÷ base | **0.62** | 0.50 to 0.75 |  |  | 2 |" in lines
     assert "- Note: a note" in lines
     assert "Of 3 answers of sides that were asked the same, 1 are equal, word for word." in lines
-    assert "Failed: three: it broke [off] its log" in lines
+    assert "Failed: churn: it broke [off] its log" in lines
     assert "old" not in lines
     assert {"# Title", "between", "kept"} <= set(lines)
     assert filled(text, [report_of(tiny_model_path)])[0].count("ours ÷ theirs") == 1
