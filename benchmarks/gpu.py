@@ -252,8 +252,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--blocks", type=int, default=7, help="blocks of steps for each side, in turn")
-    parser.add_argument("--steps", type=int, default=20, help="decode steps of a block")
+    parser.add_argument("--blocks", type=int, default=15, help="blocks of steps for each side, in turn")
+    parser.add_argument("--steps", type=int, default=12, help="decode steps of a block")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if Routing().kernels is None:
