@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Container, Hashable, Iterator
 from itertools import count
 from typing import Generic, TypeVar
 
@@ -73,11 +73,6 @@ class FairQueue(Generic[T]):
         found = self._items.get(request_id)
         return None if found is None else found[1]
 
-    def counter(self, key: Hashable) -> int:
-        """The service that `key` has had, in weighted tokens; 0 for one that is not there."""
-        share = self._shares.get(key)
-        return 0 if share is None else share.counter
-
     def push(self, key: Hashable, request_id: str, item: T) -> None:
         """Let a request wait; its id must be new."""
         share = self._shares.get(key)
@@ -131,25 +126,24 @@ class FairQueue(Generic[T]):
         self._shares[key].running -= 1
         self._forget_idle(key)
 
-    def clear(self) -> list[T]:
-        """Take out all that wait, in the order of their arrival."""
-        return [self.remove(request_id) for request_id in list(self._items)]
-
-    def heads(self) -> Iterator[T]:
+    def heads(self, passed: Container[str] = ()) -> Iterator[T]:
         """Each key's first request, the least served key's first, equals by arrival.
 
         Keys that others have been preferred to for too long come before that.
 
-        The caller may start what it is given: then that key's next request comes in its turn. What it does
-        not start is not given again.
+        The caller may start what it is given, or put its id into `passed`: then that key's next request comes
+        in its turn. What it does neither with is not given again, nor are the later ones of its key.
         """
         heap = [self._place(key) for key in self._waiting_keys]
         heapq.heapify(heap)
         while heap:
             *_, key = heapq.heappop(heap)
-            request_id = next(iter(self._shares[key].waiting))
+            waiting = self._shares[key].waiting
+            request_id = next((each for each in waiting if each not in passed), None)
+            if request_id is None:
+                continue
             yield self._items[request_id][1]
-            if request_id not in self._items and key in self._waiting_keys:
+            if (request_id not in self._items or request_id in passed) and key in self._waiting_keys:
                 heapq.heappush(heap, self._place(key))
 
     def _place(self, key: Hashable) -> tuple[bool, int, bool, int, Hashable]:

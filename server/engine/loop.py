@@ -198,6 +198,7 @@ class GenerationLoop:
                 self._start(request)
             except Exception:
                 _log.exception("a request could not start", request_id=request.request_id)
+                self._generator.remove(list(request.uids.values()))
                 self._fail([request], _FAILED)
 
     def _look_up(self, request: Request) -> PromptMatch:
@@ -252,10 +253,11 @@ class GenerationLoop:
             logits_processors=[make_processors(submit.sampling, prompt_tokens) for _ in choices],
             stop_sequences=[stop for _ in choices],
         )
-        for uid, choice in zip(uids, choices, strict=True):
+        for uid, choice in zip(uids, choices, strict=True):  # before all that may raise: these rows are there
             request.uids[choice] = uid
             self._rows[uid] = (request, choice)
-            if segments:
+        if segments:
+            for uid in uids:
                 self._scheduler.reading[uid] = Reading(
                     request,
                     position=len(done),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["Line", "Pace", "first_read"]
+__all__ = ["LinearFit", "Pace", "first_read"]
 
 # Reading may take the time of so many decoding steps,
 _DECODE_STEPS = 2.0
@@ -25,7 +25,7 @@ _STRETCH = 1.25
 _MEMORY = 0.98
 
 
-class Line:
+class LinearFit:
     """Seconds as a line over a size, fitted to measurements of which the older count less and less."""
 
     def __init__(self) -> None:
@@ -73,8 +73,8 @@ class Pace:
     def __init__(self, *, min_tokens: int, max_tokens: int) -> None:
         self._min_tokens = min(min_tokens, max_tokens)
         self._max_tokens = max_tokens
-        self._decoding = Line()
-        self._reading = Line()
+        self._decoding = LinearFit()
+        self._reading = LinearFit()
 
     def observe(self, seconds: float, *, decoded_rows: int, read_tokens: int) -> None:
         """Learn from a step: how long it took, the rows that decoded in it, the tokens read with padding.

@@ -23,6 +23,8 @@ __all__ = ["LoopOptions", "Scheduler"]
 _MAX_OVERTAKEN = 32
 # How many prompts that cannot be read yet are looked up in a step, for one whose caches let it start at once.
 _MAX_LOOK_UPS = 8
+# How many requests that wait for another's reading are passed by in a step, for later ones of their key.
+_MAX_FOLLOWING = 32
 _MIN_READ_TOKENS = 32
 
 
@@ -92,20 +94,25 @@ class Scheduler:
 
         `look_up` sets a request's key and says what is kept for its prompt. The order is that of fairness.
         Where rows are wanting, nobody overtakes. A request that must wait for other reasons may be overtaken
-        by those that fit, a bounded number of times; then they wait for it.
+        by those that fit, a bounded number of times; then they wait for it. One that only waits for what
+        another is reading holds up nobody.
         """
         passed: list[Request] = []
+        following: set[str] = set()
         looked_up = 0
         taken, present = self.taken_rows, self._adapters()
-        for request in self.waiting.heads():
+        for request in self.waiting.heads(following):
             if self.running and taken + len(request.open) > self.options.max_batch_size:
                 return
             fits = self._adapters_fit(request, present)
             if fits:
                 cached = look_up(request).cached_tokens
-                looked_up += 1
                 if self._follows(request, cached):
-                    continue  # what it waits for is no more than what it would have to read itself
+                    # What it waits for is no more than what it would have to read itself.
+                    if len(following) < _MAX_FOLLOWING:
+                        following.add(request.request_id)
+                    continue
+                looked_up += 1
                 fits = self._may_read(request, len(request.submit.prompt_tokens) - 1 - cached)
             if fits:
                 yield request
@@ -124,9 +131,12 @@ class Scheduler:
         return len(present | request.adapters) <= limit
 
     def _follows(self, request: Request, cached_tokens: int) -> bool:
-        """Whether a prompt that is being read now will soon have read what this one needs too."""
+        """Whether a prompt that is being read now will soon have read what this one needs too.
+
+        Not one that has yet to read what is cached for this one: that would be a longer wait than its own.
+        """
         for reading in self.reading.values():
-            if reading.request.key != request.key:
+            if reading.request.key != request.key or reading.position < cached_tokens:
                 continue
             served = reading.will_serve(request.text)
             if served > reading.position and served - cached_tokens >= self.options.keep_prompt_tokens:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generate_step
 from mlx_lm.models import gemma3_text
+from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from server.engine.container import ModelContext
@@ -155,4 +156,36 @@ class CountingModel(nn.Module):
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         self._read.append(inputs.size)
+        return self.inner(inputs, cache=cache)
+
+
+class FickleCache(KVCache):
+    """A KV cache that cannot be asked about itself while `broken` holds anything."""
+
+    def __init__(self, broken: list[bool]) -> None:
+        super().__init__()
+        self._broken = broken
+
+    def is_trimmable(self) -> bool:
+        if self._broken:
+            raise RuntimeError("broken")
+        return super().is_trimmable()
+
+
+class FickleCaches(nn.Module):
+    """A model whose rows have such caches."""
+
+    def __init__(self, model: Any, broken: list[bool]) -> None:
+        super().__init__()
+        self.inner: Any = model
+        self._broken = broken
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.inner.layers
+
+    def make_cache(self) -> list[KVCache]:
+        return [FickleCache(self._broken) for _ in self.layers]
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         return self.inner(inputs, cache=cache)

@@ -18,6 +18,7 @@ from server.engine.messages import Cancel, ChoiceFinished, Failed, Finished, Sam
 from tests.engine.support import (
     GREEDY,
     CountingModel,
+    FickleCaches,
     Poisoned,
     Transcript,
     prompts,
@@ -298,6 +299,24 @@ def test_a_request_that_cannot_start_fails_alone() -> None:
     assert isinstance(transcript.end("bad"), Failed)
     assert transcript.tokens("good") == reference(model, [1, 2], 4)
     assert transcript.tokens("next") == reference(model, [4], 4)
+    assert loop.stats.failures == 0
+
+
+def test_a_request_that_fails_when_its_rows_are_in_the_batch_takes_them_with_it() -> None:
+    broken: list[bool] = []
+    model = tiny_llama()
+    loop = small_loop(FickleCaches(model, broken))
+    loop.submit(submit("good", [1, 2, 3], 6))
+    transcript = Transcript()
+    transcript.add(loop.step())
+    broken.append(True)
+    loop.submit(submit("bad", [4, 5, 6], 6))
+    transcript.add(loop.step())
+    assert isinstance(transcript.end("bad"), Failed)
+    broken.clear()
+    run(loop, submit("next", [7, 8, 9], 6), transcript=transcript)
+    for name, prompt in {"good": [1, 2, 3], "next": [7, 8, 9]}.items():
+        assert transcript.tokens(name) == reference(model, prompt, 6)
     assert loop.stats.failures == 0
 
 

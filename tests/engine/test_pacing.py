@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.pacing import Line, Pace, first_read
+from server.engine.pacing import LinearFit, Pace, first_read
 
 FULL = 8 * 512
 
@@ -55,7 +55,7 @@ def test_reading_and_decoding_in_one_step_are_told_apart() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(1e-4, 10)), min_size=1, max_size=30))
 def test_a_line_never_falls_and_never_starts_below_nought(points: list[tuple[int, float]]) -> None:
-    line = Line()
+    line = LinearFit()
     for size, seconds in points:
         line.observe(size, seconds)
     assert line.seconds(0) >= -1e-9
@@ -63,7 +63,7 @@ def test_a_line_never_falls_and_never_starts_below_nought(points: list[tuple[int
 
 
 def test_a_line_forgets() -> None:
-    line = Line()
+    line = LinearFit()
     for _ in range(300):
         for size in (10, 20):
             line.observe(size, 5.0 * size)

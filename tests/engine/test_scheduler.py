@@ -24,17 +24,24 @@ def row(names: str) -> RowAdapters:
     return tuple((ADAPTERS[name], 1.0) for name in sorted(names))
 
 
-def request(name: str, adapters: str = "", *, choices: int = 1, prompt: int = 1) -> Request:
-    """A request whose prompt begins like nobody else's."""
-    first = zlib.crc32(name.encode()) // 2
+def request(name: str, adapters: str = "", *, choices: int = 1, prompt: int = 1, like: str = "") -> Request:
+    """A request whose prompt begins like nobody else's, but that of the request `like`."""
+    first = zlib.crc32((like or name).encode()) // 2
     tokens = tuple(range(first, first + prompt))
     return Request.of(Submit(name, row(adapters), tokens, 1, frozenset(), choices=choices), seed=0)
 
 
-def admit(scheduler: Scheduler) -> list[str]:
-    """Start all that may start; the longer prompts of them are being read from then on."""
+def admit(scheduler: Scheduler, cached_tokens: int = 0) -> list[str]:
+    """Start all that may start; the longer prompts of them are being read from then on.
+
+    `cached_tokens` are kept of every prompt that is longer than that, for those that come now.
+    """
     started = []
-    for one in scheduler.admissible(lambda _: PromptMatch()):
+
+    def look_up(one: Request) -> PromptMatch:
+        return PromptMatch(cached_tokens if len(one.submit.prompt_tokens) > cached_tokens else 0)
+
+    for one in scheduler.admissible(look_up):
         scheduler.start(one, len(one.submit.prompt_tokens))
         for choice in one.open:
             one.uids[choice] = uid = hash((one.request_id, choice))
@@ -104,6 +111,36 @@ def test_a_prompt_of_one_token_starts_beside_any_number_that_are_being_read() ->
     assert admit(scheduler) == ["long0", "long1"]
     scheduler.submit(request("short", "a"))
     assert admit(scheduler) == ["short"]
+
+
+@pytest.mark.parametrize("followers", [1, 5, 20])
+def test_requests_that_wait_for_anothers_reading_hold_up_no_other_of_their_key(followers: int) -> None:
+    scheduler = Scheduler(LoopOptions(max_batch_size=64, prefill_batch_size=8))
+    scheduler.submit(request("reader", prompt=1000))
+    assert admit(scheduler) == ["reader"]
+    names = [f"follower{number}" for number in range(followers)]
+    for name in names:
+        scheduler.submit(request(name, prompt=900, like="reader"))
+    scheduler.submit(request("own", prompt=900))
+    scheduler.submit(request("other", "a", prompt=900))
+    assert set(admit(scheduler)) == {"own", "other"}
+    for reading in scheduler.reading.values():
+        if reading.request.request_id == "reader":
+            assert reading.wanted == 899
+            reading.advance(899)
+    assert admit(scheduler, cached_tokens=899) == names
+
+
+@pytest.mark.parametrize("read", [0, 599, 600])
+def test_nobody_waits_for_a_reading_that_is_behind_what_is_cached_for_him(read: int) -> None:
+    scheduler = Scheduler(LoopOptions(max_batch_size=8))
+    scheduler.submit(request("reader", prompt=1000))
+    admit(scheduler)
+    (reading,) = scheduler.reading.values()
+    if read:
+        reading.advance(read)
+    scheduler.submit(request("further", prompt=900, like="reader"))
+    assert admit(scheduler, cached_tokens=600) == ([] if read >= 600 else ["further"])
 
 
 @pytest.mark.parametrize("decoding", [0, 4])
