@@ -29,9 +29,13 @@ __all__ = ["AdapterBank", "PreparedAdapter", "ResidentAdapter", "RowAdapters", "
 
 @dataclass(frozen=True, slots=True)
 class PreparedAdapter:
-    """An adapter that was checked against a model and laid out for its bank; its rows are evaluated."""
+    """An adapter that was checked against a model and laid out for its bank; its rows are evaluated.
+
+    `scale` is what its deltas still have to be multiplied with: 1 where B has taken the scale in.
+    """
 
     resident: ResidentAdapter
+    scale: float
     groups: dict[str, GroupLayout]
     rows: dict[str, mx.array]
 
@@ -70,26 +74,27 @@ class AdapterBank:
         weights = container.check(self._model)
         default = self._float_dtype
         linears = {path: module_at(self._model, path) for path in weights}
-        scale = max((linear.scale for linear in weights.values()), key=abs)
-        groups: dict[str, GroupLayout] = {}
-        rows: dict[str, mx.array] = {}
-        for name, paths in group_projections(
-            {path: linear_shape(linears[path])[1] for path in weights}
-        ).items():
-            group = groups[name] = _lay_out(paths, weights, linears, default)
-            rows[name] = group.pack(
+        names = group_projections({path: linear_shape(linears[path])[1] for path in weights})
+        groups = {name: _lay_out(paths, weights, linears, default) for name, paths in names.items()}
+        largest = max((linear.scale for linear in weights.values()), key=abs)
+        # A product with the scale less in each forward; in float32, what B loses by it does not show.
+        scale = 1.0 if all(group.dtype == mx.float32 for group in groups.values()) else largest
+        rows = {
+            name: groups[name].pack(
                 {path: _factors(linears[path], weights[path], scale, default) for path in paths}
             )
+            for name, paths in names.items()
+        }
         mx.eval(rows)
         resident = ResidentAdapter(
             digest=container.digest,
             type=container.config.fine_tune_type.value,
             rank=max(linear.lora_a.shape[1] for linear in weights.values()),
-            scale=scale,
+            scale=largest,
             paths=tuple(sorted(weights)),
             size_bytes=sum(row.nbytes for row in rows.values()),
         )
-        return PreparedAdapter(resident, groups, rows)
+        return PreparedAdapter(resident, scale, groups, rows)
 
     def add(self, adapter: PreparedAdapter | AdapterContainer) -> ResidentAdapter:
         """Make `adapter` available to rows; a container is prepared first.
@@ -104,7 +109,8 @@ class AdapterBank:
             raise ContainerStateError(f"adapter {resident.digest} is resident already")
         shelf = self._shelf(prepared.groups)
         try:
-            placements[resident] = Placement(shelf.layout, shelf.put(resident, prepared.rows))
+            slot = shelf.put(resident, prepared.rows)
+            placements[resident] = Placement(shelf.layout, slot, prepared.scale)
         finally:
             if not shelf.slots:
                 self._clear(shelf)
@@ -123,7 +129,8 @@ class AdapterBank:
         layout = placements.pop(resident).layout
         shelf = self._shelves[frozenset(layout.groups.items())]
         if shelf.drop(resident):
-            placements.update({one: Placement(layout, slot) for one, slot in shelf.slots.items()})
+            for one, slot in shelf.slots.items():
+                placements[one] = placements[one]._replace(slot=slot)
             self._routing.generation += 1
         if not shelf.slots:
             self._clear(shelf)
@@ -131,8 +138,10 @@ class AdapterBank:
 
     def close(self) -> None:
         """Remove every adapter; the model is as it was before the first."""
-        for resident in self.residents:
-            self.remove(resident)
+        for shelf in list(self._shelves.values()):
+            for resident in shelf.slots:
+                del self._routing.placements[resident]
+            self._clear(shelf)
 
     def _shelf(self, groups: dict[str, GroupLayout]) -> Shelf:
         """The shelf for adapters that lie as `groups` say; a new one wraps the layers that are not yet."""
@@ -185,7 +194,7 @@ def _lay_out(
 
 
 def _factors(linear: nn.Module, weights: LinearWeights, scale: float, default: mx.Dtype) -> Factors:
-    """A and B such that the adapter's scale is `scale`; for DoRA, m / ‖W + s·B A‖ as (out,)."""
+    """A and B such that `scale`·B A is the delta; for DoRA, m / ‖W + s·B A‖ as (out,)."""
     a, b, factor = weights.lora_a.T, weights.lora_b, None
     if weights.magnitude is not None:
         base = dense_weight(linear).astype(mx.float32)

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .fused_source import kernel_source
+from .layers import compute_dtype
 from .layout import GroupLayout
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = ["Call", "Kernels", "on_cuda", "plan_calls", "run_calls"]
 _THREADS = 256
 _BLOCKS = 8  # for each row; also the size of a cluster, which is the most that every such GPU allows
 _THREADGROUP = (_THREADS, 1, 1)
+_LARGEST_RANK = 4096  # of a group: two floats each, of the 48 KiB that a block has
 _CLUSTERS_SINCE = 9  # major compute capability
 
 _Kernel = Callable[..., Sequence[mx.array]]
@@ -48,19 +50,12 @@ class Kernels:
         capability = mx.device_info(mx.default_device()).get("compute_capability_major", 0)
         self._clusters = int(capability) >= _CLUSTERS_SINCE
         self._made: dict[str, _Kernel] = {}
-        self._found: dict[tuple[GroupLayout, mx.Dtype], _Kernel] = {}
 
     def get(self, layout: GroupLayout, dtype: mx.Dtype) -> _Kernel:
         """The kernel for inputs and outputs of `dtype` and factors in `layout`.
 
         x (B, 1, in), slab (slots, size), packed rows (B, 2), y_p (B, 1, out_p) → o_p (B, 1, out_p).
         """
-        found = self._found.get((layout, dtype))
-        if found is None:
-            found = self._found[layout, dtype] = self._make(layout, dtype)
-        return found
-
-    def _make(self, layout: GroupLayout, dtype: mx.Dtype) -> _Kernel:
         name, header, source = kernel_source(layout, dtype, _THREADS, _BLOCKS, self._clusters)
         if name not in self._made:
             count = len(layout.projections)
@@ -107,7 +102,7 @@ def plan_calls(
         rows = one.packed.shape[0]
         calls.append(
             Call(
-                kernel=kernels.get(stack.layout, dtype),
+                kernel=_kernel_of(stack, dtype, kernels),
                 stack=stack,
                 packed=one.packed,
                 paths=tuple(p.path for p in projections),
@@ -118,6 +113,13 @@ def plan_calls(
             )
         )
     return tuple(calls)
+
+
+def _kernel_of(stack: Stack, dtype: mx.Dtype, kernels: Kernels) -> _Kernel:
+    """The kernel for a stack, which keeps it: to make its text takes longer than to lay out a batch."""
+    if dtype not in stack.kernels:
+        stack.kernels[dtype] = kernels.get(stack.layout, dtype)
+    return stack.kernels[dtype]
 
 
 def run_calls(x: mx.array, calls: Sequence[Call]) -> dict[str, mx.array]:
@@ -141,8 +143,14 @@ def run_calls(x: mx.array, calls: Sequence[Call]) -> dict[str, mx.array]:
 
 
 def _fits(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module]) -> bool:
-    """Whether the kernel computes this: whole vectors of 16 bytes, and no bias that DoRA would scale."""
-    if dtype.size > layout.dtype.size or not mx.issubdtype(dtype, mx.floating):
+    """Whether the kernel computes this.
+
+    It wants whole vectors of 16 bytes, outputs of the input's type, sums that fit into a block's own memory,
+    and no bias that DoRA would scale.
+    """
+    if dtype.size > layout.dtype.size or not mx.issubdtype(dtype, mx.floating) or layout.rank > _LARGEST_RANK:
+        return False
+    if any(compute_dtype(linears[p.path], dtype) != dtype for p in layout.projections):
         return False
     width = 16 // layout.dtype.size
     if layout.in_size % width or any(p.out_size % width for p in layout.projections):

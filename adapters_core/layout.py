@@ -31,7 +31,7 @@ _SMALLEST_RANK = 4
 
 
 def bucket_rank(rank: int) -> int:
-    """The rank that factors are padded to: multiples of 4 up to 16, of 8 above, of 16 above 64, and so on.
+    """The rank that factors are padded to: multiples of 4 up to 32, of 8 to 64, of 16 to 128, and so on.
 
     Four buckets to an octave, so that near ranks share a stack and at most a quarter is padding beyond 4.
     """
@@ -80,6 +80,11 @@ class GroupLayout:
     def ranks(self) -> dict[str, slice]:
         """By path, the projection's own rows of the stacked A."""
         return dict(self._slices((p.path, p.rank) for p in self.projections))
+
+    @cached_property
+    def splits(self) -> list[int]:
+        """Where the rows of A divide between the projections."""
+        return [ranks.start for ranks in self.ranks.values()][1:]
 
     @cached_property
     def b(self) -> dict[str, slice]:

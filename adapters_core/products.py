@@ -1,9 +1,9 @@
 """The low-rank terms of mixed rows as matrix products: the form for every device, and for reading prompts.
 
-Where all rows of the batch have the same adapter, plain products; else `gather_mm`, which reads each row's
-own factors from the stacks, or on CUDA batched products with factors that were gathered before: there
-`gather_mm` would be compiled for half a minute first, and takes it for granted that matrices lie packed one
-after the other, which those in a stack do not. Knows no plans.
+Where all rows of the batch have the same adapter, plain products; where they differ, `gather_mm`, which reads
+each row's own factors from the stacks, or batched products with factors that were gathered before: for B of
+prompts, and for all on CUDA, where `gather_mm` would be compiled for half a minute first, and takes it for
+granted that matrices lie packed one after the other, which those in a stack do not. Knows no plans.
 """
 
 from __future__ import annotations
@@ -25,49 +25,51 @@ class Products:
     def __init__(self, x: mx.array, steps: Sequence[tuple[Pass, Stack]], on_cuda: bool) -> None:
         self._x = x
         self._on_cuda = on_cuda
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        rows = _as_rows(x)
         self._shrunk = [(one, stack, self._shrink(rows, one, stack)) for one, stack in steps]
 
     def output(self, path: str, linear: nn.Module) -> mx.array:
         """The output (B, …, out) of the layer at `path`, whose base is `linear`."""
-        y = linear(self._x)
-        shape = y.shape
-        y = y.reshape(shape[0], -1, shape[-1])
-        for one, stack, h in self._shrunk:
-            if path in stack.layout.ranks:
+        base = linear(self._x)
+        y = _as_rows(base)
+        for one, stack, parts in self._shrunk:
+            h = parts.get(path)
+            if h is not None:
                 y = self._expand(y, h, one, stack, path, linear)
-        return y.reshape(shape)
+        return y if base.ndim == 3 else y.reshape(base.shape)
 
     def _gathers(self, dtype: mx.Dtype) -> bool:
         """Whether `gather_mm` can do it well: on a CPU it knows float32 alone."""
         return not self._on_cuda and (dtype == mx.float32 or mx.default_device().type == mx.DeviceType.gpu)
 
-    def _shrink(self, x: mx.array, one: Pass, stack: Stack) -> mx.array:
-        """w·s·A x of the rows concerned, (E, L, rank of all projections)."""
-        a, layout = stack.a(), stack.layout
+    def _shrink(self, x: mx.array, one: Pass, stack: Stack) -> dict[str, mx.array]:
+        """w·s·A x of the rows concerned, (E, L, rank), for each projection by path."""
+        layout = stack.layout
         x = x.astype(layout.dtype)
         if one.slot is not None:
-            h = x @ a[one.slot].T
+            h = x @ stack.a(one.slot).T
         elif self._gathers(layout.dtype):
-            h = mx.gather_mm(x, a.swapaxes(-1, -2), lhs_indices=one.rows, rhs_indices=one.slots)
+            h = mx.gather_mm(x, stack.a().swapaxes(-1, -2), one.rows, one.slots)
         else:
-            h = (x if one.rows is None else x[one.rows]) @ a[one.slots].swapaxes(-1, -2)
-        return h * one.weights(layout.dtype)
+            h = (x if one.rows is None else x[one.rows]) @ stack.a()[one.slots].swapaxes(-1, -2)
+        if one.is_weighted:
+            h = h * one.weights(layout.dtype)
+        if len(layout.ranks) == 1:
+            return dict.fromkeys(layout.ranks, h)
+        return dict(zip(layout.ranks, mx.split(h, layout.splits, axis=-1), strict=True))
 
     def _expand(
         self, y: mx.array, h: mx.array, one: Pass, stack: Stack, path: str, linear: nn.Module
     ) -> mx.array:
         """y (B, L, out) with the term of this pass added to the rows concerned; h as from `_shrink`."""
-        b, layout = stack.b(path), stack.layout
-        if len(layout.projections) > 1:
-            h = h[..., layout.ranks[path]]
-        if one.slot is not None:
-            delta = h @ b[one.slot]
-        elif self._gathers(layout.dtype):
-            delta = mx.gather_mm(h, b, rhs_indices=one.slots)
+        layout = stack.layout
+        old = y if one.rows is None else y[one.rows]
+        if one.slot is None and h.shape[1] == 1 and self._gathers(layout.dtype):
+            new = old + mx.gather_mm(h, stack.b(path), None, one.slots).astype(y.dtype)
         else:
-            delta = h @ b[one.slots]
-        new = (y if one.rows is None else y[one.rows]) + delta.astype(y.dtype)
+            # B is small beside the outputs of a prompt, so that gathering it costs less than a sum apart.
+            b = stack.b(path)[one.slots] if one.slot is None else stack.b(path, one.slot)
+            new = mx.addmm(old, h, b) if y.dtype == b.dtype else old + (h @ b).astype(y.dtype)
         if layout.is_dora:
             f = stack.factor(path)[one.slots][:, None, :].astype(y.dtype)
             bias = linear.get("bias")
@@ -75,3 +77,8 @@ class Products:
         if one.select is None:
             return new
         return mx.take(mx.concatenate([y, new]), one.select, axis=0)
+
+
+def _as_rows(x: mx.array) -> mx.array:
+    """(B, …, n) as (B, L, n)."""
+    return x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])

@@ -100,6 +100,7 @@ class Pass:
     `rows` (E,) uint32 are their positions in the batch, or None when they are all of it in order. `slots`
     (E,) uint32 say where the stacks keep each one's factors; `slot` is the number where all rows of the batch
     have the same. `select` (B,) uint32 rebuilds the batch from [all B old rows, then the E new ones].
+    `is_weighted` says whether any row's scale times request weight is not 1.
     """
 
     def __init__(self, layout: Layout, entries: Sequence[tuple[int, int, float]], batch_size: int) -> None:
@@ -110,6 +111,7 @@ class Pass:
         rows = [row for row, _, _ in entries]
         slots = {slot for _, slot, _ in entries}
         everywhere = rows == list(range(batch_size))
+        self.is_weighted = any(factor != 1.0 for _, _, factor in entries)
         self.slots = mx.array([slot for _, slot, _ in entries], dtype=mx.uint32)
         self.slot = slots.pop() if everywhere and len(slots) == 1 else None
         self.rows: mx.array | None = None
@@ -153,8 +155,8 @@ class BatchPlan:
             for adapter, weight in terms:
                 if adapter not in placements:
                     raise ContainerStateError(f"a row computes with {adapter.digest}, which is not resident")
-                layout, slot = placements[adapter]
-                entries.setdefault((layout, used[layout]), []).append((row, slot, adapter.scale * weight))
+                layout, slot, scale = placements[adapter]
+                entries.setdefault((layout, used[layout]), []).append((row, slot, scale * weight))
                 used[layout] += 1
         self.passes = tuple(Pass(layout, found, self.batch_size) for (layout, _), found in entries.items())
 
@@ -167,22 +169,23 @@ class BatchPlan:
 
 
 class Placement(NamedTuple):
-    """Where a bank keeps an adapter: the slot, in every stack of its layout."""
+    """Where a bank keeps an adapter: its slot in every stack of a layout, and what is left of its scale."""
 
     layout: Layout
     slot: int
+    scale: float
 
 
 class Routing:
     """The plan of the forward under way, and where the bank keeps its adapters; shared by the layers.
 
     `generation` counts the times that adapters have changed their slots: an older plan points at wrong ones.
-    On a CUDA GPU, `kernels` are the fused ones, unless `fused` says to do without.
+    On a CUDA GPU, `kernels` are the fused ones; with None in their place, all is computed without.
     """
 
-    def __init__(self, fused: bool = True) -> None:
+    def __init__(self) -> None:
         self.on_cuda = on_cuda()
-        self.kernels = Kernels() if self.on_cuda and fused else None
+        self.kernels = Kernels() if self.on_cuda else None
         self.plan: BatchPlan | None = None
         self.placements: dict[ResidentAdapter, Placement] = {}
         self.generation = 0

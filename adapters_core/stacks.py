@@ -1,12 +1,12 @@
 """The memory of resident adapters: rows of one layout, stacked, one slot each.
 
-A slot is written in place: MLX copies nothing if nobody else holds the array, so no view of a stack may be
-kept. Runs on the thread that owns the model.
+A slot is written in place: MLX copies nothing if nobody else holds the array. So nobody but the stack keeps a
+view of it, and the stack lets go of them before it writes. Runs on the thread that owns the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 
@@ -17,39 +17,60 @@ __all__ = ["Shelf", "Stack"]
 
 
 class Stack:
-    """One group's rows of several adapters: `slab` (slots, layout.size)."""
+    """One group's rows of several adapters: `slab` (slots, layout.size).
+
+    Views are not to be kept beyond a forward. `kernels` are the fused ones for this layout, by input type.
+    """
 
     def __init__(self, layout: GroupLayout) -> None:
         self.layout = layout
         self.slab = mx.zeros((0, layout.size), dtype=layout.dtype)
+        self.kernels: dict[mx.Dtype, Callable[..., Sequence[mx.array]]] = {}
+        self._views: dict[tuple[str, int | None], mx.array] = {}
 
-    def a(self) -> mx.array:
-        """Every slot's A, (slots, rank, in); a view."""
-        layout = self.layout
-        return self.slab[:, : layout.rank * layout.in_size].reshape(-1, layout.rank, layout.in_size)
+    def a(self, slot: int | None = None) -> mx.array:
+        """Every slot's A, (slots, rank, in); with `slot`, that one's alone, (rank, in)."""
+        return self._view(
+            "", slot, lambda: slice(0, self.layout.rank * self.layout.in_size), self.layout.rank
+        )
 
-    def b(self, path: str) -> mx.array:
-        """Every slot's B of one projection, (slots, rank, out); a view."""
+    def b(self, path: str, slot: int | None = None) -> mx.array:
+        """Every slot's B of one projection, (slots, rank, out); with `slot`, that one's, (rank, out)."""
         ranks = self.layout.ranks[path]
-        return self.slab[:, self.layout.b[path]].reshape(self.slab.shape[0], ranks.stop - ranks.start, -1)
+        return self._view(path, slot, lambda: self.layout.b[path], ranks.stop - ranks.start)
 
     def factor(self, path: str) -> mx.array:
-        """Every slot's DoRA factor of one projection, (slots, out); a view."""
+        """Every slot's DoRA factor of one projection, (slots, out)."""
         return self.slab[:, self.layout.factors[path]]
 
     def write(self, slot: int, row: mx.array) -> None:
         """Put `row` (layout.size,) into a slot; evaluated by whoever calls."""
+        self._views.clear()
         self.slab[slot] = row
 
-    def grow(self, by: int) -> None:
-        """Add empty slots at the end."""
-        self.slab = mx.concatenate([self.slab, mx.zeros((by, self.layout.size), dtype=self.layout.dtype)])
-        mx.eval(self.slab)
+    def grow(self, slots: int) -> None:
+        """Have at least `slots` slots; the new ones, at the end, are empty."""
+        missing = slots - self.slab.shape[0]
+        if missing > 0:
+            empty = mx.zeros((missing, self.layout.size), dtype=self.layout.dtype)
+            self.replace(mx.concatenate([self.slab, empty]))
 
-    def keep(self, slots: Sequence[int]) -> None:
-        """Drop all but `slots`, which are numbered anew in this order."""
-        self.slab = self.slab[mx.array(list(slots), dtype=mx.uint32)]
-        mx.eval(self.slab)
+    def replace(self, slab: mx.array) -> None:
+        """Take another slab, which is evaluated here."""
+        mx.eval(slab)
+        self._views.clear()
+        self.slab = slab
+
+    def _view(self, name: str, slot: int | None, place: Callable[[], slice], rank: int) -> mx.array:
+        """Matrices of `rank` rows that lie at `place` in each row of the slab, or in one; made once."""
+        view = self._views.get((name, slot))
+        if view is None:
+            # An integer as index would copy.
+            slots = slice(None) if slot is None else slice(slot, slot + 1)
+            shape = (-1, rank) if slot is None else (rank,)
+            part = self.slab[slots, place()]
+            view = self._views[name, slot] = part.reshape(*shape, part.shape[1] // rank)
+        return view
 
 
 class Shelf:
@@ -70,11 +91,10 @@ class Shelf:
         """Write the rows of `adapter`, by group, into an empty slot; returns its number."""
         slot = min(set(range(self._capacity)).difference(self.slots.values()), default=self._capacity)
         if slot == self._capacity:
-            by = max(1, slot // 16)
             # One after the other, so that only one stack is there twice at a time.
             for stack in self.stacks.values():
-                stack.grow(by)
-            self._capacity += by
+                stack.grow(slot + max(1, slot // 16))
+            self._capacity = slot + max(1, slot // 16)
         for name, stack in self.stacks.items():
             stack.write(slot, rows[name])
         mx.eval([stack.slab for stack in self.stacks.values()])
@@ -90,9 +110,15 @@ class Shelf:
         used = len(self.slots)
         if self._capacity <= used + 1 + used // 16 and used:
             return False
-        keep = list(self.slots.values())
-        for stack in self.stacks.values():
-            stack.keep(keep)
-        self.slots = {kept: slot for slot, kept in enumerate(self.slots)}
+        keep = mx.array(list(self.slots.values()), dtype=mx.uint32)
+        # All before any: adapters whose stacks disagree about their slots would compute nonsense.
+        kept = {name: stack.slab[keep] for name, stack in self.stacks.items()}
+        try:
+            mx.eval(kept)
+        except RuntimeError:
+            return False  # no memory for a second copy, which is no reason to fail: the slots stay empty
+        for name, stack in self.stacks.items():
+            stack.replace(kept[name])
+        self.slots = {one: slot for slot, one in enumerate(self.slots)}
         self._capacity = used
         return True

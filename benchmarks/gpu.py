@@ -217,7 +217,7 @@ def _random_adapter(model: nn.Module, rank: int, seed: int) -> PreparedAdapter:
     mx.eval(rows)
     size_bytes = sum(row.nbytes for row in rows.values())
     resident = ResidentAdapter(f"random-{seed}", "lora", rank, _SCALE, tuple(sorted(linears)), size_bytes)
-    return PreparedAdapter(resident, groups, rows)
+    return PreparedAdapter(resident, _SCALE, groups, rows)
 
 
 def _environment() -> dict[str, Any]:

@@ -35,7 +35,7 @@ def numbers(array: mx.array) -> list[Any]:
 ADAPTERS = [resident(name) for name in "abcdef"]
 LAYOUTS = [Layout({}), Layout({})]
 ROUTING = Routing()
-ROUTING.placements = {one: Placement(LAYOUTS[at % 2], at) for at, one in enumerate(ADAPTERS)}
+ROUTING.placements = {one: Placement(LAYOUTS[at % 2], at, 2.0) for at, one in enumerate(ADAPTERS)}
 terms = st.lists(
     st.tuples(st.sampled_from(ADAPTERS), st.sampled_from([-1.0, 0.5, 1.0, 2.0])),
     max_size=3,
