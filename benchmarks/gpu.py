@@ -36,6 +36,7 @@ from adapters_core.targets import linear_shape
 _PROMPT_TOKENS = 32
 _SCALE = 2.0
 _SIZE = 0.02  # of the factors' entries: a delta of some percent of the base's outputs
+_WARM_UP_STEPS = 8
 _TOLERANCE = 0.005  # relative, of outputs in bfloat16, whose own precision is 0.004
 
 
@@ -73,6 +74,22 @@ class Result:
     highest: float
 
 
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where a decode step's time goes, in milliseconds; medians over steps.
+
+    The host builds the graph of a step (`build_ms`), hands it to the GPU (`submit_ms`), and waits for the step
+    before (`wait_ms`): where that is nothing, it is the GPU that waits.
+    """
+
+    model: str
+    rows: int
+    side: str
+    build_ms: float
+    submit_ms: float
+    wait_ms: float
+
+
 class Sides:
     """One model with resident adapters, decoded in turn by several batches."""
 
@@ -106,6 +123,25 @@ class Sides:
             worst = max(worst, float(mx.linalg.norm(found[0] - found[1]) / mx.linalg.norm(found[1])))
         self.routing.plan, self.routing.kernels = None, self.kernels
         return worst
+
+    def profile(self, name: str, rows: Sequence[RowAdapters], side: str, steps: int) -> Profile:
+        """Decode greedily and time each part."""
+        caches = [self.routed.new_cache(row) for row in rows]
+        merged = [entries[0].merge(list(entries)) for entries in zip(*caches, strict=True)]
+        tokens = mx.ones((len(rows),), dtype=mx.int32)
+        parts: list[tuple[float, float, float]] = []
+        for _ in range(steps + _WARM_UP_STEPS):
+            start = time.perf_counter()
+            logits = self.routed(tokens[:, None], cache=merged)[:, -1]
+            after = mx.argmax(logits, axis=-1)
+            built = time.perf_counter()
+            mx.async_eval(after)
+            submitted = time.perf_counter()
+            mx.eval(tokens)
+            parts.append((built - start, submitted - built, time.perf_counter() - submitted))
+            tokens = after
+        build, submit, wait = (1e3 * median(part) for part in zip(*parts[_WARM_UP_STEPS:], strict=True))
+        return Profile(name, len(rows), side, build, submit, wait)
 
 
 class Batch:
@@ -143,10 +179,13 @@ class Batch:
         self._sides.routing.kernels = self._sides.kernels if self._fused else None
 
 
-def measure(name: str, row_counts: Sequence[int], rank: int, blocks: int, steps: int) -> list[Result]:
+def measure(
+    name: str, row_counts: Sequence[int], rank: int, blocks: int, steps: int
+) -> tuple[list[Result], list[Profile]]:
     """Every side of one model. Raises: RuntimeError if the forms do not agree."""
     sides = Sides(SHAPES[name], max(row_counts), rank)
-    results = []
+    results: list[Result] = []
+    profiles: list[Profile] = []
     for count in row_counts:
         error = sides.error(sides.rows(count, count))
         if error > _TOLERANCE:
@@ -170,7 +209,9 @@ def measure(name: str, row_counts: Sequence[int], rank: int, blocks: int, steps:
             results.append(
                 Result(name, count, adapters, side, step_ms, median(ratios), min(ratios), max(ratios))
             )
-    return results
+        for side, adapters in (("base", 0), ("fused", count)):
+            profiles.append(sides.profile(name, sides.rows(count, adapters), side, 2 * steps))
+    return results, profiles
 
 
 def _random_model(shape: Shape) -> nn.Module:
@@ -231,16 +272,18 @@ def _table(results: Sequence[Result]) -> Table:
     for heading in ("model", "rows", "adapters", "side", "ms a step", "ratio", "spread"):
         table.add_column(heading, justify="left" if heading in ("model", "side") else "right")
     for one in results:
-        spread = f"{one.lowest:.2f} to {one.highest:.2f}"
-        table.add_row(
-            one.model,
-            str(one.rows),
-            str(one.adapters),
-            one.side,
-            f"{one.step_ms:.2f}",
-            f"{one.ratio:.2f}",
-            spread,
-        )
+        numbers = f"{one.step_ms:.2f}", f"{one.ratio:.2f}", f"{one.lowest:.2f} to {one.highest:.2f}"
+        table.add_row(one.model, str(one.rows), str(one.adapters), one.side, *numbers)
+    return table
+
+
+def _profile_table(profiles: Sequence[Profile]) -> Table:
+    table = Table(title="Where a step's time goes on the host, ms", title_justify="left")
+    for heading in ("model", "rows", "side", "build", "submit", "wait"):
+        table.add_column(heading, justify="left" if heading in ("model", "side") else "right")
+    for one in profiles:
+        numbers = (f"{value:.2f}" for value in (one.build_ms, one.submit_ms, one.wait_ms))
+        table.add_row(one.model, str(one.rows), one.side, *numbers)
     return table
 
 
@@ -258,19 +301,24 @@ def main() -> None:
     options = parser.parse_args()
     if Routing().kernels is None:
         parser.error("MLX has no CUDA GPU here, so that the fused kernel cannot run")
+    console = Console(width=110)
     results: list[Result] = []
+    profiles: list[Profile] = []
     for name in options.models:
-        results += measure(name, options.rows, options.rank, options.blocks, options.steps)
-        Console(width=110).print(_table([one for one in results if one.model == name]))
+        found = measure(name, options.rows, options.rank, options.blocks, options.steps)
+        console.print(_table(found[0]), _profile_table(found[1]))
+        results += found[0]
+        profiles += found[1]
         mx.clear_cache()
     environment = _environment()
-    Console(width=110).print(environment)
+    console.print(environment)
     if options.json:
         report = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "environment": environment,
-            "options": {**vars(options), "json": str(options.json)},
+            "options": {name: value for name, value in vars(options).items() if name != "json"},
             "results": [asdict(one) for one in results],
+            "profiles": [asdict(one) for one in profiles],
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
