@@ -63,7 +63,7 @@ def write_adapters(model_path: Path, folders: Mapping[int, Path], kind: AdapterK
     if not keys:
         raise ValueError(
             f"expected modules named {' or '.join(kind.module_names)} in the layers of {model_path.name}, "
-            f"which has {', '.join(default_keys(model))}: choose --adapter-kind {KindName.RANK_16_ALL}"
+            f"which has {', '.join(default_keys(model))}: choose a model that has them"
         )
     parameters = LoRAParameters(rank=kind.rank, scale=_SCALE, keys=keys)
     config = AdapterConfig(num_layers=-1, lora_parameters=parameters)

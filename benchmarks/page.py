@@ -1,8 +1,11 @@
-"""Puts the figures of reports into a page, as tables between markers: `python -m benchmarks.page FILE.json…`.
+"""Puts the figures of reports into a page, as tables between markers.
+
+    python -m benchmarks.page [FILE.json…] [--gpu FILE.json]
 
 A block begins with `<!-- bench: NAME -->` and ends with `<!-- end -->`. NAME is `goals` (the figures with
-goals of all reports), `conditions` (what the reports depend on) or a case's name (its own table). What lies
-between the two is replaced; a block that no report has anything for stays as it is. Computes nothing.
+goals of all reports), `conditions` (what the reports depend on), `gpu` (the report of benchmarks.gpu) or a
+case's name (its own table). What lies between the two is replaced; a block that no report has anything for
+stays as it is. Computes nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from typing import Annotated
 import typer
 
 from benchmarks.cases import TABLE
+from benchmarks.gpu_report import GpuReport, read_gpu_report
 from benchmarks.report import CaseRecord, FigureRecord, Report, ReportError, read_report
-from benchmarks.tables import cell, conditions, number, reached_word, span
+from benchmarks.tables import cell, conditions, number, reached_word, run_of, span
 
 __all__ = ["PageError", "block", "filled", "main"]
 
@@ -36,13 +40,20 @@ def main() -> None:
 
 
 def page(
-    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Reports in JSON.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(exists=True, dir_okay=False, help="Reports in JSON.", metavar="[FILE]…"),
+    ] = None,
+    gpu: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The report of benchmarks.gpu in JSON.")
+    ] = None,
     into: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The page.")] = _PAGE,
 ) -> None:
     """Write the figures of reports into a page, between its markers."""
     try:
-        reports = [read_report(file) for file in files]
-        text, names = filled(into.read_text(), reports)
+        reports = [read_report(file) for file in files or ()]
+        gpu_report = None if gpu is None else read_gpu_report(gpu)
+        text, names = filled(into.read_text(), reports, gpu_report)
     except (PageError, ReportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -50,22 +61,22 @@ def page(
     typer.echo(f"{into.name}: {', '.join(names)}")
 
 
-def filled(text: str, reports: Sequence[Report]) -> tuple[str, list[str]]:
+def filled(text: str, reports: Sequence[Report], gpu: GpuReport | None = None) -> tuple[str, list[str]]:
     """The page with its blocks filled, and the names of those that were.
 
-    Raises: PageError if the reports have nothing for any of them.
+    Raises: PageError if the reports have figures for none of them.
     """
     names: list[str] = []
 
     def replaced(found: re.Match[str]) -> str:
-        new = block(found["name"], reports)
+        new = _gpu(gpu) if found["name"] == "gpu" and gpu else block(found["name"], reports)
         if new is None:
             return found[0]
         names.append(found["name"])
         return f"{found[1]}{new}\n{found[4]}"
 
     text = _BLOCK.sub(replaced, text)
-    if not names:
+    if not set(names) - {"conditions"}:
         raise PageError("expected a line <!-- bench: NAME --> that the reports have figures for, found none")
     return text, names
 
@@ -73,12 +84,35 @@ def filled(text: str, reports: Sequence[Report]) -> tuple[str, list[str]]:
 def block(name: str, reports: Sequence[Report]) -> str | None:
     """The Markdown of a block, None if the reports have nothing for it."""
     if name == "conditions":
-        lines = dict.fromkeys(line for report in reports for line in conditions(report))
-        return "\n".join(f"- {_escaped(line)}" for line in lines)
+        return "\n\n".join(map(_conditions, reports)) or None
     if name == "goals":
         return _goals([case for report in reports for case in report.cases])
     cases = [case for report in reports for case in report.cases if case.name == name and case.measures]
     return "\n".join(_case(cases[-1])) if cases else None
+
+
+def _conditions(report: Report) -> str:
+    lines = [f"- {_escaped(line)}" for line in conditions(report)]
+    return "\n".join([f"{_escaped(run_of(report))}", "", *lines])
+
+
+def _gpu(report: GpuReport) -> str:
+    names = ("rank", "blocks", "steps")
+    options = ", ".join(f"{name} {report.options[name]}" for name in names if name in report.options)
+    environment = ", ".join(f"{name} {value}" for name, value in report.environment.items())
+    rows = [
+        (
+            f"{one.model}, {one.side}",
+            str(one.rows),
+            str(one.adapters),
+            f"{one.step_ms:.2f}",
+            f"**{one.ratio:.2f}**",
+            f"{one.lowest:.2f} to {one.highest:.2f}",
+        )
+        for one in report.results
+    ]
+    table = _table(("model, side", "rows", "adapters", "ms a step", "base ÷ side", "lowest to highest"), rows)
+    return f"Run of {report.created:%Y-%m-%d %H:%M} UTC: {_escaped(environment)}; {options}.\n\n{table}"
 
 
 def _goals(cases: Sequence[CaseRecord]) -> str | None:

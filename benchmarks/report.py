@@ -31,6 +31,7 @@ __all__ = [
     "ReportError",
     "RoundRecord",
     "agreement",
+    "command_of",
     "figure_spread",
     "make_report",
     "read_report",
@@ -135,7 +136,7 @@ class CaseRecord(_Record):
 
 
 class Report(_Record):
-    """A whole run. `options` are the run's own, by name; `command` is how it was started."""
+    """A whole run. `options` are the run's own, by name; `command` is how it was started, without folders."""
 
     schema_version: Literal[2]
     created: datetime
@@ -183,7 +184,7 @@ def make_report(
     return Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).replace(microsecond=0),
-        command=shlex.join(["mlx-graft", *sys.argv[1:]]),
+        command=command_of(sys.argv[1:]),
         seconds=round(seconds, 1),
         environment=environment,
         model=model,
@@ -191,6 +192,15 @@ def make_report(
         cases=[_case(outcome) for outcome in outcomes],
         notes=list(notes),
     )
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """The command as others can type it: of files and folders the names alone."""
+    shown = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument[:2] == "--" else ("", "", argument)
+        shown.append(option + equals + (Path(value).name or value))
+    return shlex.join(["mlx-graft", *shown])
 
 
 def _case(outcome: CaseOutcome) -> CaseRecord:

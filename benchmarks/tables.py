@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.report import CaseRecord, ColumnRecord, FigureRecord, MeasureRecord, Report
 
-__all__ = ["cell", "conditions", "number", "reached_word", "show", "span"]
+__all__ = ["cell", "conditions", "number", "reached_word", "run_of", "show", "span"]
 
 
 def show(report: Report, console: Console) -> None:
@@ -25,12 +25,17 @@ def show(report: Report, console: Console) -> None:
         console.print(f"[red]Failed:[/red] {names}: {escape(failure)}", highlight=False, soft_wrap=True)
     if any(report.figures):
         console.print(_figures(report))
-    for line in conditions(report):
+    for line in (run_of(report), *conditions(report)):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
 
+def run_of(report: Report) -> str:
+    """Which run a report is of: when it was, and its command."""
+    return f"Run of {report.created:%Y-%m-%d %H:%M} UTC. Command: {report.command}"
+
+
 def conditions(report: Report) -> Iterator[str]:
-    """What the figures depend on, in sentences."""
+    """What the figures of a run depend on, in sentences."""
     environment = report.environment
     yield "Values of a measure are medians over the samples of all rounds, unless a heading says otherwise."
     yield (
@@ -41,10 +46,9 @@ def conditions(report: Report) -> Iterator[str]:
     versions = "; ".join(f"{name} {version}" for name, version in environment.packages.items())
     yield f"Python {environment.python}; {versions}."
     yield (
-        f"Date: {report.created:%Y-%m-%d %H:%M} UTC; load average before the run "
-        f"{environment.load_average:.2f}; the whole run took {report.seconds:.0f} seconds."
+        f"Load average before the run {environment.load_average:.2f}; the whole run took "
+        f"{report.seconds:.0f} seconds."
     )
-    yield f"Command: {report.command}"
     for note in report.notes:
         yield f"Note: {note}"
 

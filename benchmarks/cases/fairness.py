@@ -64,10 +64,13 @@ class Fairness:
             finally:
                 speaking.set()
 
-        async with asyncio.TaskGroup() as group:
-            crowding = group.create_task(crowd())
-            await speaking.wait()
-            (single,) = (await side.ask([lone])).answers
+        try:
+            async with asyncio.TaskGroup() as group:
+                crowding = group.create_task(crowd())
+                await speaking.wait()
+                (single,) = (await side.ask([lone])).answers
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         crowd_seconds = [answer.seconds for answer in crowding.result().answers]
         return Sample(
             {

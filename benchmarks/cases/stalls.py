@@ -62,9 +62,12 @@ class Stalls:
         names = [adapter_id(_KIND, self.streams + index) for index in range(self.loads)]
 
         async def load_all() -> None:
-            async with asyncio.TaskGroup() as group:
-                for name in names:
-                    group.create_task(side.load(name))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for name in names:
+                        group.create_task(side.load(name))
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
 
         sample = await while_streaming(side, round_index, self.streams, self.tokens, load_all)
         for name in names:

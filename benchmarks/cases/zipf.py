@@ -71,7 +71,10 @@ class ZipfMeasure:
         await side.ask([replace(each, prompt="Hello!") for each in questions], in_flight=self.in_flight)
 
     async def run(self, side: Side, round_index: int) -> Sample:
-        """Every adapter that comes into memory is a miss: one more is resident then, or another has left."""
+        """Every adapter that comes into memory is a miss: one more is resident then, or another has left.
+
+        Requests that come while their adapter is on its way for an earlier one wait too, but count as hits.
+        """
         before = await self._came_in(side)
         questions = self._questions(round_index, self.requests, self.max_tokens)
         result = await side.ask(questions, in_flight=self.in_flight)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from server.cli.output import fail
+from server.cli.serve import prepare_mlx
 
 __all__ = ["bench"]
 
@@ -82,9 +83,7 @@ def bench(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random adapters.")] = 0,
 ) -> None:
     """Measure this server against itself, against a bare generator and against mlx_lm.server."""
-    from server.blas import load_openblas
-
-    load_openblas()
+    prepare_mlx()
 
     from benchmarks.command import Options, list_cases
     from benchmarks.command import bench as run

@@ -81,6 +81,6 @@ def test_a_library_writes_each_adapter_once_and_links_it(tiny_model_path: Path, 
 
 def test_a_kind_that_matches_nothing_says_what_there_is(tiny_model_path: Path, tmp_path: Path) -> None:
     folders = {0: tmp_path / "adapters"}
-    with pytest.raises(ValueError, match=r"named query or key .*self_attn\.q_proj.*rank16-all"):
+    with pytest.raises(ValueError, match=r"named query or key .*self_attn\.q_proj.*: choose a model"):
         write_adapters(tiny_model_path, folders, AdapterKind(4, ("query", "key")), seed=0)
     assert not (tmp_path / "adapters").exists()

@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "server", "bench"]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240)
+def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, **environment}
+    command = [*COMMAND, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
 
 
 def test_cases_run_and_all_sides_give_the_same_answers(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -27,7 +29,8 @@ def test_cases_run_and_all_sides_give_the_same_answers(tiny_model_path: Path, tm
     assert done.returncode == 0, done.stderr
     report = read_report(file)
     assert [case.name for case in report.cases] == list(names)
-    assert report.command.startswith("mlx-graft bench adapters peer")
+    names_alone = "--quick --model tiny --json report.json"
+    assert report.command == f"mlx-graft bench {' '.join(names)} {names_alone}"
     for case in report.cases:
         assert case.failure is None
         assert case.notes == []
@@ -69,6 +72,15 @@ def test_what_goes_wrong_is_a_sentence_too(tmp_path: Path) -> None:
     done = bench("--model", str(tmp_path))
     assert done.returncode == 1
     assert "error: expected a model folder" in done.stderr
+
+
+def test_without_mlx_a_sentence_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").touch()  # found first, and without a core
+    done = bench("--list", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "MLX cannot be imported" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_interrupt_ends_all_processes(tiny_model_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_report import read_gpu_report
 from benchmarks.page import PageError, filled
 from benchmarks.plots import PLOTS, draw
+from benchmarks.report import ReportError
 
 from .reports import report_of
 
+OWN_PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 PAGE = """# Title
 <!-- bench: goals -->
 old
@@ -43,14 +47,66 @@ def test_blocks_are_filled_and_the_rest_stays(tiny_model_path: Path) -> None:
     assert filled(text, [report_of(tiny_model_path)])[0].count("ours ÷ theirs") == 1
 
 
-def test_a_page_without_a_place_is_an_error(tiny_model_path: Path) -> None:
+def test_each_report_has_conditions_of_its_own(tiny_model_path: Path) -> None:
+    first = report_of(tiny_model_path)
+    second = first.model_copy(update={"command": "mlx-graft bench all", "seconds": 99.0})
+    text, _ = filled(PAGE, [first, second])
+    between = text.partition("<!-- bench: conditions -->\n")[2].partition("<!-- end -->")[0]
+    head, *paragraphs = between.strip().split("\n\n")
+    assert head == f"Run of {first.created:%Y-%m-%d %H:%M} UTC. Command: {first.command}"
+    lists, heads = paragraphs[::2], paragraphs[1::2]
+    assert heads == [f"Run of {first.created:%Y-%m-%d %H:%M} UTC. Command: mlx-graft bench all"]
+    assert [one.count("- Model: tiny, F32.") for one in lists] == [1, 1]
+    assert ["took 12 seconds" in one for one in lists] == [True, False]
+    assert "took 99 seconds" in lists[1]
+
+
+@pytest.mark.parametrize("page", ["# Title\n", "<!-- bench: conditions -->\n<!-- end -->\n"])
+def test_a_page_without_a_place_is_an_error(tiny_model_path: Path, page: str) -> None:
     with pytest.raises(PageError, match="expected a line <!-- bench: NAME -->"):
-        filled("# Title\n", [report_of(tiny_model_path)])
+        filled(page, [report_of(tiny_model_path)])
+
+
+def test_reports_without_figures_are_an_error_on_the_projects_own_page(tiny_model_path: Path) -> None:
+    nothing = report_of(tiny_model_path).model_copy(update={"cases": []})
+    with pytest.raises(PageError):
+        filled(OWN_PAGE.read_text(), [nothing])
+
+
+GPU = {
+    "created": "2026-01-02T03:04:05+00:00",
+    "environment": {"device": "A | GPU", "mlx": "0.1"},
+    "options": {"rank": 16, "blocks": 3, "steps": 4, "models": ["1b"], "json": "gpu.json"},
+    "results": [
+        {
+            "model": "1b",
+            "rows": 8,
+            "adapters": 8,
+            "side": "fused",
+            "step_ms": 1.234,
+            "ratio": 0.956,
+            "lowest": 0.9,
+            "highest": 1.0,
+        }
+    ],
+}
+
+
+def test_the_block_about_a_gpu_is_filled_from_its_own_report(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(GPU))
+    text, names = filled(OWN_PAGE.read_text(), [], read_gpu_report(file))
+    assert names == ["gpu"]
+    lines = text.splitlines()
+    assert "Run of 2026-01-02 03:04 UTC: device A \\| GPU, mlx 0.1; rank 16, blocks 3, steps 4." in lines
+    assert "| 1b, fused | 8 | 8 | 1.23 | **0.96** | 0.90 to 1.00 |" in lines
+    file.write_text(json.dumps({**GPU, "results": [{"model": "1b"}]}))
+    with pytest.raises(ReportError, match=r"benchmarks\.gpu in gpu\.json, but results\.0\.rows: "):
+        read_gpu_report(file)
 
 
 def test_the_projects_own_page_has_a_place_for_the_goals(tiny_model_path: Path) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
-    _, names = filled(page.read_text(), [report_of(tiny_model_path)])
+    _, names = filled(OWN_PAGE.read_text(), [report_of(tiny_model_path)])
     assert names == ["conditions", "goals", "concurrency"]
 
 

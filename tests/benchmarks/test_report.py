@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.report import ReportError, read_report
+from benchmarks.report import ReportError, command_of, read_report
 from benchmarks.tables import number, show
 
 from .reports import report_of
@@ -63,6 +63,12 @@ def test_a_file_is_the_same_report(tiny_model_path: Path, tmp_path: Path) -> Non
     assert ours["rounds"][2]["values"]["tokens_per_second"] == [6.0]
     assert ours["parameters"]["side"] == "mlx-graft"
     assert values["cases"][2]["failure"] == "it broke [off]\nits log"
+
+
+def test_the_command_names_no_folders() -> None:
+    given = ["bench", "all", "--json", "/home/me/my report.json", "--model=/models/tiny=1/", "--rounds", "5"]
+    assert command_of(given) == "mlx-graft bench all --json 'my report.json' --model=tiny=1 --rounds 5"
+    assert command_of(["bench", "--quick", "--minutes=0.5"]) == "mlx-graft bench --quick --minutes=0.5"
 
 
 def test_a_file_of_another_kind_is_refused_in_a_sentence(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.adapters import KindName
+from benchmarks.case import Case, Measure
+from benchmarks.cases.fairness import Fairness
 from benchmarks.cases.stalls import Stalls
 from benchmarks.command import run_to_end
 from benchmarks.library import AdapterLibrary, AdapterSet
 from benchmarks.loads import LoadMeasure
 from benchmarks.processes import ProcessError
+from benchmarks.runner import run_cases
 from benchmarks.sides import Question, SideContext, SideKind, SideSpec, open_side
 
 
@@ -79,6 +82,23 @@ async def test_streams_too_short_to_tell_are_an_error(tiny_model_path: Path, tmp
     async with open_side(spec, context_of(tiny_model_path, tmp_path)) as side:
         with pytest.raises(ValueError, match="let them have more tokens"):
             await Stalls(spec, streams=1, tokens=2, loads=1).run(side, 1)
+
+
+async def test_a_load_that_fails_fails_its_stage_alone(tiny_model_path: Path, tmp_path: Path) -> None:
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 2),))
+    measures: list[Measure] = [Stalls(spec, streams=2, tokens=300, loads=2), LoadMeasure(spec, 1, 2)]
+    cases = [Case(str(number), "", (each,), stage=str(number)) for number, each in enumerate(measures)]
+    outcomes = await run_cases(cases, context_of(tiny_model_path, tmp_path), 1, lambda text: None)
+    assert [bool(outcome.samples) for outcome in outcomes] == [False, True]
+    assert "POST /v1/adapters was answered 404" in (outcomes[0].failure or "")
+
+
+async def test_a_crowd_that_fails_is_an_error_of_its_side(tiny_model_path: Path, tmp_path: Path) -> None:
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 2),))
+    async with open_side(spec, context_of(tiny_model_path, tmp_path)) as side:
+        (side.root / "rank8-qv-0").rename(tmp_path / "away")
+        with pytest.raises(ProcessError, match="404"):
+            await Fairness(spec, crowd=2, max_tokens=2).run(side, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
