@@ -7,14 +7,16 @@ Launches are what adapters cost on a GPU, not arithmetic, so shrink, expand, sca
 row's input is split over a cluster of eight blocks, which add their parts of A x up through distributed
 shared memory (NVIDIA Hopper and later; elsewhere each block computes all of it); each block then writes an
 eighth of the outputs. Sums are in float32, and the delta is rounded to the layer's type before it is added,
-as mlx-lm does. Knows no routing beyond a pass's packed rows.
+as mlx-lm does. The base layers of a group and the kernel are compiled to one function, because the host is
+slower at building graphs than the GPU at computing them. Knows no routing beyond a pass's packed rows.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,11 +33,11 @@ __all__ = ["Call", "Kernels", "on_cuda", "plan_calls", "run_calls"]
 
 _THREADS = 256
 _BLOCKS = 8  # for each row; also the size of a cluster, which is the most that every such GPU allows
-_THREADGROUP = (_THREADS, 1, 1)
 _LARGEST_RANK = 4096  # of a group: two floats each, of the 48 KiB that a block has
 _CLUSTERS_SINCE = 9  # major compute capability
+_MOST_COMPILED = 1024  # functions, for as many sizes of batch and stack; then all are made anew
 
-_Kernel = Callable[..., Sequence[mx.array]]
+_Function = Callable[..., Sequence[mx.array]]
 
 
 def on_cuda() -> bool:
@@ -44,14 +46,19 @@ def on_cuda() -> bool:
 
 
 class Kernels:
-    """One kernel for each shape of group and type of input, made when first asked for."""
+    """One kernel for each shape of group and type of input, made when first asked for.
 
-    def __init__(self) -> None:
+    With `compiles` False, base layers and kernel stay apart, which only a benchmark has a use for.
+    """
+
+    def __init__(self, compiles: bool = True) -> None:
         capability = mx.device_info(mx.default_device()).get("compute_capability_major", 0)
         self._clusters = int(capability) >= _CLUSTERS_SINCE
-        self._made: dict[str, _Kernel] = {}
+        self._compiles = compiles
+        self._made: dict[str, _Function] = {}
+        self._compiled: dict[tuple[Any, ...], _Function] = {}
 
-    def get(self, layout: GroupLayout, dtype: mx.Dtype) -> _Kernel:
+    def get(self, layout: GroupLayout, dtype: mx.Dtype) -> _Function:
         """The kernel for inputs and outputs of `dtype` and factors in `layout`.
 
         x (B, 1, in), slab (slots, size), packed rows (B, 2), y_p (B, 1, out_p) → o_p (B, 1, out_p).
@@ -66,25 +73,64 @@ class Kernels:
                 header=header,
                 source=source,
             )
-            self._made[name] = cast(_Kernel, kernel)
+            self._made[name] = cast(_Function, kernel)
         return self._made[name]
+
+    def compiled(
+        self, kernel: _Function, form: dict[str, Any], linears: Sequence[nn.Module], slots: int
+    ) -> _Function | None:
+        """Base layers and kernel as one function of (x, slab, packed, *the arrays of `linears`).
+
+        Layers of the same form share it. None if these are not to be compiled.
+        """
+        if not self._compiles or any(type(one) not in (nn.Linear, nn.QuantizedLinear) for one in linears):
+            return None
+        key = (kernel, form["grid"], slots, *(_form(linear) for linear in linears))
+        if key not in self._compiled:
+            if len(self._compiled) >= _MOST_COMPILED:
+                self._compiled.clear()
+            # Copies to put other layers' arrays into while the function is traced.
+            self._compiled[key] = mx.compile(_forward(kernel, form, [copy.copy(one) for one in linears]))
+        return self._compiled[key]
+
+
+def _forward(kernel: _Function, form: dict[str, Any], linears: Sequence[nn.Module]) -> _Function:
+    def forward(x: mx.array, slab: mx.array, packed: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
+        left = iter(arrays)
+        for linear in linears:
+            for name in _array_names(linear):
+                linear[name] = next(left)
+        return kernel(inputs=[x, slab, packed, *(linear(x) for linear in linears)], **form)
+
+    return forward
+
+
+def _form(linear: nn.Module) -> tuple[Any, ...]:
+    """What decides how a layer computes, beside the shapes that its group's kernel has in it."""
+    settings = (getattr(linear, name, None) for name in ("bits", "group_size", "mode"))
+    return (type(linear), *settings, *((name, linear[name].dtype) for name in _array_names(linear)))
+
+
+def _array_names(linear: nn.Module) -> list[str]:
+    return [name for name, value in linear.items() if isinstance(value, mx.array)]
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One launch for one batch: the kernel, what it reads beside the input, and the form of what it writes.
 
-    `paths` are the layers in the kernel's order, `bases` their base layers' forwards.
+    `paths` are the layers in the kernel's order, `bases` their base layers' forwards. `compiled` computes
+    these as well, from `arrays`.
     """
 
-    kernel: _Kernel
+    kernel: _Function
+    form: dict[str, Any]
     stack: Stack
     packed: mx.array
     paths: tuple[str, ...]
     bases: tuple[Callable[[mx.array], mx.array], ...]
-    grid: tuple[int, int, int]
-    shapes: list[tuple[int, int, int]]
-    dtypes: list[mx.Dtype]
+    compiled: _Function | None
+    arrays: tuple[mx.array, ...]
 
 
 def plan_calls(
@@ -96,26 +142,35 @@ def plan_calls(
     """The launches that compute `steps` for inputs of `dtype`, in order; None where the kernel cannot."""
     if not all(_fits(stack.layout, dtype, linears) for _, stack in steps):
         return None
-    calls = []
-    for one, stack in steps:
-        projections = stack.layout.projections
-        rows = one.packed.shape[0]
-        calls.append(
-            Call(
-                kernel=_kernel_of(stack, dtype, kernels),
-                stack=stack,
-                packed=one.packed,
-                paths=tuple(p.path for p in projections),
-                bases=tuple(linears[p.path].__call__ for p in projections),
-                grid=(_THREADS * _BLOCKS, rows, 1),
-                shapes=[(rows, 1, p.out_size) for p in projections],
-                dtypes=[dtype] * len(projections),
-            )
-        )
-    return tuple(calls)
+    return tuple(_plan_call(one, stack, dtype, kernels, linears) for one, stack in steps)
 
 
-def _kernel_of(stack: Stack, dtype: mx.Dtype, kernels: Kernels) -> _Kernel:
+def _plan_call(
+    one: Pass, stack: Stack, dtype: mx.Dtype, kernels: Kernels, linears: Mapping[str, nn.Module]
+) -> Call:
+    projections = stack.layout.projections
+    mine = [linears[projection.path] for projection in projections]
+    rows = one.packed.shape[0]
+    kernel = _kernel_of(stack, dtype, kernels)
+    form = {
+        "grid": (_THREADS * _BLOCKS, rows, 1),
+        "threadgroup": (_THREADS, 1, 1),
+        "output_shapes": [(rows, 1, projection.out_size) for projection in projections],
+        "output_dtypes": [dtype] * len(projections),
+    }
+    return Call(
+        kernel=kernel,
+        form=form,
+        stack=stack,
+        packed=one.packed,
+        paths=tuple(projection.path for projection in projections),
+        bases=tuple(linear.__call__ for linear in mine),
+        compiled=kernels.compiled(kernel, form, mine, stack.slab.shape[0]),
+        arrays=tuple(linear[name] for linear in mine for name in _array_names(linear)),
+    )
+
+
+def _kernel_of(stack: Stack, dtype: mx.Dtype, kernels: Kernels) -> _Function:
     """The kernel for a stack, which keeps it: to make its text takes longer than to lay out a batch."""
     if dtype not in stack.kernels:
         stack.kernels[dtype] = kernels.get(stack.layout, dtype)
@@ -126,18 +181,12 @@ def run_calls(x: mx.array, calls: Sequence[Call]) -> dict[str, mx.array]:
     """The outputs (B, 1, out) of all layers that the calls touch, by path, for x (B, 1, in)."""
     outputs: dict[str, mx.array] = {}
     for call in calls:
-        if outputs:
+        if call.compiled is not None and not outputs:
+            found = call.compiled(x, call.stack.slab, call.packed, *call.arrays)
+        else:
             layers = zip(call.paths, call.bases, strict=True)
             ys = [outputs[path] if path in outputs else base(x) for path, base in layers]
-        else:
-            ys = [base(x) for base in call.bases]
-        found = call.kernel(
-            inputs=[x, call.stack.slab, call.packed, *ys],
-            grid=call.grid,
-            threadgroup=_THREADGROUP,
-            output_shapes=call.shapes,
-            output_dtypes=call.dtypes,
-        )
+            found = call.kernel(inputs=[x, call.stack.slab, call.packed, *ys], **call.form)
         outputs.update(zip(call.paths, found, strict=True))
     return outputs
 

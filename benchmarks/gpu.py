@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters_core.bank import AdapterBank, PreparedAdapter
+from adapters_core.fused import Kernels
 from adapters_core.layers import compute_dtype
 from adapters_core.layout import GroupLayout, Projection, group_projections
 from adapters_core.mixed import MixedLinear
@@ -78,8 +79,8 @@ class Result:
 class Profile:
     """Where a decode step's time goes, in milliseconds; medians over steps.
 
-    The host builds the graph of a step (`build_ms`), hands it to the GPU (`submit_ms`), and waits for the step
-    before (`wait_ms`): where that is nothing, it is the GPU that waits.
+    The host builds the graph of a step (`build_ms`), hands it to the GPU (`submit_ms`), and waits for the
+    step before (`wait_ms`): where that is nothing, it is the GPU that waits.
     """
 
     model: str
@@ -97,9 +98,13 @@ class Sides:
         self.model: Any = _random_model(shape)
         self.routing = Routing()
         self.routed = RoutedModel(self.model, self.routing)
-        self.kernels = self.routing.kernels
+        self.forms = {"fused": Kernels(), "fused, not compiled": Kernels(compiles=False), "products": None}
         bank = AdapterBank(self.model, self.routing)
         self.adapters = [bank.add(_random_adapter(self.model, rank, index)) for index in range(adapters)]
+
+    def use(self, form: str) -> None:
+        """Compute adapters in this form from now on; "base" has none, so that it does not matter."""
+        self.routing.kernels = self.forms.get(form)
 
     def rows(self, count: int, adapters: int) -> list[RowAdapters]:
         """`count` rows dealt to `adapters` adapters; 0 is the base."""
@@ -108,24 +113,26 @@ class Sides:
         return [make_row([(self.adapters[index % adapters], 1.0)]) for index in range(count)]
 
     def error(self, rows: Sequence[RowAdapters]) -> float:
-        """The largest ‖fused - products‖ / ‖products‖ among the outputs of the first layer's projections."""
-        plan = self.routing.plan = AdapterRows(rows).plan(self.routing)
+        """The largest ‖form - products‖ / ‖products‖ of the outputs of the first layer's projections."""
         worst = 0.0
         for module in self.model.layers[0].modules():
-            if not isinstance(module, MixedLinear) or plan is None:
+            if not isinstance(module, MixedLinear):
                 continue
             x = mx.random.normal((len(rows), 1, linear_shape(module.reverted())[1])).astype(mx.bfloat16)
-            found = []
-            for kernels in (self.kernels, None):
-                self.routing.kernels = kernels
-                plan.memo.clear()
-                found.append(module(x).astype(mx.float32))
-            worst = max(worst, float(mx.linalg.norm(found[0] - found[1]) / mx.linalg.norm(found[1])))
-        self.routing.plan, self.routing.kernels = None, self.kernels
+            found = {}
+            for form in self.forms:
+                self.use(form)
+                self.routing.plan = AdapterRows(rows).plan(self.routing)
+                found[form] = module(x).astype(mx.float32)
+            plain = found["products"]
+            errors = [float(mx.linalg.norm(one - plain) / mx.linalg.norm(plain)) for one in found.values()]
+            worst = max(worst, *errors)
+        self.routing.plan = None
         return worst
 
     def profile(self, name: str, rows: Sequence[RowAdapters], side: str, steps: int) -> Profile:
         """Decode greedily and time each part."""
+        self.use(side)
         caches = [self.routed.new_cache(row) for row in rows]
         merged = [entries[0].merge(list(entries)) for entries in zip(*caches, strict=True)]
         tokens = mx.ones((len(rows),), dtype=mx.int32)
@@ -147,11 +154,11 @@ class Sides:
 class Batch:
     """Rows that decode without end, and the seconds that each block of steps took."""
 
-    def __init__(self, sides: Sides, rows: Sequence[RowAdapters], fused: bool, max_tokens: int) -> None:
+    def __init__(self, sides: Sides, rows: Sequence[RowAdapters], form: str, max_tokens: int) -> None:
         self._sides = sides
-        self._fused = fused
+        self._form = form
         self.block_seconds: list[float] = []
-        self._use_form()
+        sides.use(form)
         self._generator = BatchGenerator(
             sides.routed,  # pyright: ignore[reportArgumentType] (it calls the model, nothing else)
             completion_batch_size=len(rows),
@@ -167,16 +174,13 @@ class Batch:
 
     def run(self, steps: int) -> None:
         """Decode `steps` times; the first two warm up."""
-        self._use_form()
+        self._sides.use(self._form)
         for _ in range(2):
             self._generator.next()
         start = time.perf_counter()
         for _ in range(steps):
             self._generator.next()
         self.block_seconds.append((time.perf_counter() - start) / steps)
-
-    def _use_form(self) -> None:
-        self._sides.routing.kernels = self._sides.kernels if self._fused else None
 
 
 def measure(
@@ -189,13 +193,13 @@ def measure(
     for count in row_counts:
         error = sides.error(sides.rows(count, count))
         if error > _TOLERANCE:
-            raise RuntimeError(f"{name}, {count} rows: fused and plain outputs differ by {error:.4f}")
+            raise RuntimeError(f"{name}, {count} rows: the forms' outputs differ by {error:.4f}")
         max_tokens = (blocks + 1) * (steps + 2) + 16
-        batches = {("base", 0): Batch(sides, sides.rows(count, 0), True, max_tokens)}
+        batches = {("base", 0): Batch(sides, sides.rows(count, 0), "base", max_tokens)}
         for adapters in sorted({1, count}):
             rows = sides.rows(count, adapters)
-            batches["fused", adapters] = Batch(sides, rows, True, max_tokens)
-            batches["products", adapters] = Batch(sides, rows, False, max_tokens)
+            for form in sides.forms:
+                batches[form, adapters] = Batch(sides, rows, form, max_tokens)
         for batch in batches.values():
             batch.run(steps)
             batch.block_seconds.clear()
@@ -209,8 +213,9 @@ def measure(
             results.append(
                 Result(name, count, adapters, side, step_ms, median(ratios), min(ratios), max(ratios))
             )
-        for side, adapters in (("base", 0), ("fused", count)):
-            profiles.append(sides.profile(name, sides.rows(count, adapters), side, 2 * steps))
+        for side in ("base", *sides.forms):
+            rows = sides.rows(count, 0 if side == "base" else count)
+            profiles.append(sides.profile(name, rows, side, 2 * steps))
     return results, profiles
 
 
