@@ -109,6 +109,7 @@ def _make_adapters(settings: Settings, engine: Engine, info: ModelInfo, metrics:
     options = ServiceOptions(
         memory_bytes=settings.adapter_memory_bytes or default_memory_bytes(),
         wait_seconds=settings.adapter_wait_seconds,
+        max_waiting=settings.max_batch_size + settings.max_waiting,  # all that the engine would take
         load_on_demand=settings.load_on_demand,
         unload_timeout_seconds=settings.unload_timeout_seconds,
         models_dir=settings.models_dir,

@@ -13,7 +13,7 @@ LifeCycleError
 ├── AdapterNotFusedError    409
 ├── AdaptersLoadedError     409, others are loaded
 ├── ModelExistsError        409, a folder that would be overwritten
-├── AdapterMemoryBusyError  503, adapters in use left no room in memory for long
+├── AdapterMemoryBusyError  503, adapters in use left no room in memory for long, or too many wait
 ├── AdapterMemoryError      507, more than memory for adapters can hold
 └── ModelNotSavedError      507, a model folder could not be written
 
@@ -23,7 +23,7 @@ No message holds an absolute path, and what a client sent is quoted on one line 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 __all__ = [
     "AdapterBusyError",
@@ -173,15 +173,25 @@ class ModelExistsError(LifeCycleError):
 
 
 class AdapterMemoryBusyError(LifeCycleError):
-    """Nothing fits beside what requests in flight use, for all of `waited_seconds`."""
+    """What a request names did not come into memory in time, or too many wait for that already."""
 
     status, code = 503, "adapter_memory_busy"
 
-    def __init__(self, waited_seconds: float) -> None:
-        super().__init__(
+    @classmethod
+    def in_vain(cls, waited_seconds: float) -> Self:
+        """Nothing fitted beside what requests in flight use, for all of `waited_seconds`."""
+        return cls(
             f"For {waited_seconds:.1f} s, adapters in use by other requests left no room in memory for those "
             "that this request names. Try again later, or raise the server's adapter_memory_bytes or "
             "adapter_wait_seconds."
+        )
+
+    @classmethod
+    def crowded(cls, waiting: int) -> Self:
+        """As many as may are waiting."""
+        return cls(
+            f"{waiting} requests wait for adapters to come into memory already, as many as may. Try again "
+            "later, or raise the server's max_waiting or adapter_memory_bytes."
         )
 
 

@@ -210,6 +210,7 @@ def _install(context: ModelContext, fused: _Fused) -> None:
     context.bank.close()
     context.fusion = replace_modules(context.model, fused.modules)
     context.fused_digest = fused.mark
+    context.prompt_cache.clear()  # all of it was computed with the base as it was
 
 
 def _take_out(context: ModelContext, fused: _Fused) -> ResidentAdapter:

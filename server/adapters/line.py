@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,11 +24,15 @@ there before, and it may take only what those would not want."""
 
 
 class Line:
-    """Attempts are made while `gate` is open; the first in line tries again at each `look_again`."""
+    """Attempts are made while `gate` is open; the first in line tries again at each `look_again`.
 
-    def __init__(self, gate: Gate) -> None:
+    At most `max_waiting` wait.
+    """
+
+    def __init__(self, gate: Gate, max_waiting: int) -> None:
         self._gate = gate
-        self._waiting: deque[asyncio.Event] = deque()
+        self._max_waiting = max_waiting
+        self._waiting: OrderedDict[asyncio.Event, None] = OrderedDict()
         self._closed = False
 
     def __len__(self) -> int:
@@ -37,7 +41,7 @@ class Line:
     def look_again(self) -> None:
         """Something may have become free: let the first in line try."""
         if self._waiting:
-            self._waiting[0].set()
+            self._first.set()
 
     def close(self) -> None:
         """Nobody waits any longer; whoever would have to is refused."""
@@ -49,19 +53,22 @@ class Line:
         """What `attempt` returns or raises. Whoever stops waiting, for whatever reason, leaves the line.
 
         Raises:
-            AdapterMemoryBusyError: it waited for `wait_seconds`, or until the line was closed, in vain.
+            AdapterMemoryBusyError: it waited for `wait_seconds`, or until the line was closed, in vain; or
+                it did not wait, for as many as may wait already.
         """
         await self._gate.opened()
         got = attempt(not self._waiting)
         if got is not None:
             return got
+        if len(self._waiting) >= self._max_waiting:
+            raise AdapterMemoryBusyError.crowded(len(self._waiting))
         started = time.monotonic()
         looked = asyncio.Event()
-        self._waiting.append(looked)
+        self._waiting[looked] = None
         try:
             async with asyncio.timeout(wait_seconds):
                 while not self._closed:
-                    if self._waiting[0] is looked:
+                    if self._first is looked:
                         await self._gate.opened()
                         looked.clear()
                         if (got := attempt(True)) is not None:
@@ -70,6 +77,10 @@ class Line:
         except TimeoutError:
             pass
         finally:
-            self._waiting.remove(looked)
+            del self._waiting[looked]
             self.look_again()
-        raise AdapterMemoryBusyError(time.monotonic() - started)
+        raise AdapterMemoryBusyError.in_vain(time.monotonic() - started)
+
+    @property
+    def _first(self) -> asyncio.Event:
+        return next(iter(self._waiting))

@@ -1,43 +1,55 @@
 """Adapters into the bank and out of it: what runs on a worker thread, and what on the generation thread.
 
 Reading, checking and laying out run on a worker thread, so that neither the event loop nor the generation
-waits for them; only the change of the bank takes a gap between two steps. Knows no names and no budget.
+waits for them; only the change of the bank takes a gap between two steps. Knows no names, and of the budget
+its limit alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 from adapters_core.bank import AdapterBank, PreparedAdapter, ResidentAdapter
 from adapters_core.container import AdapterContainer
+from adapters_core.weights import least_memory_bytes
 from server.engine.container import ModelContainer, ModelContext
 
 from .aside import run_aside
+from .errors import AdapterMemoryError
 from .folder import AdapterFolder, AdapterFolders
 
-__all__ = ["exchange", "known_as", "prepare_again", "prepare_folder", "remove_residents"]
+__all__ = ["Unfinished", "exchange", "known_as", "prepare_again", "prepare_folder", "remove_residents"]
 
 
-async def prepare_folder(folder: AdapterFolder, bank: AdapterBank) -> PreparedAdapter:
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """An exchange that failed with `error`, and what the bank holds at that instant."""
+
+    error: Exception
+    residents: frozenset[ResidentAdapter]
+
+
+async def prepare_folder(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:
     """Read `folder` and check it against the bank's model, in full; changes nothing.
 
     Raises:
         InvalidAdapterError: everything that is wrong with the folder or does not fit the model.
+        AdapterMemoryError: it would take more than `limit_bytes`, so it was not read.
     """
-    return await run_aside(_prepare, folder, bank)
+    return await run_aside(_prepare, folder, bank, limit_bytes)
 
 
 async def prepare_again(
-    folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank
+    folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank, limit_bytes: int
 ) -> tuple[AdapterFolder, PreparedAdapter]:
     """As `prepare_folder`, for a folder that was found before and may lead elsewhere by now.
 
     Raises:
         AdapterNotFoundError, PathNotAllowedError: as `AdapterFolders.again`.
     """
-    return await run_aside(_prepare_again, folders, folder, bank)
+    return await run_aside(_prepare_again, folders, folder, bank, limit_bytes)
 
 
 def known_as(prepared: PreparedAdapter, resident: ResidentAdapter) -> PreparedAdapter:
@@ -49,10 +61,13 @@ def known_as(prepared: PreparedAdapter, resident: ResidentAdapter) -> PreparedAd
 
 async def exchange(
     container: ModelContainer, prepared: PreparedAdapter, leaving: Iterable[ResidentAdapter]
-) -> None:
-    """Take `leaving` out of the bank and put `prepared` in, in one step, so that slots are used again."""
+) -> Unfinished | None:
+    """Take `leaving` out of the bank and put `prepared` in, in one step, so that slots are used again.
+
+    Returns what became of it if it failed midway: the caller brings its books in line, and raises.
+    """
     out = tuple(leaving)
-    await container.update(lambda context: _exchange(context.bank, prepared, out))
+    return await container.update(lambda context: _exchange(context.bank, prepared, out))
 
 
 async def remove_residents(
@@ -66,21 +81,30 @@ async def remove_residents(
     return await container.update(lambda context: _remove(context, leaving, frozenset(forgotten)))
 
 
-def _prepare(folder: AdapterFolder, bank: AdapterBank) -> PreparedAdapter:
+def _prepare(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:
+    needed_bytes = least_memory_bytes(folder.path)
+    if needed_bytes > limit_bytes:
+        raise AdapterMemoryError(needed_bytes, limit_bytes)
     return bank.prepare(AdapterContainer.from_directory(folder.path))
 
 
 def _prepare_again(
-    folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank
+    folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank, limit_bytes: int
 ) -> tuple[AdapterFolder, PreparedAdapter]:
     found = folders.again(folder)
-    return found, _prepare(found, bank)
+    return found, _prepare(found, bank, limit_bytes)
 
 
-def _exchange(bank: AdapterBank, prepared: PreparedAdapter, leaving: tuple[ResidentAdapter, ...]) -> None:
-    for resident in leaving:
-        bank.remove(resident)
-    bank.add(prepared)
+def _exchange(
+    bank: AdapterBank, prepared: PreparedAdapter, leaving: tuple[ResidentAdapter, ...]
+) -> Unfinished | None:
+    try:
+        for resident in leaving:
+            bank.remove(resident)
+        bank.add(prepared)
+    except Exception as error:
+        return Unfinished(error, bank.residents)
+    return None
 
 
 def _remove(context: ModelContext, leaving: tuple[ResidentAdapter, ...], forgotten: frozenset[str]) -> int:

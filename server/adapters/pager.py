@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,10 @@ _Taken = tuple[Pin, tuple[Version, ...], list["asyncio.Task[None]"]]
 
 
 class Pager:
-    """The loads of one service. `start` runs a load to its end; `on_load` is told each one's seconds."""
+    """The loads of one service. `start` runs a load to its end; `on_load` is told each one's seconds.
+
+    At most `max_waiting` requests wait for loads, and as many in line for room.
+    """
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class Pager:
         residency: Residency,
         gate: Gate,
         wait_seconds: float,
+        max_waiting: int,
         start: Start,
         on_load: Callable[[float], None],
     ) -> None:
@@ -57,11 +62,13 @@ class Pager:
         self._registry = registry
         self._residency = residency
         self._gate = gate
-        self._line = Line(gate)
+        self._line = Line(gate, max_waiting)
+        self._max_waiting = max_waiting
+        self._awaiting_loads = 0
         self._wait_seconds = wait_seconds
         self._start = start
         self._on_load = on_load
-        self._slots = asyncio.Semaphore(MAX_LOADS)
+        self._readers = asyncio.Semaphore(MAX_LOADS)
         self._loads: dict[Version, asyncio.Task[None]] = {}
         self._bank: AdapterBank | None = None
 
@@ -79,17 +86,20 @@ class Pager:
         Raises:
             As `Registry.resolve`, at the time when it is the request's turn.
             AdapterMemoryError: it can never fit.
-            AdapterMemoryBusyError: there was no room in time.
+            AdapterMemoryBusyError: there was no room in time, or too many wait already.
             AdapterNotFoundError, PathNotAllowedError, InvalidAdapterError: the folder of an adapter that is
                 not in memory has gone or is broken; the adapter stays registered.
         """
+        is_counted = False
         while True:
             pin, versions, loads = await self._line.in_turn(
-                partial(self._take, model, adapters), self._wait_seconds
+                partial(self._take, model, adapters, is_counted), self._wait_seconds
             )
+            is_counted = True
             try:
                 if loads:
-                    await asyncio.wait(loads)
+                    with self.waiting_for_load():
+                        await asyncio.wait(loads)
                     for load in loads:
                         load.result()
                 if all(version.in_memory for version in versions):
@@ -98,6 +108,18 @@ class Pager:
                 pin.release()
                 raise
             pin.release()  # a folder held something new, which is the adapter's next version now
+
+    @contextmanager
+    def waiting_for_load(self) -> Iterator[None]:
+        """While a request waits for a load. Raises AdapterMemoryBusyError if too many do already."""
+        if self._is_crowded:
+            raise AdapterMemoryBusyError.crowded(self._awaiting_loads)
+        self._awaiting_loads += 1
+        try:
+            yield
+        finally:
+            self._awaiting_loads -= 1
+            self.look_again()
 
     async def fetch(
         self, folder: AdapterFolder, entry: Entry | None, publish: Callable[[Version], Entry]
@@ -155,13 +177,21 @@ class Pager:
         self.look_again()
         return freed_bytes
 
-    def _take(self, model: str | None, adapters: Terms | None, is_next: bool) -> _Taken | None:
+    @property
+    def _is_crowded(self) -> bool:
+        return self._awaiting_loads >= self._max_waiting
+
+    def _take(
+        self, model: str | None, adapters: Terms | None, is_counted: bool, is_next: bool
+    ) -> _Taken | None:
         resolved = self._registry.resolve(model, adapters)
         versions = resolved.versions if self._registry.fused is None else ()
+        if self._is_crowded and not all(version.in_memory for version in versions):
+            return None
         reservations = self._residency.take(versions, is_next)
         if reservations is None:
             return None
-        pin = self._registry.keep(resolved)
+        pin = self._registry.keep(resolved, is_counted)
         for entry, version, reservation in zip(resolved.entries, versions, reservations, strict=False):
             if reservation is not None:
                 self._gate.enter()
@@ -191,10 +221,10 @@ class Pager:
     async def _fetch(
         self, folder: AdapterFolder, entry: Entry | None, reservation: Reservation | None
     ) -> Version:
-        async with self._slots:
+        async with self._readers:
             started = time.perf_counter()
             try:
-                prepared = await prepare_folder(folder, await self._the_bank())
+                prepared = await prepare_folder(folder, await self._the_bank(), self._residency.limit_bytes)
             except BaseException:
                 self._give_up(reservation)
                 raise
@@ -224,16 +254,16 @@ class Pager:
     async def _reload(self, entry: Entry, version: Version, reservation: Reservation) -> None:
         """Bring back a version that left memory, or publish what its folder holds in its place."""
         try:
-            async with self._slots:
+            async with self._readers:
                 started = time.perf_counter()
-                bank = await self._the_bank()
-                folder, prepared = await prepare_again(self._folders, version.folder, bank)
+                bank, limit_bytes = await self._the_bank(), self._residency.limit_bytes
+                folder, prepared = await prepare_again(self._folders, version.folder, bank, limit_bytes)
                 if prepared.resident.digest == version.resident.digest:
                     await self._add(known_as(prepared, version.resident), version, reservation)
                     version.load_seconds = time.perf_counter() - started
+                    self._residency.cold_loads += 1
                 elif entry.current is version:
                     await self._succeed(entry, version, prepared, folder, reservation, started)
-                self._residency.cold_loads += 1
                 self._on_load(time.perf_counter() - started)
         finally:
             self._give_up(reservation)
@@ -264,11 +294,16 @@ class Pager:
         )
 
     async def _add(self, prepared: PreparedAdapter, version: Version, reservation: Reservation) -> None:
-        """Put `version` into the bank in the place of what leaves for it; if this raises, that is cold."""
+        """Put `version` into the bank in the place of what leaves for it; if it raises, what left is cold."""
         reservation.size_bytes = version.size_bytes
         try:
             leaving = self._residency.make_room(reservation)
-            await exchange(self._container, prepared, [each.resident for each in leaving])
+            unfinished = await exchange(self._container, prepared, [each.resident for each in leaving])
+            if unfinished is not None:
+                for each in leaving:
+                    if each.resident in unfinished.residents:
+                        self._residency.put(each)
+                raise unfinished.error
         except BaseException:
             self._give_up(reservation)
             raise

@@ -206,15 +206,16 @@ class Registry:
             row = ()
         return Resolved(tuple(dict.fromkeys(entries)), row)
 
-    def keep(self, resolved: Resolved) -> Pin:
-        """A pin on what was resolved at this very instant."""
+    def keep(self, resolved: Resolved, is_counted: bool = False) -> Pin:
+        """A pin on what was resolved at this very instant; `is_counted` if its request had one before."""
         now = time.time()
         entries, versions = resolved.entries, resolved.versions
         self.in_flight += 1
-        self.totals["base" if not entries else "adapter" if len(entries) == 1 else "blend"] += 1
+        if not is_counted:
+            self.totals["base" if not entries else "adapter" if len(entries) == 1 else "blend"] += 1
         for entry in entries:
             entry.current.pins += 1
-            entry.requests += 1
+            entry.requests += not is_counted
             entry.last_used = now
 
         def release() -> None:

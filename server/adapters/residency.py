@@ -43,7 +43,7 @@ class Residency:
         """Versions that came back into memory, since the start."""
         self._versions: dict[Version, None] = {}  # least recently used first
         self._reservations: set[Reservation] = set()
-        self._claimed: frozenset[Version] = frozenset()
+        self._claimed: tuple[Version, ...] = ()
         self._bytes_held = 0
 
     @property
@@ -74,7 +74,7 @@ class Residency:
         missing = [version for version in fresh if not version.in_memory]
         if missing and not self._fits_as_it_is(_total(missing)):
             self._require_possible(_total(versions), versions)
-        if not is_next and (fresh or not self._claimed.isdisjoint(versions)):
+        if not is_next and (fresh or not set(versions).isdisjoint(self._claimed)):
             return None
         if fresh and not self._fits_as_it_is(_total(missing)):
             lacking_bytes = self.committed_bytes + _total(fresh) - self.limit_bytes
@@ -103,17 +103,21 @@ class Residency:
         """The versions that leave memory so that those of `reservation` fit; from now on they are not there.
 
         Call it when the reservation's version is added, in the same step in which these are removed.
+
+        Raises:
+            AdapterMemoryError: nothing has left, for all that may would not be enough.
         """
         leaving: list[Version] = []
         held = self._bytes_held + sum(each.size_bytes for each in self._reservations if each.spent)
-        for version in list(self._evictable(reservation)):
+        for version in self._evictable(reservation):
             if held + reservation.size_bytes <= self.limit_bytes:
                 break
-            self.drop(version)
             held -= version.size_bytes
             leaving.append(version)
         if held + reservation.size_bytes > self.limit_bytes:
             raise AdapterMemoryError(held + reservation.size_bytes, self.limit_bytes)
+        for version in leaving:
+            self.drop(version)
         reservation.spent = True
         self.evictions += sum(version is not reservation.replaces for version in leaving)
         return leaving
@@ -193,25 +197,26 @@ class Residency:
     ) -> bool:
         """Whether nothing is lacking for the one whose turn it is; if not, what it waits for is claimed."""
         enough = lacking_bytes <= 0
-        self._claimed = frozenset() if enough else self._to_be_released(lacking_bytes, wanted, leaving)
+        self._claimed = () if enough else self._to_be_released(lacking_bytes, wanted, leaving)
         return enough
 
     def _to_be_released(
         self, lacking_bytes: int, wanted: Collection[Version], leaving: Collection[Version]
-    ) -> frozenset[Version]:
+    ) -> tuple[Version, ...]:
         """Versions in use whose release would give so many bytes: those leaving, the least recently used.
 
         No new request gets them before the one that waits, so that its wait ends with requests under way now.
+        What is claimed stays so, although each release makes it the most recently used.
         """
-        claimed: set[Version] = set()
-        for version in (*leaving, *self._versions):
+        claimed: list[Version] = []
+        for version in dict.fromkeys((*leaving, *self._claimed, *self._versions)):
             if lacking_bytes <= 0:
                 break
             movable = version in leaving or not version.pinned
-            if version.pins and movable and version not in wanted and version not in claimed:
-                claimed.add(version)
+            if version.in_memory and version.pins and movable and version not in wanted:
+                claimed.append(version)
                 lacking_bytes -= version.size_bytes
-        return frozenset(claimed)
+        return tuple(claimed)
 
     def _evictable(self, reservation: Reservation) -> Iterator[Version]:
         replaced = reservation.replaces

@@ -40,11 +40,13 @@ _T = TypeVar("_T")
 class ServiceOptions:
     """`memory_bytes` bounds what adapters in memory take; `models_dir` is where models are saved.
 
-    `wait_seconds` bounds how long a request waits for others to make room for the adapters that it names.
+    `wait_seconds` bounds how long a request waits for others to make room for the adapters that it names,
+    `max_waiting` how many wait for that, and how many for loads.
     """
 
     memory_bytes: int
     wait_seconds: float = 30.0
+    max_waiting: int = 256
     load_on_demand: bool = True
     unload_timeout_seconds: float = 30.0
     models_dir: Path | None = None
@@ -107,7 +109,7 @@ class AdapterService:
         self._on_load = on_load
         self._pager = Pager(
             container, folders, self.registry, self.residency, self._gate, options.wait_seconds,
-            start=self._start_load, on_load=on_load,
+            options.max_waiting, start=self._start_load, on_load=on_load,
         )  # fmt: skip
         self._fuser = Fuser(
             container, info, self.registry, self.residency, self._gate, self._idle, options.models_dir
@@ -254,11 +256,12 @@ class AdapterService:
         """Load the adapter if it may be; those who want it at the same time wait for one load."""
         if not self._options.load_on_demand or adapter_id in self.registry.unloaded:
             return
-        task = self._loading.get(adapter_id)
-        if task is None:
-            task = self._loading[adapter_id] = self._task(self._demand(adapter_id))
-            task.add_done_callback(lambda _: self._loading.pop(adapter_id, None))
-        await asyncio.shield(task)
+        with self._pager.waiting_for_load():
+            task = self._loading.get(adapter_id)
+            if task is None:
+                task = self._loading[adapter_id] = self._task(self._demand(adapter_id))
+                task.add_done_callback(lambda _: self._loading.pop(adapter_id, None))
+            await asyncio.shield(task)
 
     async def _demand(self, adapter_id: str) -> None:
         folder = await asyncio.to_thread(self._folders.on_demand, adapter_id)
@@ -276,6 +279,7 @@ class AdapterService:
                 entry = self.registry.get(adapter_id)
                 self._refuse_if_fused("none can be unloaded")
                 was_active = self.registry.start_draining(entry)
+                self._pager.look_again()  # who waits for it is told at once that it is not served
             try:
                 await self._idle(lambda: entry.uses, timeout_seconds, f"adapter {quoted(adapter_id)}")
                 await self._gate.opened()
@@ -292,7 +296,7 @@ class AdapterService:
         entry = self.registry.find(adapter_id)
         if entry is None:
             return
-        idle = not entry.in_flight
+        idle = not entry.uses
         task = self._task(self._unload(adapter_id, self._options.unload_timeout_seconds))
         task.add_done_callback(lambda done: _log_failure("previous_adapter_not_unloaded", adapter_id, done))
         if idle:

@@ -215,6 +215,17 @@ class Engine:
         rows = accumulate(stream.submit.choices for stream in self._streams.values())
         return sum(total > self._options.max_batch_size for total in rows)
 
+    def check_room(self, choices: int) -> None:
+        """Whether a request of so many choices would be taken now; cheap, and takes nothing.
+
+        Raises:
+            EngineOverloadedError: too many requests wait.
+        """
+        waiting = self.waiting_requests
+        rows = choices + sum(stream.submit.choices for stream in self._streams.values())
+        if waiting >= self._max_waiting and rows > self._options.max_batch_size:
+            raise EngineOverloadedError(waiting, self._max_waiting)
+
     def generate(self, submit: Submit, on_end: Callable[[], None] = lambda: None) -> Generation:
         """Submit a request. Call it on the event loop that `start` ran on.
 
@@ -231,10 +242,7 @@ class Engine:
         check_submit(submit, self.info.vocabulary_tokens)
         if submit.request_id in self._streams:
             raise InvalidSubmitError(f"request id {submit.request_id!r} is in use already")
-        waiting = self.waiting_requests
-        rows = submit.choices + sum(stream.submit.choices for stream in self._streams.values())
-        if waiting >= self._max_waiting and rows > self._options.max_batch_size:
-            raise EngineOverloadedError(waiting, self._max_waiting)
+        self.check_room(submit.choices)
         stream = _Stream(submit, thread.inbox.put, on_end)
         self._streams[submit.request_id] = stream
         thread.inbox.put(submit)

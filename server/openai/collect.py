@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -11,7 +13,9 @@ from server.openai.choice import Piece
 from server.openai.responses import Reply
 from server.openai.run import Run
 
-__all__ = ["CLIENT_CLOSED_REQUEST", "client_left", "collect"]
+__all__ = ["CLIENT_CLOSED_REQUEST", "collect", "unless_client_leaves"]
+
+_T = TypeVar("_T")
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it but the log
 
@@ -22,20 +26,28 @@ async def collect(run: Run, reply: Reply, request: Request) -> Response:
     Raises:
         GenerationFailedError: the engine gave it up.
     """
-    whole = asyncio.create_task(_collect_pieces(run))
-    left = asyncio.create_task(client_left(request))
     try:
-        await asyncio.wait({whole, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not whole.done():
+        pieces = await unless_client_leaves(_collect_pieces(run), request)
+        if pieces is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return JSONResponse(reply.whole(whole.result(), run.usage))
+        return JSONResponse(reply.whole(pieces, run.usage))
     finally:
-        whole.cancel()
-        left.cancel()
         await run.aclose()
 
 
-async def client_left(request: Request) -> None:
+async def unless_client_leaves(work: Coroutine[Any, Any, _T], request: Request) -> _T | None:
+    """What `work` comes to, which is cancelled if the client leaves first; then None."""
+    working = asyncio.create_task(work)
+    left = asyncio.create_task(_client_left(request))
+    try:
+        await asyncio.wait({working, left}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        left.cancel()
+        working.cancel()
+
+
+async def _client_left(request: Request) -> None:
     """Return when the client has gone: nothing else can come once the body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -31,6 +31,8 @@ class EventSource(Protocol):
 class Submitter(Protocol):
     """What is needed of the engine."""
 
+    def check_room(self, choices: int) -> None: ...
+
     def generate(self, submit: Submit, on_end: Callable[[], None]) -> EventSource: ...
 
 

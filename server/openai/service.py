@@ -90,6 +90,7 @@ class TextService:
             left of it.
         """
         self._check_n(request.n)
+        self._engine.check_room(request.n)  # before adapters are loaded, and others evicted, for nothing
         pin = _SharedPin(await self._resolve(request))
         try:
             prompt = await self._prompter.chat(request.messages)
@@ -102,6 +103,7 @@ class TextService:
     async def complete(self, request: CompletionRequest) -> Answer:
         """Start completing one or more prompts. Raises as `chat`."""
         self._check_n(request.n)
+        self._engine.check_room(len(request.prompts) * request.n)
         pin = _SharedPin(await self._resolve(request))
         try:
             tokens = [await self._prompter.completion(prompt) for prompt in request.prompts]

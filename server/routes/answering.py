@@ -7,13 +7,12 @@ Runs on the event loop.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 
-from server.openai.collect import CLIENT_CLOSED_REQUEST, client_left, collect
+from server.openai.collect import CLIENT_CLOSED_REQUEST, collect, unless_client_leaves
 from server.openai.service import Answer
 from server.openai.streaming import ReplyStream
 
@@ -29,21 +28,9 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 async def send(start: Coroutine[Any, Any, Answer], request: Request, stream: bool) -> Response:
     """The answer that `start` comes to, as server-sent events or in one piece."""
-    answer = await _unless_client_leaves(start, request)
+    answer = await unless_client_leaves(start, request)
     if answer is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if stream:
         return ReplyStream(answer.run, answer.reply)
     return await collect(answer.run, answer.reply, request)
-
-
-async def _unless_client_leaves(start: Coroutine[Any, Any, Answer], request: Request) -> Answer | None:
-    """What `start` comes to; None if the client has left first, and then nothing is left of it."""
-    starting = asyncio.create_task(start)
-    left = asyncio.create_task(client_left(request))
-    try:
-        await asyncio.wait({starting, left}, return_when=asyncio.FIRST_COMPLETED)
-        return starting.result() if starting.done() else None
-    finally:
-        left.cancel()
-        starting.cancel()

@@ -55,6 +55,8 @@ async def test_the_fused_base_answers_as_the_adapter_and_is_itself_again(
     base, adapted = await tiny_house.answer("tiny"), await tiny_house.answer(name)
     assert base != adapted
     result = await service.fuse(name, "auto")
+    kept = await tiny_house.engine.container.perform(lambda context: context.prompt_cache.stats.entries)
+    assert kept == 0  # what was computed with the bare base
     assert (result.report.modules, result.report.precision) == (9, {"dense": 9})
     assert result.report.error_worst < 1e-3
     assert service.registry.get(name).state == "fused"

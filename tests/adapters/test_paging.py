@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
-from adapters_core.routing import Routing
+from adapters_core.routing import ResidentAdapter, Routing
 from server.adapters.errors import (
     AdapterChangedError,
     AdapterMemoryError,
@@ -83,7 +83,12 @@ async def test_another_content_is_another_version(model_path: Path, own_root: Pa
             await tight.service.fuse("a", "auto", unload_others=True)
         new = answer_of(model_path, own_root / "a")
         assert new != old
+        requests, totals = entry.requests, tight.service.registry.totals["adapter"]
+        cold_loads = tight.service.residency.cold_loads
         assert await asyncio.gather(*(tight.answer("a") for _ in range(3))) == [new] * 3
+        assert entry.requests == requests + 3  # each once, though it was resolved again
+        assert tight.service.registry.totals["adapter"] == totals + 3
+        assert tight.service.residency.cold_loads == cold_loads  # nothing came back: that is new
         assert (entry.current.number, entry.current.resident.digest != digest) == (2, True)
         await tight.until(lambda: not entry.retired)
         await turns(tight)
@@ -188,6 +193,7 @@ class Watched(ModelContainer):
         self._inner = inner
         self.most_bytes = 0
         self.refuses = False
+        self.removes_at_most: int | None = None
 
     async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
         return await self._inner.update(self._watch(fn), drain=drain)
@@ -198,7 +204,7 @@ class Watched(ModelContainer):
     def _watch(self, fn: Callable[[ModelContext], Any]) -> Callable[[ModelContext], Any]:
         def run(context: ModelContext) -> Any:
             bank = context.bank
-            context.bank = cast(AdapterBank, Refusing(bank)) if self.refuses else bank
+            context.bank = cast(AdapterBank, Refusing(bank, self.removes_at_most)) if self.refuses else bank
             try:
                 return fn(context)
             finally:
@@ -210,10 +216,22 @@ class Watched(ModelContainer):
 
 
 class Refusing:
-    """A bank that gives and does not take."""
+    """A bank that gives, perhaps only so many times, and does not take."""
 
-    def __init__(self, bank: AdapterBank) -> None:
-        self.remove = bank.remove
+    def __init__(self, bank: AdapterBank, removes_at_most: int | None) -> None:
+        self._bank = bank
+        self._removes_left = removes_at_most
+
+    @property
+    def residents(self) -> frozenset[ResidentAdapter]:
+        return self._bank.residents
+
+    def remove(self, resident: ResidentAdapter) -> int:
+        if self._removes_left is not None:
+            if not self._removes_left:
+                raise RuntimeError("no memory")
+            self._removes_left -= 1
+        return self._bank.remove(resident)
 
     def add(self, prepared: object) -> None:
         raise RuntimeError("no memory")
@@ -234,6 +252,40 @@ async def test_a_load_that_fails_at_the_last_moment_loses_nothing(
         for name in ("a", "b", "c"):
             assert await tight.answer(name) == expected[name]
         assert tight.container.most_bytes <= size_bytes
+
+
+async def test_an_exchange_that_fails_midway_leaves_what_is_there_in_the_books(
+    model_path: Path, equal_root: Path, own_root: Path, size_bytes: int, expected: dict[str, list[int]]
+) -> None:
+    make_adapter(own_root / "e", read_model(model_path), seed=5, rank=8)
+    async with house(model_path, own_root, memory_bytes=2 * size_bytes, wrap=Watched) as tight:
+        assert isinstance(tight.container, Watched)
+        for name in ("a", "b"):
+            await tight.answer(name)
+        tight.container.refuses, tight.container.removes_at_most = True, 1
+        with pytest.raises(RuntimeError, match="no memory"):
+            await tight.answer("e")  # both have to leave for it, and one does
+        assert in_memory(tight) == ["b"]
+        assert await tight.residents() == 1
+        assert tight.service.residency.bytes_held == size_bytes
+        tight.container.refuses = False
+        for name in ("b", "a"):
+            assert await tight.answer(name) == expected[name]
+        assert await tight.answer("e") == answer_of(model_path, own_root / "e")
+
+
+async def test_a_file_that_can_never_fit_is_not_read(
+    model_path: Path, own_root: Path, size_bytes: int
+) -> None:
+    async with house(model_path, own_root, memory_bytes=size_bytes) as tight:
+        for name in ("a", "b"):
+            await tight.answer(name)
+        for name in ("a", "c"):
+            os.truncate(own_root / name / "adapters.safetensors", 1 << 40)  # sparse; more than any memory
+        for work in (tight.answer("a"), tight.answer("c"), tight.service.load("c")):
+            with pytest.raises(AdapterMemoryError):
+                await work
+        assert tight.service.residency.committed_bytes == 0
 
 
 @given(

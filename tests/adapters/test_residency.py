@@ -157,6 +157,38 @@ def test_who_waits_is_not_passed_by_those_who_want_what_it_waits_for() -> None:
     assert residency.take([older], False) is None
 
 
+def test_what_is_claimed_stays_so_although_it_is_used_until_its_release() -> None:
+    residency = Residency(LIMIT_BYTES)
+    older, newer, wanted = version(5), version(5), version(5)
+    put(residency, older, newer)
+    for each in (older, newer) * 2:
+        assert residency.take([each], True) == [None]
+        each.pins += 1
+    for _ in range(2):
+        assert residency.take([wanted], True) is None
+        assert residency.take([older], False) is None
+        assert residency.take([newer], False) == [None]
+        older.pins -= 1
+        residency.touch(older)
+    reservations = residency.take([wanted], True)
+    assert reservations is not None
+    assert reservations[0] is not None
+    assert residency.make_room(reservations[0]) == [older]
+
+
+def test_when_room_cannot_be_made_nothing_leaves() -> None:
+    residency = Residency(LIMIT_BYTES)
+    idle, used = version(3), version(5)
+    put(residency, idle, used)
+    reservation = residency.reserve(5, None, is_next=True)
+    assert reservation is not None
+    used.pins = 1
+    reservation.size_bytes = 6
+    with pytest.raises(AdapterMemoryError):
+        residency.make_room(reservation)
+    assert (residency.versions, idle.in_memory, residency.bytes_held) == ([idle, used], True, 8)
+
+
 def test_a_version_in_use_is_not_taken_again_before_its_successor_has_come() -> None:
     residency = Residency(LIMIT_BYTES)
     old = version(8, pinned=True)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.adapters.errors import AdapterMemoryBusyError, AdapterMemoryError
+from server.adapters.errors import AdapterMemoryBusyError, AdapterMemoryError, UnknownModelError
+from server.adapters.gate import Gate
+from server.adapters.line import Line
+from server.engine.container import ModelContainer, ModelContext
+from server.engine.messages import SamplingParams, Submit
 from tests.adapters.support import NAMES, house, site, tokens_of, turns
 
 
@@ -141,3 +146,144 @@ async def test_blends_that_need_the_same_room_all_come_through(
         assert tight.service.residency.committed_bytes == 0
         with pytest.raises(AdapterMemoryError):
             await tight.answer(None, [("a", 0.3), ("b", 0.3), ("c", 0.4)])
+
+
+async def test_the_first_in_line_gets_its_room_although_others_come_for_what_is_in_use(
+    model_path: Path, equal_root: Path, size_bytes: int
+) -> None:
+    async with house(model_path, equal_root, memory_bytes=2 * size_bytes) as tight:
+        service = tight.service
+        pins = {name: [await service.resolve(name) for _ in range(2)] for name in ("a", "b")}
+        first = asyncio.create_task(service.resolve("c"))
+        await tight.until(lambda: service.registry.find("c") is not None)
+        await turns(tight)
+        late: list[asyncio.Task[Any]] = []
+        for name in ("a", "b", "a", "b"):
+            pins[name].pop().release()
+            await turns(tight)
+            late += [asyncio.create_task(service.resolve(each)) for each in ("a", "b")]
+            await turns(tight)
+            if not pins["a"]:
+                break
+        pin = await asyncio.wait_for(first, 20)
+        assert service.registry.get("b").current.pins  # it was not waited for
+        pin.release()
+        for task in late:
+            (await asyncio.wait_for(task, 20)).release()
+        for pin in pins["b"]:
+            pin.release()
+
+
+async def test_a_line_has_room_for_so_many() -> None:
+    line = Line(Gate(), max_waiting=3)
+    free = False
+
+    def attempt(is_next: bool) -> bool | None:
+        return free or None
+
+    waiting = [asyncio.create_task(line.in_turn(attempt, 20)) for _ in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(AdapterMemoryBusyError, match="3 requests wait"):
+        await line.in_turn(attempt, 20)
+    waiting.pop(1).cancel()
+    await asyncio.sleep(0)
+    assert len(line) == 2
+    waiting.append(asyncio.create_task(line.in_turn(attempt, 20)))
+    await asyncio.sleep(0)
+    free = True
+    line.look_again()
+    async with asyncio.timeout(20):
+        assert await asyncio.gather(*waiting) == [True] * 3
+
+
+class Held(ModelContainer):
+    """A real container whose updates wait until it is open."""
+
+    def __init__(self, inner: ModelContainer) -> None:
+        self._inner = inner
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
+        await self.open.wait()
+        return await self._inner.update(fn, drain=drain)
+
+    async def perform(self, fn: Callable[[ModelContext], Any]) -> Any:
+        return await self._inner.perform(fn)
+
+
+async def test_so_many_wait_for_loads_and_so_many_in_line_and_no_more(
+    model_path: Path, equal_root: Path, size_bytes: int
+) -> None:
+    options: dict[str, Any] = {"memory_bytes": size_bytes, "max_waiting": 2, "wrap": Held}
+    async with house(model_path, equal_root, **options) as tight:
+        for name in ("a", "b"):
+            await tight.answer(name)
+        assert isinstance(tight.container, Held)
+        tight.container.open.clear()
+        waiting = [asyncio.create_task(tight.service.resolve("a")) for _ in range(4)]
+        await turns(tight)
+        for name in ("a", "b", "c"):  # c would have to be read first, which is a load as well
+            with pytest.raises(AdapterMemoryBusyError):
+                await asyncio.wait_for(tight.service.resolve(name), 10)
+        (await tight.service.resolve("tiny")).release()
+        tight.container.open.set()
+        async with asyncio.timeout(20):
+            for pin in await asyncio.gather(*waiting):
+                pin.release()
+        assert tight.service.residency.committed_bytes == 0
+
+
+async def test_a_request_that_the_engine_has_no_place_for_loads_nothing(
+    model_path: Path, equal_root: Path
+) -> None:
+    async with site(model_path, equal_root, max_batch_size=1, max_waiting=0) as full:
+        engine = full.app.state.engine
+        submit = Submit("long", (), (1, 2, 3), 3000, frozenset(), SamplingParams(temperature=0.0))
+        async with engine.generate(submit):
+            for path, prompt in (
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+                ("/v1/completions", {"prompt": "hi"}),
+            ):
+                error = (await full.call("POST", path, {"model": "b", **prompt}, status=503))["error"]
+                assert error["code"] == "server_overloaded"
+            assert full.service.registry.find("b") is None
+
+
+async def test_who_waits_for_an_adapter_that_is_being_unloaded_hears_so_at_once(
+    model_path: Path, equal_root: Path, size_bytes: int
+) -> None:
+    async with house(model_path, equal_root, memory_bytes=2 * size_bytes) as tight:
+        service = tight.service
+        for name in ("c", "a", "b"):
+            await tight.answer(name)
+        pins = [await service.resolve(name) for name in ("a", "b")]
+        blend = asyncio.create_task(service.resolve(None, [("a", 0.5), ("c", 0.5)]))
+        await turns(tight)
+        unload = asyncio.create_task(service.unload("a"))
+        with pytest.raises(UnknownModelError):
+            await asyncio.wait_for(blend, 10)
+        assert not unload.done()
+        for pin in pins:
+            pin.release()
+        await unload
+
+
+async def test_a_swap_does_not_wait_for_the_load_of_what_it_unloads(
+    model_path: Path, equal_root: Path, size_bytes: int
+) -> None:
+    async with house(model_path, equal_root, memory_bytes=size_bytes, wrap=Held) as tight:
+        service = tight.service
+        for name in ("a", "b"):
+            await tight.answer(name)
+        await service.swap("a")
+        assert isinstance(tight.container, Held)
+        tight.container.open.clear()
+        gone = asyncio.create_task(service.resolve("a"))
+        await turns(tight)
+        gone.cancel()
+        await turns(tight)
+        assert service.registry.get("a").uses == 1
+        await asyncio.wait_for(service.swap(None, unload_previous=True), 10)
+        tight.container.open.set()
+        await tight.until(lambda: service.registry.find("a") is None)

@@ -41,7 +41,7 @@ TABLE: list[tuple[Exception, int, str, str | None]] = [
     (AdapterExistsError("x"), 409, "invalid_request_error", "adapter_exists"),
     (PathNotAllowedError("no"), 403, "permission_error", "path_not_allowed"),
     (AdapterMemoryError(2, 1), 507, "server_error", "adapter_memory_exceeded"),
-    (AdapterMemoryBusyError(30.0), 503, "server_error", "adapter_memory_busy"),
+    (AdapterMemoryBusyError.in_vain(30.0), 503, "server_error", "adapter_memory_busy"),
     (EngineOverloadedError(2, 1), 503, "server_error", "server_overloaded"),
     (EngineStoppedError("no"), 503, "server_error", "engine_stopped"),
     (InvalidSubmitError("no"), 400, "invalid_request_error", None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters_core.errors import InvalidAdapterError
-from adapters_core.weights import MAX_HEADER_BYTES, WEIGHTS_FILE, digest_of, read_weights, save_weights
+from adapters_core.weights import (
+    MAX_HEADER_BYTES,
+    WEIGHTS_FILE,
+    digest_of,
+    least_memory_bytes,
+    read_weights,
+    save_weights,
+)
 
 
 def _tensors() -> dict[str, mx.array]:
@@ -152,3 +160,29 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
     with pytest.raises(OSError, match="cannot be written"):
         save_weights(tmp_path / "no such folder" / WEIGHTS_FILE, _tensors())
+
+
+def test_a_file_is_held_no_longer_than_it_is_parsed(tmp_path: Path) -> None:
+    save_weights(tmp_path / WEIGHTS_FILE, {"a": mx.ones((1 << 22,), mx.bfloat16)})
+    file_bytes = (tmp_path / WEIGHTS_FILE).stat().st_size
+    read_weights(tmp_path)  # whatever is imported or made once
+    tracemalloc.start()
+    try:
+        weights = read_weights(tmp_path)
+        held_bytes, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (
+        peak_bytes < 2.75 * file_bytes
+    )  # values and what tells whether they are finite, not the file as well
+    assert held_bytes < 0.1 * file_bytes  # arrays alone, which are MLX's
+    assert weights.size_bytes == 1 << 23
+
+
+def test_what_an_adapter_takes_at_least_is_told_without_reading(tmp_path: Path) -> None:
+    assert least_memory_bytes(tmp_path) == 0
+    _good(tmp_path)
+    assert least_memory_bytes(tmp_path) <= read_weights(tmp_path).size_bytes
+    with (tmp_path / WEIGHTS_FILE).open("r+b") as file:
+        file.truncate(MAX_HEADER_BYTES + 2000)
+    assert least_memory_bytes(tmp_path) == 1000
