@@ -15,9 +15,10 @@ from benchmarks.load import LoadResult
 from benchmarks.prompts import instruction, story
 from benchmarks.sides import Question, Side, SideKind, SideSpec
 
-__all__ = ["LoadMeasure", "deal", "sample_of", "stories"]
+__all__ = ["LoadMeasure", "deal", "sample_of", "stories", "uneven"]
 
 _WARM_UP_TOKENS = 2
+_SHARES = (1.0, 0.5, 1.5, 0.75, 1.25)
 
 
 def stories(round_index: int, count: int, max_tokens: int, series: int = 0) -> list[Question]:
@@ -27,6 +28,17 @@ def stories(round_index: int, count: int, max_tokens: int, series: int = 0) -> l
     """
     first = (series * 100 + round_index) * 1000
     return [Question(instruction(first + index), story(index), max_tokens) for index in range(count)]
+
+
+def uneven(questions: Sequence[Question]) -> list[Question]:
+    """The same questions, their answers from half as long to half as long again; as long as before in all.
+
+    With answers of one length a closed loop runs in step: all prompts are read at once, then all decode.
+    """
+    return [
+        replace(question, max_tokens=max(1, round(question.max_tokens * _SHARES[index % len(_SHARES)])))
+        for index, question in enumerate(questions)
+    ]
 
 
 def deal(questions: Sequence[Question], adapters: Sequence[str]) -> list[Question]:
@@ -113,6 +125,8 @@ class LoadMeasure:
     def ask(self, round_index: int) -> list[Question]:
         """The questions of a round."""
         questions = stories(round_index, self.requests, self.max_tokens, self.series)
+        if self.in_flight:
+            questions = uneven(questions)
         return deal(questions, [adapter_id(self.kind, index) for index in range(self.adapters)])
 
     @property

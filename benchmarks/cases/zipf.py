@@ -1,7 +1,8 @@
 """Many registered adapters of which few fit into memory, against few that are all resident.
 
 Which adapter a request names is drawn by Zipf's law (exponent 1, seeded). So many requests are in flight
-at a time, and the next begins when one ends. The memory is full before the first round.
+at a time, and the next begins when one ends; answers differ in length. The memory is full before the first
+round.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from benchmarks.adapters import KindName
 from benchmarks.case import FIRST_TOKEN, GAP, RATE, Case, Column, Figure, Goal, Sample, Term
 from benchmarks.library import AdapterSet, adapter_id
-from benchmarks.loads import LoadMeasure, sample_of, stories
+from benchmarks.loads import LoadMeasure, sample_of, stories, uneven
 from benchmarks.sides import Question, Side, SideKind, SideSpec
 from benchmarks.sizes import Sizes
 
@@ -93,7 +94,7 @@ class ZipfMeasure:
 
     def _questions(self, round_index: int, count: int, max_tokens: int) -> Sequence[Question]:
         numbers = draws(self.registered, count, seed=round_index)
-        questions = stories(round_index, count, max_tokens, series=5)
+        questions = uneven(stories(round_index, count, max_tokens, series=5))
         return [
             replace(question, adapter=adapter_id(_KIND, number))
             for question, number in zip(questions, numbers, strict=True)
