@@ -223,11 +223,13 @@ async def test_so_many_wait_for_loads_and_so_many_in_line_and_no_more(
         tight.container.open.clear()
         waiting = [asyncio.create_task(tight.service.resolve("a")) for _ in range(4)]
         await turns(tight)
-        for name in ("a", "b", "c"):  # c would have to be read first, which is a load as well
-            with pytest.raises(AdapterMemoryBusyError):
-                await asyncio.wait_for(tight.service.resolve(name), 10)
-        (await tight.service.resolve("tiny")).release()
-        tight.container.open.set()
+        try:
+            for name in ("a", "b", "c"):  # c would have to be read first, which is a load as well
+                with pytest.raises(AdapterMemoryBusyError):
+                    await asyncio.wait_for(tight.service.resolve(name), 10)
+            (await tight.service.resolve("tiny")).release()
+        finally:
+            tight.container.open.set()  # or the house could not close
         async with asyncio.timeout(20):
             for pin in await asyncio.gather(*waiting):
                 pin.release()
@@ -284,6 +286,8 @@ async def test_a_swap_does_not_wait_for_the_load_of_what_it_unloads(
         gone.cancel()
         await turns(tight)
         assert service.registry.get("a").uses == 1
-        await asyncio.wait_for(service.swap(None, unload_previous=True), 10)
-        tight.container.open.set()
+        try:
+            await asyncio.wait_for(service.swap(None, unload_previous=True), 10)
+        finally:
+            tight.container.open.set()  # or the house could not close
         await tight.until(lambda: service.registry.find("a") is None)
