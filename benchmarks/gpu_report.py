@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.report import ReportError
 
-__all__ = ["GpuReport", "GpuResult", "read_gpu_report"]
+__all__ = ["GpuProfile", "GpuReport", "GpuResult", "read_gpu_report"]
 
 
 class _Record(BaseModel):
@@ -30,6 +30,17 @@ class GpuResult(_Record):
     highest: float
 
 
+class GpuProfile(_Record):
+    """Where the host's milliseconds of a decode step go: building the graph, handing it over, waiting."""
+
+    model: str
+    rows: int
+    side: str
+    build_ms: float
+    submit_ms: float
+    wait_ms: float
+
+
 class GpuReport(_Record):
     """A whole run; `environment` and `options` are by name."""
 
@@ -37,6 +48,7 @@ class GpuReport(_Record):
     environment: dict[str, Any]
     options: dict[str, Any]
     results: list[GpuResult]
+    profiles: list[GpuProfile] = []
 
 
 def read_gpu_report(path: Path) -> GpuReport:

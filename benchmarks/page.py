@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.cases import TABLE
-from benchmarks.gpu_report import GpuReport, read_gpu_report
+from benchmarks.gpu_report import GpuProfile, GpuReport, read_gpu_report
 from benchmarks.report import CaseRecord, FigureRecord, Report, ReportError, read_report
 from benchmarks.tables import cell, conditions, number, reached_word, run_of, span
 
@@ -97,7 +97,7 @@ def _conditions(report: Report) -> str:
 
 
 def _gpu(report: GpuReport) -> str:
-    names = ("rank", "blocks", "steps")
+    names = ("models", "rows", "rank", "blocks", "steps")
     options = ", ".join(f"{name} {report.options[name]}" for name in names if name in report.options)
     environment = ", ".join(f"{name} {value}" for name, value in report.environment.items())
     rows = [
@@ -112,7 +112,24 @@ def _gpu(report: GpuReport) -> str:
         for one in report.results
     ]
     table = _table(("model, side", "rows", "adapters", "ms a step", "base ÷ side", "lowest to highest"), rows)
-    return f"Run of {report.created:%Y-%m-%d %H:%M} UTC: {_escaped(environment)}; {options}.\n\n{table}"
+    parts = [
+        f"Run of {report.created:%Y-%m-%d %H:%M} UTC: {_escaped(environment)}; {_escaped(options)}.",
+        table,
+    ]
+    if report.profiles:
+        times = [
+            (f"{one.model}, {one.side}", str(one.rows), *(f"{ms:.2f}" for ms in _host_ms(one)))
+            for one in report.profiles
+        ]
+        parts += [
+            "Where a step's time goes on the host, in milliseconds:",
+            _table(("model, side", "rows", "building", "handing over", "waiting"), times),
+        ]
+    return "\n\n".join(parts)
+
+
+def _host_ms(profile: GpuProfile) -> tuple[float, float, float]:
+    return profile.build_ms, profile.submit_ms, profile.wait_ms
 
 
 def _goals(cases: Sequence[CaseRecord]) -> str | None:
