@@ -89,6 +89,9 @@ GPU = {
             "highest": 1.0,
         }
     ],
+    "profiles": [
+        {"model": "1b", "rows": 8, "side": "base", "build_ms": 1.5, "submit_ms": 2.25, "wait_ms": 0.0}
+    ],
 }
 
 
@@ -98,7 +101,9 @@ def test_the_block_about_a_gpu_is_filled_from_its_own_report(tmp_path: Path) -> 
     text, names = filled(OWN_PAGE.read_text(), [], read_gpu_report(file))
     assert names == ["gpu"]
     lines = text.splitlines()
-    assert "Run of 2026-01-02 03:04 UTC: device A \\| GPU, mlx 0.1; rank 16, blocks 3, steps 4." in lines
+    options = "models ['1b'], rank 16, blocks 3, steps 4"
+    assert f"Run of 2026-01-02 03:04 UTC: device A \\| GPU, mlx 0.1; {options}." in lines
+    assert "| 1b, base | 8 | 1.50 | 2.25 | 0.00 |" in lines
     assert "| 1b, fused | 8 | 8 | 1.23 | **0.96** | 0.90 to 1.00 |" in lines
     file.write_text(json.dumps({**GPU, "results": [{"model": "1b"}]}))
     with pytest.raises(ReportError, match=r"benchmarks\.gpu in gpu\.json, but results\.0\.rows: "):
