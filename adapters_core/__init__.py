@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .fusion import FuseReport, Fusion, Precision
-    from .layers import DoRALinear, LinearWeights, LoRALayer, LoRALinear, QDoRALinear, QLoRALinear
+    from .layers import DoRALinear, LoRALayer, LoRALinear, QDoRALinear, QLoRALinear
+    from .module_weights import ModuleWeights
     from .routing import AdapterRows, ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row, row_key
     from .targets import adaptable_layers, default_keys, resolve_targets
 
@@ -38,10 +39,10 @@ __all__ = [
     "FuseReport",
     "Fusion",
     "InvalidAdapterError",
-    "LinearWeights",
     "LoRALayer",
     "LoRALinear",
     "LoRAParameters",
+    "ModuleWeights",
     "Precision",
     "PreparedAdapter",
     "QDoRALinear",
@@ -70,7 +71,8 @@ _MODULES = {
         "UnsupportedModelError",
     ),
     "fusion": ("FuseReport", "Fusion", "Precision"),
-    "layers": ("DoRALinear", "LinearWeights", "LoRALayer", "LoRALinear", "QDoRALinear", "QLoRALinear"),
+    "layers": ("DoRALinear", "LoRALayer", "LoRALinear", "QDoRALinear", "QLoRALinear"),
+    "module_weights": ("ModuleWeights",),
     "routing": (
         "AdapterRows",
         "ResidentAdapter",

@@ -14,11 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .container import AdapterContainer, LinearWeights
+from .container import AdapterContainer
 from .errors import ContainerStateError
 from .layers import compute_dtype, dense_weight
 from .layout import Factors, GroupLayout, Layout, Projection, bucket_rank, group_projections
 from .mixed import MixedLinear, ProjectionGroup
+from .module_weights import ModuleWeights
 from .routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
 from .stacks import Shelf
 from .surgery import replace_modules
@@ -180,7 +181,7 @@ class AdapterBank:
 
 
 def _lay_out(
-    paths: list[str], weights: dict[str, LinearWeights], linears: dict[str, nn.Module], default: mx.Dtype
+    paths: list[str], weights: dict[str, ModuleWeights], linears: dict[str, nn.Module], default: mx.Dtype
 ) -> GroupLayout:
     """A dtype that holds the file's and the layers', and the ranks in their buckets."""
     numbers = [mx.zeros(1, compute_dtype(linears[path], default)) for path in paths]
@@ -193,7 +194,7 @@ def _lay_out(
     return GroupLayout(tuple(projections), is_dora, sum(numbers[1:], numbers[0]).dtype)
 
 
-def _factors(linear: nn.Module, weights: LinearWeights, scale: float, default: mx.Dtype) -> Factors:
+def _factors(linear: nn.Module, weights: ModuleWeights, scale: float, default: mx.Dtype) -> Factors:
     """A and B such that `scale`·B A is the delta; for DoRA, m / ‖W + s·B A‖ as (out,)."""
     a, b, factor = weights.lora_a.T, weights.lora_b, None
     if weights.magnitude is not None:

@@ -19,12 +19,13 @@ import mlx.nn as nn
 from .config import CONFIG_FILE, AdapterConfig, FineTuneType
 from .errors import ContainerStateError, InvalidAdapterError
 from .fusion import FuseReport, Fusion, Precision, fuse_layers
-from .layers import DoRALinear, LinearWeights, LoRALayer, LoRALinear, adapted, with_weights
+from .layers import DoRALinear, LoRALayer, LoRALinear, adapted, with_weights
+from .module_weights import ModuleWeights
 from .surgery import Modes, Surgery, copy_modes, replace_modules
 from .targets import find_targets, is_wrapper, linear_shape, module_at, named_modules, resolve_targets
 from .weights import WEIGHTS_FILE, digest_of, read_weights, save_weights
 
-__all__ = ["AdapterContainer", "LinearWeights"]
+__all__ = ["AdapterContainer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class AdapterContainer:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.parameters.values())
 
-    def check(self, model: nn.Module) -> dict[str, LinearWeights]:
+    def check(self, model: nn.Module) -> dict[str, ModuleWeights]:
         """What this adapter brings to each linear layer of `model`, by path. Changes nothing.
 
         Raises:
@@ -177,7 +178,7 @@ class AdapterContainer:
             raise InvalidAdapterError(self._source, problems)
         scale = self._config.lora_parameters.scale
         return {
-            path: LinearWeights(
+            path: ModuleWeights(
                 tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], tensors.get(f"{path}.m"), scale
             )
             for path in targets

@@ -11,19 +11,18 @@ thread that owns the model.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AdapterConfig, FineTuneType
+from .module_weights import ModuleWeights
 from .surgery import copy_modes
 from .targets import linear_shape
 
 __all__ = [
     "DoRALinear",
-    "LinearWeights",
     "LoRALayer",
     "LoRALinear",
     "QDoRALinear",
@@ -37,16 +36,6 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", bound=nn.Module)
-
-
-@dataclass(frozen=True, slots=True)
-class LinearWeights:
-    """What an adapter brings to one linear layer: (in, r), (r, out), for DoRA (out,), and the scale s."""
-
-    lora_a: mx.array
-    lora_b: mx.array
-    magnitude: mx.array | None
-    scale: float
 
 
 @runtime_checkable
@@ -92,7 +81,7 @@ def compute_dtype(linear: nn.Module, default: mx.Dtype = mx.bfloat16) -> mx.Dtyp
 class _AdaptedLinear(nn.Module):
     """What LoRA and DoRA share: the frozen base layer, the factors, and leaving again."""
 
-    def __init__(self, linear: nn.Module, weights: LinearWeights, dropout: float) -> None:
+    def __init__(self, linear: nn.Module, weights: ModuleWeights, dropout: float) -> None:
         super().__init__()
         self.linear = linear
         self.scale = weights.scale
@@ -101,9 +90,9 @@ class _AdaptedLinear(nn.Module):
         self.lora_b = weights.lora_b
 
     @property
-    def weights(self) -> LinearWeights:
+    def weights(self) -> ModuleWeights:
         """The factors as they are now."""
-        return LinearWeights(self.lora_a, self.lora_b, self.get("m"), self.scale)
+        return ModuleWeights(self.lora_a, self.lora_b, self.get("m"), self.scale)
 
     def reverted(self) -> nn.Module:
         """The base layer, the very module that was adapted."""
@@ -148,7 +137,7 @@ class QLoRALinear(LoRALinear):
 class DoRALinear(_AdaptedLinear):
     """An `nn.Linear` with a DoRA. Forward: x (…, in) → (…, out)."""
 
-    def __init__(self, linear: nn.Module, weights: LinearWeights, dropout: float) -> None:
+    def __init__(self, linear: nn.Module, weights: ModuleWeights, dropout: float) -> None:
         super().__init__(linear, weights, dropout)
         norm = mx.linalg.norm(dense_weight(linear).astype(mx.float32), axis=1)
         self.m = norm if weights.magnitude is None else weights.magnitude
@@ -201,11 +190,11 @@ def adapted(linear: nn.Module, config: AdapterConfig) -> LoRALinear | DoRALinear
     bound = 1 / math.sqrt(columns)
     lora_a = mx.random.uniform(low=-bound, high=bound, shape=(columns, parameters.rank))
     lora_b = mx.zeros((parameters.rank, rows))
-    weights = LinearWeights(lora_a, lora_b, None, parameters.scale)
+    weights = ModuleWeights(lora_a, lora_b, None, parameters.scale)
     return with_weights(linear, weights, config)
 
 
-def with_weights(linear: nn.Module, weights: LinearWeights, config: AdapterConfig) -> LoRALinear | DoRALinear:
+def with_weights(linear: nn.Module, weights: ModuleWeights, config: AdapterConfig) -> LoRALinear | DoRALinear:
     """`linear` with an adapter of the class that the config and the base call for, holding `weights`."""
     quantized = isinstance(linear, nn.QuantizedLinear)
     kind: type[LoRALinear] | type[DoRALinear]

@@ -16,7 +16,7 @@ from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import ContainerStateError, InvalidAdapterError
 from adapters_core.fusion import AUTO_THRESHOLD, Precision
-from adapters_core.layers import DoRALinear, LinearWeights, LoRALinear, dense_weight
+from adapters_core.layers import DoRALinear, LoRALinear, ModuleWeights, dense_weight
 from adapters_core.targets import module_at
 from tests.models import (
     QKV,
@@ -288,9 +288,9 @@ def test_forward_and_fused_weight_agree_without_a_bias(kind: str, bits: int | No
     linear: nn.Module = nn.Linear(96, 48, bias=False)
     if bits:
         linear = linear.to_quantized(32, bits)
-    weights = LinearWeights(mx.random.normal((96, 3)), mx.random.normal((3, 48)), mx.ones((48,)) * 2, 0.7)
+    weights = ModuleWeights(mx.random.normal((96, 3)), mx.random.normal((3, 48)), mx.ones((48,)) * 2, 0.7)
     if kind == "lora":
-        weights = LinearWeights(weights.lora_a, weights.lora_b, None, weights.scale)
+        weights = ModuleWeights(weights.lora_a, weights.lora_b, None, weights.scale)
     layer = (LoRALinear if kind == "lora" else DoRALinear)(linear, weights, 0.0)
     x = mx.random.normal((2, 5, 96))
     assert relative_error(np.array(layer(x)), np.array(x @ layer.fused_weight().T)) < 1e-5
