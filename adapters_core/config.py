@@ -24,6 +24,8 @@ __all__ = [
     "AdapterConfig",
     "FineTuneType",
     "LoRAParameters",
+    "read_values",
+    "shown",
 ]
 
 CONFIG_FILE = "adapter_config.json"
@@ -90,7 +92,7 @@ class AdapterConfig(BaseModel):
             InvalidAdapterError: it is missing or wrong; every problem is listed.
         """
         directory = Path(directory)
-        return cls.from_values(_read_json(directory / CONFIG_FILE, directory.name), directory.name)
+        return cls.from_values(read_values(directory / CONFIG_FILE, directory.name), directory.name)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -100,7 +102,7 @@ class AdapterConfig(BaseModel):
             InvalidAdapterError: it is missing or wrong; every problem is listed.
         """
         path = Path(path)
-        return cls.from_values(_read_json(path, path.name), path.name)
+        return cls.from_values(read_values(path, path.name), path.name)
 
     @classmethod
     def from_values(cls, values: object, source: str) -> Self:
@@ -110,9 +112,7 @@ class AdapterConfig(BaseModel):
             InvalidAdapterError: naming `source` and every problem.
         """
         if not isinstance(values, dict):
-            raise InvalidAdapterError(
-                source, [f"{CONFIG_FILE}: expected a JSON object, got {_shown(values)}"]
-            )
+            raise InvalidAdapterError(source, [f"{CONFIG_FILE}: expected a JSON object, got {shown(values)}"])
         if "peft_type" in values:
             raise InvalidAdapterError(source, [_PEFT_ADVICE])
         problems = _advice(values)
@@ -152,8 +152,8 @@ class AdapterConfig(BaseModel):
 
 
 _PEFT_ADVICE = (
-    f"{CONFIG_FILE}: this is a PEFT adapter (it has peft_type), a format that is not supported yet; "
-    "expected mlx-lm's format (fine_tune_type, num_layers, lora_parameters). Convert it first"
+    f"{CONFIG_FILE}: this is the config of a PEFT adapter (it has peft_type); "
+    "expected mlx-lm's format (fine_tune_type, num_layers, lora_parameters)"
 )
 _FULL_ADVICE = (
     f'{CONFIG_FILE}: fine_tune_type is "full": these are weights of a whole model, not an adapter. '
@@ -180,16 +180,23 @@ def _problem(location: tuple[int | str, ...], value: object, advised: set[str]) 
     name = ".".join("[]" if isinstance(part, int) else part for part in location)
     if name in advised:
         return None
-    shown = ".".join(str(part) for part in location)
-    return f"{CONFIG_FILE}: {shown}: expected {_EXPECTED.get(name, 'a JSON value')}, got {_shown(value)}"
+    place = ".".join(str(part) for part in location)
+    return f"{CONFIG_FILE}: {place}: expected {_EXPECTED.get(name, 'a JSON value')}, got {shown(value)}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """`value` as JSON, cut to 80 characters, for messages."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _read_json(path: Path, source: str) -> object:
+def read_values(path: Path, source: str) -> object:
+    """What the JSON file at `path` holds.
+
+    Raises:
+        InvalidAdapterError: naming `source`: it is missing, not JSON, over 1 MiB, or nests too deeply.
+    """
+
     def refuse(problem: str) -> InvalidAdapterError:
         return InvalidAdapterError(source, [f"{path.name}: {problem}"])
 

@@ -9,73 +9,73 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import mlx.core as mx
 import mlx.nn as nn
+from pydantic import JsonValue
 
-from .config import CONFIG_FILE, AdapterConfig, FineTuneType
+from .config import CONFIG_FILE, AdapterConfig, FineTuneType, LoRAParameters
 from .errors import ContainerStateError, InvalidAdapterError
+from .folders import read_adapter
+from .formats import AdapterFormat, FormatName, ModulesFormat
 from .fusion import FuseReport, Fusion, Precision, fuse_layers
-from .layers import DoRALinear, LoRALayer, LoRALinear, adapted, with_weights
+from .layers import AdaptedLayer, DoRALayer, LoRALayer, adapted, with_weights
+from .mlx_format import MlxFormat
 from .module_weights import ModuleWeights
 from .surgery import Modes, Surgery, copy_modes, replace_modules
-from .targets import find_targets, is_wrapper, linear_shape, module_at, named_modules, resolve_targets
-from .weights import WEIGHTS_FILE, digest_of, read_weights, save_weights
+from .targets import is_wrapper, module_at, named_modules, resolve_targets
+from .weights import WEIGHTS_FILE, digest_of, save_weights
 
 __all__ = ["AdapterContainer"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A container's layers in a model; `before` are the model's modes without them."""
+    """A container's layers in a model; `before` are the model's modes without them.
+
+    `weights` are what the layers held when they were last looked at.
+    """
 
     model: nn.Module
-    layers: dict[str, LoRALinear | DoRALinear]
+    layers: dict[str, AdaptedLayer]
+    weights: dict[str, ModuleWeights]
     surgery: Surgery
     before: Modes
 
 
 class AdapterContainer:
-    """An adapter's config and tensors, and whether they are in a model now.
+    """An adapter as its format has it, and whether it is in a model now.
 
-    Made by `from_directory` or `from_model`. It can be in one model at a time, alone. A call that fails
-    changes nothing.
+    Made by `from_directory`, `from_model` or `from_weights`. It can be in one model at a time, alone. A call
+    that fails changes nothing.
     """
 
-    def __init__(self, config: AdapterConfig, tensors: Mapping[str, mx.array], source: str) -> None:
-        """Use `from_directory` or `from_model`. `tensors` are evaluated; `source` is named in errors."""
-        self._config = config
-        self._tensors = dict(tensors)
-        self._tensors_digest: str | None = None
+    def __init__(self, content: AdapterFormat, source: str, tensors_digest: str | None = None) -> None:
+        """Use one of the class methods. `source` is named in errors; the tensors are evaluated."""
+        self._content = content
+        self._tensors_digest = tensors_digest
         self._source = source
         self._loaded: _Loaded | None = None
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Self:
-        """Read a folder with adapter_config.json and adapters.safetensors, as mlx-lm writes it.
+        """Read a folder as mlx-lm or PEFT writes it; adapter_config.json says which of them did.
 
         Raises:
             InvalidAdapterError: naming the folder and every problem of both files.
         """
         directory = Path(directory)
-        problems: list[str] = []
-        config = weights = None
-        try:
-            config = AdapterConfig.from_directory(directory)
-        except InvalidAdapterError as error:
-            problems += error.problems
-        try:
-            weights = read_weights(directory)
-        except InvalidAdapterError as error:
-            problems += error.problems
-        if config is None or weights is None:
-            raise InvalidAdapterError(directory.name, problems)
-        container = cls(config, weights.tensors, directory.name)
-        container._tensors_digest = weights.digest
-        return container
+        content, digest = read_adapter(directory)
+        return cls(content, directory.name, digest)
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, ModuleWeights], source: str) -> Self:
+        """An adapter of modules by their full paths in the model; the arrays are evaluated here."""
+        mx.eval([[one.lora_a, one.lora_b, one.magnitude, one.bias] for one in weights.values()])
+        return cls(ModulesFormat(dict(weights)), source)
 
     @classmethod
     def from_model(cls, model: nn.Module, config: AdapterConfig) -> Self:
@@ -93,9 +93,9 @@ class AdapterContainer:
         require_bare(model)
         targets = resolve_targets(model, config, "new adapter")
         layers = {path: adapted(linear, config) for path, linear in targets.items()}
-        mx.eval([list(_tensors_of(path, layer).values()) for path, layer in layers.items()])
-        container = cls(config, {}, "new adapter")
-        container._attach(model, layers)
+        mx.eval([layer.parameters() for layer in layers.values()])
+        container = cls(MlxFormat(config, {}), "new adapter")
+        container._attach(model, layers, new=True)
         model.freeze()
         for layer in layers.values():
             layer.unfreeze(recurse=False)
@@ -103,39 +103,49 @@ class AdapterContainer:
         return container
 
     @property
+    def format(self) -> FormatName:
+        """Whose files it is like: "mlx" or "peft"."""
+        return self._current.name
+
+    @property
+    def type(self) -> FineTuneType:
+        """LoRA or DoRA."""
+        return self._content.type
+
+    @property
+    def base_name(self) -> str | None:
+        """The base that the adapter's config names, if it does."""
+        return self._content.base_name
+
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        """Fields of the config that have a value and were ignored, since they matter in training only."""
+        return self._content.ignored_fields
+
+    @property
     def config(self) -> AdapterConfig:
-        """What adapter_config.json says."""
-        return self._config
+        """What the adapter_config.json of an adapter in mlx-lm's format says.
+
+        Raises:
+            ContainerStateError: the adapter did not come in that format.
+        """
+        if isinstance(self._content, MlxFormat):
+            return self._content.config
+        raise ContainerStateError(f"adapter {self._source!r} has no config in mlx-lm's format")
 
     @property
     def parameters(self) -> dict[str, mx.array]:
-        """The tensors by path in the model, as mlx-lm names them; while loaded, as they are in the model."""
-        if self._loaded is not None:
-            live: dict[str, mx.array] = {}
-            for path, layer in self._loaded.layers.items():
-                live |= _tensors_of(path, layer)
-            if live.keys() != self._tensors.keys() or any(live[n] is not self._tensors[n] for n in live):
-                mx.eval(live)
-                self._tensors = live
-                self._tensors_digest = None
-        return dict(self._tensors)
+        """The tensors as the format names them (mlx-lm: by path in the model), as they are now."""
+        return dict(self._current.tensors)
 
     @property
     def digest(self) -> str:
         """What the adapter computes, as "sha256:…": its tensors and the fields of the config that matter."""
-        tensors = self.parameters
+        current = self._current
         if self._tensors_digest is None:
-            self._tensors_digest = digest_of(tensors)
-        parameters = self._config.lora_parameters
-        meaning = [
-            self._config.fine_tune_type.value,
-            self._config.num_layers,
-            parameters.rank,
-            parameters.scale,
-            parameters.keys,
-            self._tensors_digest,
-        ]
-        return f"sha256:{hashlib.sha256(json.dumps(meaning).encode()).hexdigest()}"
+            self._tensors_digest = digest_of(current.tensors)
+        meaning = json.dumps([*_as_list(current.meaning), self._tensors_digest])
+        return f"sha256:{hashlib.sha256(meaning.encode()).hexdigest()}"
 
     @property
     def size_bytes(self) -> int:
@@ -143,7 +153,7 @@ class AdapterContainer:
         return sum(tensor.nbytes for tensor in self.parameters.values())
 
     def check(self, model: nn.Module) -> dict[str, ModuleWeights]:
-        """What this adapter brings to each linear layer of `model`, by path. Changes nothing.
+        """What this adapter brings to each module of `model`, by path. Changes nothing.
 
         Raises:
             InvalidAdapterError: it does not fit: tensors that are missing, left over or of another shape,
@@ -152,37 +162,10 @@ class AdapterContainer:
             ContainerStateError: another adapter is loaded into the model.
         """
         _require_no_adapter(model)
-        targets, problems = find_targets(model, self._config)
-        rank = self._config.lora_parameters.rank
-        is_dora = self._config.fine_tune_type is FineTuneType.DORA
-        tensors = self.parameters
-        expected: dict[str, tuple[int, ...]] = {}
-        for path, linear in targets.items():
-            rows, columns = linear_shape(linear)
-            expected[f"{path}.lora_a"] = (columns, rank)
-            expected[f"{path}.lora_b"] = (rank, rows)
-            if is_dora:
-                expected[f"{path}.m"] = (rows,)
-        for name, shape in expected.items():
-            if name not in tensors:
-                problems.append(f"tensor {name}: expected shape {shape}, the file has none of this name")
-            elif tensors[name].shape != shape:
-                problems.append(
-                    f"tensor {name}: expected shape {shape} (rank {rank}), got {tensors[name].shape}"
-                )
-        left_over = sorted(tensors.keys() - expected.keys())
-        if left_over:
-            known = {path for path, _ in named_modules(model)}
-            problems += [_left_over(name, known, self._config) for name in left_over]
-        if problems:
-            raise InvalidAdapterError(self._source, problems)
-        scale = self._config.lora_parameters.scale
-        return {
-            path: ModuleWeights(
-                tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], tensors.get(f"{path}.m"), scale
-            )
-            for path in targets
-        }
+        mapped = self._current.on(model)
+        if mapped.problems:
+            raise InvalidAdapterError(self._source, mapped.problems)
+        return mapped.weights
 
     def load(self, into: nn.Module) -> None:
         """Adapt `into`: its targeted linear layers are replaced by layers with this adapter, in eval mode.
@@ -196,7 +179,7 @@ class AdapterContainer:
         require_bare(into)
         layers = self._layers(into)
         for layer in layers.values():
-            if isinstance(layer, DoRALinear):
+            if isinstance(layer, DoRALayer):
                 layer.settle()
         self._attach(into, layers)
         for layer in layers.values():
@@ -212,10 +195,9 @@ class AdapterContainer:
         if loaded is None or loaded.model is not from_:
             where = "any model" if loaded is None else "this model, but into another one"
             raise ContainerStateError(f"adapter {self._source!r} is not loaded into {where}")
-        tensors = self.parameters
+        self._content = self._current
         loaded.surgery.undo()
         loaded.before.restore()
-        self._tensors = tensors
         self._loaded = None
 
     def fused_modules(
@@ -252,7 +234,8 @@ class AdapterContainer:
             self.unload(from_=with_)
         surgery = replace_modules(with_, modules)
         for path, base in surgery.replaced.items():
-            copy_modes(base, modules[path])
+            if not is_wrapper(modules[path]):
+                copy_modes(base, modules[path])
 
         def restore() -> None:
             if loaded is not None:
@@ -268,22 +251,37 @@ class AdapterContainer:
 
         Raises:
             OSError: a file cannot be written.
+            ContainerStateError: the adapter did not come in mlx-lm's format.
         """
-        directory = Path(directory)
+        directory, config = Path(directory), self.config
         directory.mkdir(parents=True, exist_ok=True)
         save_weights(directory / WEIGHTS_FILE, self.parameters)
-        self._config.write(directory / CONFIG_FILE)
+        config.write(directory / CONFIG_FILE)
 
-    def _layers(self, model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
+    @property
+    def _current(self) -> AdapterFormat:
+        """The content with the values that the layers hold now: training puts others in place."""
+        loaded = self._loaded
+        if loaded is not None:
+            live = {path: layer.weights for path, layer in loaded.layers.items()}
+            if not _same(live, loaded.weights):
+                mx.eval([[one.lora_a, one.lora_b, one.magnitude, one.bias] for one in live.values()])
+                self._content = self._content.with_weights(live)
+                self._tensors_digest = None
+                self._loaded = replace(loaded, weights=live)
+        return self._content
+
+    def _layers(self, model: nn.Module) -> dict[str, AdaptedLayer]:
         weights = self.check(model)
-        return {
-            path: with_weights(module_at(model, path), linear, self._config)
-            for path, linear in weights.items()
-        }
+        config = AdapterConfig(
+            fine_tune_type=self.type, lora_parameters=LoRAParameters(dropout=self._content.dropout)
+        )
+        return {path: with_weights(module_at(model, path), one, config) for path, one in weights.items()}
 
-    def _attach(self, model: nn.Module, layers: dict[str, LoRALinear | DoRALinear]) -> None:
+    def _attach(self, model: nn.Module, layers: dict[str, AdaptedLayer], new: bool = False) -> None:
         before = Modes(model)
-        self._loaded = _Loaded(model, layers, replace_modules(model, dict(layers)), before)
+        weights = {} if new else {path: layer.weights for path, layer in layers.items()}
+        self._loaded = _Loaded(model, layers, weights, replace_modules(model, dict(layers)), before)
 
 
 def require_bare(model: nn.Module) -> None:
@@ -312,23 +310,14 @@ def _refuse(model: nn.Module, carries: Callable[[nn.Module], bool]) -> None:
         )
 
 
-def _tensors_of(path: str, layer: LoRALinear | DoRALinear) -> dict[str, mx.array]:
-    weights = layer.weights
-    tensors = {f"{path}.lora_a": weights.lora_a, f"{path}.lora_b": weights.lora_b}
-    if weights.magnitude is not None:
-        tensors[f"{path}.m"] = weights.magnitude
-    return tensors
-
-
-def _left_over(name: str, modules: set[str], config: AdapterConfig) -> str:
-    path, _, leaf = name.rpartition(".")
-    if leaf == "m" and config.fine_tune_type is FineTuneType.LORA and path in modules:
-        return f"tensor {name}: not expected: a magnitude, but fine_tune_type is lora (dora has magnitudes)"
-    if leaf not in ("lora_a", "lora_b", "m"):
-        return f"tensor {name}: not expected: not the name of an adapter's tensor (lora_a, lora_b, m)"
-    if path not in modules:
-        return f"tensor {name}: not expected: the model has no module {path}"
-    return (
-        f"tensor {name}: not expected: {CONFIG_FILE} leaves this module out "
-        f"(num_layers {config.num_layers}, keys {config.lora_parameters.keys})"
+def _same(left: Mapping[str, ModuleWeights], right: Mapping[str, ModuleWeights]) -> bool:
+    """Whether both hold the very same arrays."""
+    return left.keys() == right.keys() and all(
+        getattr(left[path], name) is getattr(right[path], name)
+        for path in left
+        for name in ("lora_a", "lora_b", "magnitude", "bias")
     )
+
+
+def _as_list(meaning: JsonValue) -> list[JsonValue]:
+    return meaning if isinstance(meaning, list) else [meaning]

@@ -1,4 +1,4 @@
-"""The tensors of an adapter: adapters.safetensors, read, checked and written.
+"""The tensors of an adapter: adapters.safetensors or adapter_model.safetensors, read, checked and written.
 
 Knows neither the config nor a model: which tensors have to be there is the container's affair. A file is
 read once: what is parsed, checked, hashed and handed on are the very same bytes. The arrays are evaluated on
@@ -23,6 +23,7 @@ from .files import replacing
 
 __all__ = [
     "MAX_HEADER_BYTES",
+    "PEFT_WEIGHTS_FILE",
     "WEIGHTS_FILE",
     "AdapterWeights",
     "digest_of",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 WEIGHTS_FILE = "adapters.safetensors"
+PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 1 << 20
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _EXPONENT_BF16 = 0x7F80  # all ones: infinite or not a number
@@ -46,18 +48,18 @@ class AdapterWeights:
     size_bytes: int
 
 
-def read_weights(directory: str | Path) -> AdapterWeights:
-    """Read and evaluate `adapters.safetensors` in `directory`.
+def read_weights(directory: str | Path, file_name: str = WEIGHTS_FILE) -> AdapterWeights:
+    """Read and evaluate the safetensors file of this name in `directory`.
 
     Raises:
         InvalidAdapterError: the file is missing, not whole, not safetensors, has a header over 1 MiB, or
             holds tensors that are not float32, float16 or bfloat16, or values that are not finite.
     """
     directory = Path(directory)
-    found, problems = _read(directory / WEIGHTS_FILE)
+    found, problems = _read(directory / file_name)
     problems = problems or _not_finite(found)
     if problems:
-        raise InvalidAdapterError(directory.name, [f"{WEIGHTS_FILE}: {problem}" for problem in problems])
+        raise InvalidAdapterError(directory.name, [f"{file_name}: {problem}" for problem in problems])
     digest = _digest((tensor.name, tensor.dtype, tensor.shape, tensor.values) for tensor in found)
     tensors: dict[str, mx.array] = {}
     for tensor in _one_by_one(found):

@@ -1,0 +1,84 @@
+"""Which modules a PEFT config adapts, and with which rank and alpha: PEFT's own rules, by name.
+
+As in PEFT 0.21: `check_target_module_exists` (peft/tuners/tuners_utils.py) and `get_pattern_key`
+(peft/utils/other.py). Names are those of the transformers model, not of the MLX one. Pure functions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .peft_config import PeftFields
+
+__all__ = ["all_linear", "is_target", "is_target_parameter", "pattern_value"]
+
+_ALL_LINEAR = "all-linear"
+
+
+def all_linear(fields: PeftFields) -> bool:
+    """Whether every linear layer but the head is a target."""
+    return isinstance(fields.target_modules, str) and fields.target_modules.lower() == _ALL_LINEAR
+
+
+def is_target(fields: PeftFields, name: str, *, is_linear: bool, is_head: bool = False) -> bool:
+    """Whether the module `name` is adapted; `is_linear` and `is_head` decide for "all-linear" alone."""
+    if _is_excluded(fields, name):
+        return False
+    targets = fields.target_modules
+    if targets is None:
+        return False
+    if all_linear(fields):
+        return is_linear and not is_head
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:  # a full path is a target in whatever layer it lies
+        return True
+    return _ends_with(name, targets) and _in_layers(fields, name)
+
+
+def is_target_parameter(fields: PeftFields, name: str) -> bool:
+    """Whether the parameter `name` (its module's path and its own name) is adapted."""
+    targets = fields.target_parameters or []
+    return name in targets or _ends_with(name, targets)
+
+
+def pattern_value(pattern: dict[str, float] | dict[str, int] | None, name: str, default: float) -> float:
+    """The value of the first key that matches `name` or its end as a regular expression."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return (pattern or {}).get(name, default)
+
+
+def _is_excluded(fields: PeftFields, name: str) -> bool:
+    excluded = fields.exclude_modules
+    if not excluded:
+        return False
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, name) is not None
+    return name in excluded or _ends_with(name, excluded)
+
+
+def _ends_with(name: str, keys: Iterable[str]) -> bool:
+    return any(name.endswith(f".{key}") for key in keys)
+
+
+def _in_layers(fields: PeftFields, name: str) -> bool:
+    wanted = fields.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    patterns = fields.layers_pattern
+    found = None
+    if not patterns:
+        # The first number is the layer's; a later one may be an expert's.
+        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
+    else:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
+            if found is not None:
+                break
+    if found is None:
+        return False
+    index = int(found["index"])
+    return index == wanted if isinstance(wanted, int) else index in wanted
