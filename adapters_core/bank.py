@@ -15,15 +15,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .container import AdapterContainer
-from .errors import ContainerStateError
-from .layers import compute_dtype, dense_weight
+from .errors import ContainerStateError, InvalidAdapterError
 from .layout import Factors, GroupLayout, Layout, Projection, bucket_rank, group_projections
 from .mixed import MixedLinear, ProjectionGroup
 from .module_weights import ModuleWeights
+from .modules import ModuleKind, compute_dtype, dense_weight, kind_of, weight_shape
 from .routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
 from .stacks import Shelf
 from .surgery import replace_modules
-from .targets import linear_shape, module_at
+from .targets import module_at
 
 __all__ = ["AdapterBank", "PreparedAdapter", "ResidentAdapter", "RowAdapters", "make_row", "row_key"]
 
@@ -75,7 +75,13 @@ class AdapterBank:
         weights = container.check(self._model)
         default = self._float_dtype
         linears = {path: module_at(self._model, path) for path in weights}
-        names = group_projections({path: linear_shape(linears[path])[1] for path in weights})
+        others = [path for path, linear in linears.items() if kind_of(linear) is not ModuleKind.LINEAR]
+        if others:
+            raise InvalidAdapterError(
+                container.digest,
+                [f"{path}: only linear layers can be served beside other adapters" for path in others],
+            )
+        names = group_projections({path: weight_shape(linears[path])[1] for path in weights})
         groups = {name: _lay_out(paths, weights, linears, default) for name, paths in names.items()}
         largest = max((linear.scale for linear in weights.values()), key=abs)
         # A product with the scale less in each forward; in float32, what B loses by it does not show.
@@ -116,6 +122,15 @@ class AdapterBank:
             if not shelf.slots:
                 self._clear(shelf)
         return resident
+
+    def copy_of(self, resident: ResidentAdapter) -> PreparedAdapter | None:
+        """What `add` needs to bring `resident` back bit for bit, copied; None if it is not resident."""
+        placement = self._routing.placements.get(resident)
+        if placement is None:
+            return None
+        groups = placement.layout.groups
+        rows = self._shelves[frozenset(groups.items())].rows_of(resident)
+        return PreparedAdapter(resident, placement.scale, dict(groups), rows)
 
     def remove(self, resident: ResidentAdapter) -> int:
         """Drop `resident` and return the bytes that this freed.
@@ -188,7 +203,7 @@ def _lay_out(
     numbers += [mx.zeros(1, weights[path].lora_a.dtype) for path in paths]
     projections = []
     for path in paths:
-        out_size, in_size = linear_shape(linears[path])
+        out_size, in_size = weight_shape(linears[path])
         projections.append(Projection(path, bucket_rank(weights[path].lora_a.shape[1]), in_size, out_size))
     is_dora = weights[paths[0]].magnitude is not None
     return GroupLayout(tuple(projections), is_dora, sum(numbers[1:], numbers[0]).dtype)

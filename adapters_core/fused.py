@@ -22,8 +22,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .fused_source import kernel_source
-from .layers import compute_dtype
 from .layout import GroupLayout
+from .modules import compute_dtype
 
 if TYPE_CHECKING:
     from .routing import Pass

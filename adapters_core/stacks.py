@@ -101,6 +101,13 @@ class Shelf:
         self.slots[adapter] = slot
         return slot
 
+    def rows_of(self, adapter: ResidentAdapter) -> dict[str, mx.array]:
+        """Copies of the rows of `adapter`, by group, evaluated."""
+        slot = self.slots[adapter]
+        rows = {name: stack.slab[slot] for name, stack in self.stacks.items()}  # an integer as index copies
+        mx.eval(rows)
+        return rows
+
     def drop(self, adapter: ResidentAdapter) -> bool:
         """Empty the slot of `adapter`. Returns whether the others were numbered anew.
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from .config import AdapterConfig
+from .config import AdapterConfig, FineTuneType
 from .errors import InvalidAdapterError, UnsupportedModelError
+from .modules import ModuleKind, kind_of
 from .surgery import locate
 
 __all__ = [
@@ -23,15 +23,11 @@ __all__ = [
     "default_keys",
     "find_targets",
     "is_wrapper",
-    "linear_shape",
     "module_at",
     "named_base_modules",
     "named_modules",
     "resolve_targets",
 ]
-
-_LINEAR = (nn.Linear, nn.QuantizedLinear)
-_ADAPTED_BY_MLX_LM = (*_LINEAR, SwitchLinear, QuantizedSwitchLinear, nn.Embedding, nn.QuantizedEmbedding)
 
 
 @runtime_checkable
@@ -89,14 +85,6 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     return module.reverted() if is_wrapper(module) else module
 
 
-def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of an `nn.Linear` or `nn.QuantizedLinear` of any bits and mode."""
-    rows, columns = linear["weight"].shape
-    if isinstance(linear, nn.QuantizedLinear):
-        columns = linear["scales"].shape[-1] * linear.group_size
-    return rows, columns
-
-
 def adaptable_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers of `model` in order, each with its path.
 
@@ -122,19 +110,19 @@ def adaptable_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def default_keys(model: nn.Module) -> list[str]:
-    """Paths, relative to a layer, of all linear layers that can be adapted, in order of appearance."""
+    """Paths, relative to a layer, of all modules that can be adapted, in order of appearance."""
     return list(
         dict.fromkeys(
             key
             for _, layer in adaptable_layers(model)
             for key, module in named_base_modules(layer)
-            if _can_adapt(module)
+            if kind_of(module) is not None
         )
     )
 
 
 def resolve_targets(model: nn.Module, config: AdapterConfig, source: str = "config") -> dict[str, nn.Module]:
-    """The base linear layers that `config` adapts in `model`, by full path.
+    """The base modules that `config` adapts in `model`, by full path.
 
     Raises:
         UnsupportedModelError: the model's layers cannot be reached.
@@ -175,8 +163,10 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
             for key in dict.fromkeys(given)
             if key not in used
         ]
-    targets = {path: module for path, module in matched.items() if _can_adapt(module)}
-    problems += [_unfit(path, module) for path, module in matched.items() if path not in targets]
+    is_dora = config.fine_tune_type is FineTuneType.DORA
+    unfit = {path: reason for path, module in matched.items() if (reason := _unfit(path, module, is_dora))}
+    targets = {path: module for path, module in matched.items() if path not in unfit}
+    problems += unfit.values()
     if not matched and not problems:
         problems.append("no layer of the model has a module that can be adapted")
     return targets, problems
@@ -187,12 +177,8 @@ def _mlx_lm_keys(layers: Sequence[tuple[str, list[tuple[str, nn.Module]]]]) -> l
         key
         for _, modules in layers
         for key, module in modules
-        if hasattr(module, "to_lora") or isinstance(module, _ADAPTED_BY_MLX_LM)
+        if hasattr(module, "to_lora") or kind_of(module) is not None
     ]
-
-
-def _can_adapt(module: nn.Module) -> bool:
-    return isinstance(module, _LINEAR) and not hasattr(module, "to_lora")
 
 
 def _unmatched(key: str, exists: bool, num_layers: int) -> str:
@@ -204,8 +190,15 @@ def _unmatched(key: str, exists: bool, num_layers: int) -> str:
     )
 
 
-def _unfit(path: str, module: nn.Module) -> str:
-    return (
-        f"{path} is a {type(module).__name__}; only nn.Linear and nn.QuantizedLinear can be adapted. "
-        "Train the adapter with lora_parameters.keys that leave it out"
-    )
+def _unfit(path: str, module: nn.Module, is_dora: bool) -> str | None:
+    """Why the module at `path` cannot be adapted; None if it can."""
+    kind, name = kind_of(module), type(module).__name__
+    if hasattr(module, "to_lora"):
+        reason = f"a {name}, which has adapters of a form of its own (its to_lora)"
+    elif kind is None:
+        reason = f"a {name}; only linear layers, embeddings and switch layers of experts can be adapted"
+    elif kind is ModuleKind.SWITCH and is_dora:
+        reason = f"a {name}, of which there is LoRA but no DoRA"
+    else:
+        return None
+    return f"{path} is {reason}. Train the adapter with lora_parameters.keys that leave it out"

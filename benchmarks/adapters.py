@@ -19,8 +19,8 @@ import numpy as np
 from mlx_lm.utils import load_model
 
 from adapters_core.config import CONFIG_FILE, AdapterConfig, LoRAParameters
-from adapters_core.layers import compute_dtype, dense_weight
-from adapters_core.targets import default_keys, linear_shape, resolve_targets
+from adapters_core.modules import compute_dtype, dense_weight, factor_shapes, weight_shape
+from adapters_core.targets import default_keys, resolve_targets
 from adapters_core.weights import WEIGHTS_FILE, save_weights
 
 __all__ = ["KINDS", "AdapterKind", "KindName", "write_adapters"]
@@ -110,16 +110,16 @@ def _root_mean_square(linear: nn.Module) -> float:
 def _factors(
     linear: nn.Module, weight_size: float, rank: int, key_a: mx.array, key_b: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """A (in, rank) and B (rank, out), in the dtype that the base computes in.
+    """A and B, in the shapes of `factor_shapes` and the dtype that the base computes in.
 
     A is uniform in ±1/√in, of variance 1/(3·in), as training begins with; B is normal, of the variance
     that gives scale·A·B, whose variance is scale²·rank·var(A)·var(B), the wanted size.
     """
-    rows, columns = linear_shape(linear)
+    shapes = factor_shapes(linear, rank, is_dora=False)
     dtype = compute_dtype(linear)
-    bound = 1 / math.sqrt(columns)
+    bound = 1 / math.sqrt(weight_shape(linear)[-1])
     spread_a = bound / math.sqrt(3)
     spread_b = _RELATIVE_SIZE * weight_size / (_SCALE * math.sqrt(rank) * spread_a)
-    lora_a = mx.random.uniform(-bound, bound, (columns, rank), key=key_a)
-    lora_b = spread_b * mx.random.normal((rank, rows), key=key_b)
+    lora_a = mx.random.uniform(-bound, bound, shapes["lora_a"], key=key_a)
+    lora_b = spread_b * mx.random.normal(shapes["lora_b"], key=key_b)
     return lora_a.astype(dtype), lora_b.astype(dtype)

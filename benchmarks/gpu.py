@@ -28,11 +28,10 @@ from rich.table import Table
 
 from adapters_core.bank import AdapterBank, PreparedAdapter
 from adapters_core.fused import Kernels
-from adapters_core.layers import compute_dtype
 from adapters_core.layout import GroupLayout, Projection, group_projections
 from adapters_core.mixed import MixedLinear
+from adapters_core.modules import compute_dtype, weight_shape
 from adapters_core.routing import AdapterRows, ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
-from adapters_core.targets import linear_shape
 
 _PROMPT_TOKENS = 32
 _SCALE = 2.0
@@ -118,7 +117,7 @@ class Sides:
         for module in self.model.layers[0].modules():
             if not isinstance(module, MixedLinear):
                 continue
-            x = mx.random.normal((len(rows), 1, linear_shape(module.reverted())[1])).astype(mx.bfloat16)
+            x = mx.random.normal((len(rows), 1, weight_shape(module.reverted())[1])).astype(mx.bfloat16)
             found = {}
             for form in self.forms:
                 self.use(form)
@@ -255,8 +254,8 @@ def _random_adapter(model: nn.Module, rank: int, seed: int) -> PreparedAdapter:
     groups: dict[str, GroupLayout] = {}
     rows: dict[str, mx.array] = {}
     key = mx.random.key(seed)
-    for name, paths in group_projections({p: linear_shape(one)[1] for p, one in linears.items()}).items():
-        parts = [Projection(path, rank, *linear_shape(linears[path])[::-1]) for path in paths]
+    for name, paths in group_projections({p: weight_shape(one)[1] for p, one in linears.items()}).items():
+        parts = [Projection(path, rank, *weight_shape(linears[path])[::-1]) for path in paths]
         groups[name] = GroupLayout(tuple(parts), False, compute_dtype(linears[paths[0]]))
         key, mine = mx.random.split(key)
         rows[name] = (_SIZE * mx.random.normal((groups[name].size,), key=mine)).astype(groups[name].dtype)

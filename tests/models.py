@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from adapters_core.config import AdapterConfig
-from adapters_core.layers import dense_weight
-from adapters_core.targets import linear_shape, resolve_targets
+from adapters_core.modules import dense_weight, factor_shapes
+from adapters_core.targets import resolve_targets
 
 VOCABULARY = 96
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -73,13 +73,13 @@ def adapter_tensors(
     rng = np.random.default_rng(seed)
     rank = config.lora_parameters.rank
     tensors = {}
-    for path, linear in resolve_targets(model, config).items():
-        rows, columns = linear_shape(linear)
-        tensors[f"{path}.lora_a"] = mx.array(rng.normal(0, size, (columns, rank)), dtype=mx.float32)
-        tensors[f"{path}.lora_b"] = mx.array(rng.normal(0, size, (rank, rows)), dtype=mx.float32)
-        if config.fine_tune_type == "dora":
-            norm = mx.linalg.norm(dense_weight(linear).astype(mx.float32), axis=1)
-            tensors[f"{path}.m"] = norm * mx.array(rng.uniform(0.7, 1.4, rows), dtype=mx.float32)
+    for path, module in resolve_targets(model, config).items():
+        for leaf, shape in factor_shapes(module, rank, config.fine_tune_type == "dora").items():
+            if leaf == "m":
+                norm = mx.linalg.norm(dense_weight(module).astype(mx.float32), axis=1)
+                tensors[f"{path}.m"] = norm * mx.array(rng.uniform(0.7, 1.4, shape), dtype=mx.float32)
+            else:
+                tensors[f"{path}.{leaf}"] = mx.array(rng.normal(0, size, shape), dtype=mx.float32)
     return tensors
 
 

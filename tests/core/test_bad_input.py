@@ -93,7 +93,7 @@ BAD_VALUES: dict[str, tuple[Callable[[Values], None], str]] = {
         lambda v: v["lora_parameters"].update(keys=[*QKV, "mlp.nope"]),
         "'mlp.nope' matches no module",
     ),
-    "embedding": (lambda v: v["lora_parameters"].update(keys=[*QKV, "model.embed_tokens"]), "Embedding"),
+    "norm": (lambda v: v["lora_parameters"].update(keys=[*QKV, "model.norm"]), "is a RMSNorm"),
     "impossible rank": (lambda v: v["lora_parameters"].update(rank=-1), "rank: expected a whole number"),
     "infinite scale": (lambda v: v["lora_parameters"].update(scale=1e400), "Infinity"),
     "full": (lambda v: v.update(fine_tune_type="full"), "Serve the folder as a model"),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import qwen2_moe
 from mlx_lm.models.afm7 import FusedLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from adapters_core.config import AdapterConfig
 from adapters_core.errors import ContainerStateError, InvalidAdapterError, UnsupportedModelError
+from adapters_core.modules import ModuleKind, kind_of, weight_shape
 from adapters_core.surgery import Modes, replace_modules
 from adapters_core.targets import (
     adaptable_layers,
     default_keys,
-    linear_shape,
     module_at,
     named_base_modules,
     resolve_targets,
@@ -111,25 +114,48 @@ def test_a_module_named_twice_is_a_problem() -> None:
     assert "named twice" in problems[0]
 
 
-@pytest.mark.parametrize("key", ["model.embed_tokens", "input_layernorm", "self_attn", "mlp", "model"])
-def test_modules_that_are_not_linear_are_refused_by_name(key: str) -> None:
+@pytest.mark.parametrize("key", ["model.norm", "input_layernorm", "self_attn", "mlp", "model"])
+def test_modules_of_no_kind_are_refused_by_name(key: str) -> None:
     problems = _refused(tiny_llama(), _config(num_layers=1, keys=[key, "self_attn.q_proj"]))
     assert len(problems) == 1
     assert key in problems[0]
-    assert "only nn.Linear and nn.QuantizedLinear" in problems[0]
+    assert "only linear layers, embeddings and switch layers" in problems[0]
 
 
-def test_what_mlx_lm_would_adapt_and_we_cannot_is_refused_by_name() -> None:
-    problems = _refused(_tiny_moe(), _config(num_layers=1, keys=None))
+def _mlx_lms_choice(model: nn.Module, values: dict[str, Any]) -> set[str]:
+    linear_to_lora_layers(model, values["num_layers"], {"keys": None, **values["lora_parameters"]})
+    return {path for path, module in model.named_modules() if "lora_a" in module}
+
+
+@pytest.mark.parametrize("num_layers", [-1, 1])
+@pytest.mark.parametrize("keys", [None, ["mlp.switch_mlp.up_proj", "model.embed_tokens", "lm_head"]])
+def test_the_choice_is_mlx_lms_for_every_kind_of_module(num_layers: int, keys: list[str] | None) -> None:
+    values = adapter_values(num_layers=num_layers, keys=keys)
+    found = resolve_targets(_tiny_moe(), AdapterConfig.from_values(values, "test"))
+    assert found.keys() == _mlx_lms_choice(_tiny_moe(), values)
+    kinds = {kind_of(module) for module in found.values()}
+    assert ModuleKind.SWITCH in kinds
+    assert (ModuleKind.EMBEDDING in kinds) == (keys is not None)
+    assert keys is not None or set(default_keys(_tiny_moe())) == {path.split(".", 3)[3] for path in found}
+
+
+def test_what_mlx_lm_cannot_adapt_either_is_refused_by_name() -> None:
+    problems = _refused(_tiny_moe(), _config("dora", num_layers=1, keys=None))
     assert sorted(problem.split()[0] for problem in problems) == [
         f"model.layers.1.mlp.switch_mlp.{name}_proj" for name in ("down", "gate", "up")
     ]
-    assert all("SwitchLinear" in problem for problem in problems)
-    linear = resolve_targets(_tiny_moe(), _config(num_layers=1, keys=default_keys(_tiny_moe())))
-    assert "model.layers.1.mlp.shared_expert.up_proj" in linear
+    assert all("SwitchLinear, of which there is LoRA but no DoRA" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_modules_with_adapters_of_a_form_of_their_own_are_refused(kind: str) -> None:
     model = tiny_llama()
     model.layers[2].self_attn.q_proj = FusedLinear(64, [32, 32])
-    assert "q_proj is a FusedLinear" in _refused(model, _config(keys=QKV))[0]
+    for keys in (QKV, None):
+        problems = _refused(model, _config(kind, keys=keys))
+        assert len(problems) == 1
+        assert "q_proj is a FusedLinear" in problems[0]
+        assert "to_lora" in problems[0]
 
 
 def test_models_whose_layers_cannot_be_reached_are_refused() -> None:
@@ -152,8 +178,8 @@ def test_models_whose_layers_cannot_be_reached_are_refused() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_shapes_of_quantised_layers_are_those_of_the_dense_ones(bits: int) -> None:
-    assert linear_shape(nn.Linear(192, 48).to_quantized(64, bits)) == (48, 192)
-    assert linear_shape(nn.Linear(192, 48)) == (48, 192)
+    assert weight_shape(nn.Linear(192, 48).to_quantized(64, bits)) == (48, 192)
+    assert weight_shape(nn.Linear(192, 48)) == (48, 192)
 
 
 def test_wrappers_are_seen_through() -> None:
@@ -206,7 +232,7 @@ def test_undo_refuses_to_bury_a_later_change() -> None:
     assert snapshot(model) == during
     second.undo()
     first.undo()
-    assert linear_shape(model.lm_head) == (96, 64)
+    assert weight_shape(model.lm_head) == (96, 64)
 
 
 def test_layers_that_share_a_module_are_refused() -> None:
