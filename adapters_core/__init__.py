@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .bank import AdapterBank, PreparedAdapter
+    from .blending import Blend, BlendOptions, BlendPart, BlendReport, blend
     from .config import AdapterConfig, FineTuneType, LoRAParameters
     from .container import AdapterContainer
     from .errors import (
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         BlendError,
         ContainerStateError,
         InvalidAdapterError,
+        InvalidBlendError,
         UnsupportedModelError,
     )
     from .fusion import FuseReport, Fusion, Precision
@@ -32,13 +34,18 @@ __all__ = [
     "AdapterContainer",
     "AdapterError",
     "AdapterRows",
+    "Blend",
     "BlendError",
+    "BlendOptions",
+    "BlendPart",
+    "BlendReport",
     "ContainerStateError",
     "DoRALinear",
     "FineTuneType",
     "FuseReport",
     "Fusion",
     "InvalidAdapterError",
+    "InvalidBlendError",
     "LoRALayer",
     "LoRALinear",
     "LoRAParameters",
@@ -53,6 +60,7 @@ __all__ = [
     "RowAdapters",
     "UnsupportedModelError",
     "adaptable_layers",
+    "blend",
     "default_keys",
     "make_row",
     "resolve_targets",
@@ -61,6 +69,7 @@ __all__ = [
 
 _MODULES = {
     "bank": ("AdapterBank", "PreparedAdapter"),
+    "blending": ("Blend", "BlendOptions", "BlendPart", "BlendReport", "blend"),
     "config": ("AdapterConfig", "FineTuneType", "LoRAParameters"),
     "container": ("AdapterContainer",),
     "errors": (
@@ -68,6 +77,7 @@ _MODULES = {
         "BlendError",
         "ContainerStateError",
         "InvalidAdapterError",
+        "InvalidBlendError",
         "UnsupportedModelError",
     ),
     "fusion": ("FuseReport", "Fusion", "Precision"),

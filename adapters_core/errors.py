@@ -5,6 +5,7 @@ AdapterError
 ├── UnsupportedModelError  a model that cannot be adapted, or not served in mixed batches
 ├── ContainerStateError    a call out of turn: load twice, unload what is not loaded
 └── BlendError             weights that the adapters of a row do not allow
+    └── InvalidBlendError  adapters, weights and options that make no adapter together
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ __all__ = [
     "BlendError",
     "ContainerStateError",
     "InvalidAdapterError",
+    "InvalidBlendError",
     "UnsupportedModelError",
 ]
 
@@ -52,3 +54,14 @@ class ContainerStateError(AdapterError):
 
 class BlendError(AdapterError):
     """A combination of adapters and weights that cannot be computed exactly."""
+
+
+class InvalidBlendError(BlendError):
+    """Adapters that cannot be made into one, with everything that is wrong.
+
+    `problems` holds one sentence each, never empty; each begins with the option or the module concerned.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))

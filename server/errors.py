@@ -27,7 +27,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from adapters_core.errors import BlendError, ContainerStateError, InvalidAdapterError, UnsupportedModelError
+from adapters_core.errors import (
+    BlendError,
+    ContainerStateError,
+    InvalidAdapterError,
+    InvalidBlendError,
+    UnsupportedModelError,
+)
 from server.adapters.errors import AdapterBusyError, AdapterMemoryBusyError, LifeCycleError
 from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
 from server.validation import describe_problems
@@ -160,6 +166,18 @@ def _from_invalid_adapter(error: InvalidAdapterError) -> ApiError:
     return ApiError(422, str(error), code="adapter_invalid", details=list(error.problems), headers=_NO_RETRY)
 
 
+def _from_invalid_blend(error: InvalidBlendError) -> ApiError:
+    message = f"The adapters cannot be blended so: {error}."
+    param = _option_at_fault(error)
+    return ApiError(400, message, param=param, code="not_blendable", details=list(error.problems))
+
+
+def _option_at_fault(error: InvalidBlendError) -> str:
+    """The field of the body that the first problem names; modules are the blended adapters' affair."""
+    name = error.problems[0].partition(":")[0]
+    return name if name in ("method", "density", "rank", "seed") else "blend"
+
+
 def _from_unsupported_model(error: UnsupportedModelError) -> ApiError:
     return ApiError(422, str(error), code="model_unsupported", details=list(error.reasons), headers=_NO_RETRY)
 
@@ -201,6 +219,7 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     BlendError: lambda error: InvalidRequestError(str(error), param="adapters", code="not_blendable"),
     ContainerStateError: lambda error: ConflictError(str(error), code="adapter_state"),
     InvalidAdapterError: _from_invalid_adapter,
+    InvalidBlendError: _from_invalid_blend,
     UnsupportedModelError: _from_unsupported_model,
     EngineOverloadedError: lambda error: OverloadedError(f"The server is busy: {error}."),
     EngineStoppedError: lambda error: OverloadedError("The model is not served.", code="engine_stopped"),
