@@ -217,9 +217,7 @@ class AdapterContainer:
     def fuse(self, with_: nn.Module, precision: Precision = "auto") -> Fusion:
         """Merge this adapter into the model's own layers, whether it is loaded into it or not.
 
-        On quantised layers, "requantize" keeps the quantisation, "dequantize" makes dense layers of the
-        base's compute dtype, and "auto" quantises a layer again only if the relative error of its change
-        stays within 0.05. Dense layers keep their dtype. The adapter is not loaded afterwards.
+        What becomes of layers at each precision: `fusion.fuse_layers`. The adapter is not loaded afterwards.
 
         Raises:
             As `fused_modules`; ContainerStateError also if the model carries any other adapter.

@@ -2,7 +2,9 @@
 
 Quantising a merged weight again rounds the adapter's change with it, and can lose a small one. So the
 error is always measured, as ‖(W' - W) - Δ‖ / ‖Δ‖ in float32: W the base's weight, Δ the exact change,
-W' the weight of the new layer. Changes no model. Runs on the thread that owns the model.
+W' the weight of the new layer. How a weight may be stored is `fusion_forms`' affair; what becomes of the
+outputs, `fusion_activations`'. Changes no model. Runs on the thread that owns the model, or on any other
+that reads the layers while nobody trains them.
 """
 
 from __future__ import annotations
@@ -16,26 +18,28 @@ from typing import Literal, NamedTuple, cast, get_args
 import mlx.core as mx
 import mlx.nn as nn
 
+from .adapted_layer import AdaptedLayer
 from .errors import InvalidAdapterError
-from .layers import DoRALinear, LoRALinear, dense_linear, dense_weight, quantized_like
+from .fusion_forms import Form, beside, merged_forms, size_bytes
+from .modules import dense_weight
 from .surgery import Surgery
 
 __all__ = ["AUTO_THRESHOLD", "FuseReport", "Fusion", "Precision", "fuse_layers"]
 
-Precision = Literal["auto", "requantize", "dequantize"]
-"""How quantised layers are fused: kept quantised, made dense, or (auto) quantised where that loses little."""
+Precision = Literal["auto", "requantize", "keep", "dequantize"]
+"""How adapted layers are stored: see `fuse_layers`."""
 
 AUTO_THRESHOLD = 0.05
-_Outcome = Literal["dense", "requantized", "kept_dense"]
+"""The relative error of a layer's change up to which "auto" takes a smaller form."""
 
 
 @dataclass(frozen=True, slots=True)
 class FuseReport:
     """What a fusion did.
 
-    `precision` counts modules by outcome: "dense" (the base is dense, or "dequantize" was asked for),
-    "requantized", and "kept_dense" ("auto" found that quantising again loses too much). The errors are
-    relative errors of the fused change, over all modules.
+    `precision` counts modules by the form that they got (`fusion_forms.Form`). The errors are relative errors
+    of the fused change, over all modules; `threshold` is what "auto" kept to. The bytes are those of the
+    adapted modules alone, as they were in the base and as they are now.
     """
 
     modules: int
@@ -43,6 +47,9 @@ class FuseReport:
     error_mean: float
     error_worst: float
     worst_module: str
+    threshold: float
+    bytes_before: int
+    bytes_after: int
 
 
 class Fusion:
@@ -65,14 +72,28 @@ class Fusion:
 
 class _Fused(NamedTuple):
     module: nn.Module
-    outcome: _Outcome
+    form: Form
     error: float
 
 
 def fuse_layers(
-    layers: Mapping[str, LoRALinear | DoRALinear], precision: Precision, source: str
+    layers: Mapping[str, AdaptedLayer],
+    precision: Precision,
+    source: str,
+    threshold: float = AUTO_THRESHOLD,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, nn.Module], FuseReport]:
-    """Plain layers that compute what `layers` (by path, not empty) do, evaluated, and how well.
+    """Layers that compute what `layers` (by path, not empty) do, evaluated, and how well.
+
+    Dense layers are merged and stay dense, except for "keep". A quantised layer becomes:
+
+    - "requantize": quantised again, as the base is;
+    - "dequantize": dense, in the base's compute dtype;
+    - "keep": itself, bit for bit, with the factors beside it: exact, and no plain layer;
+    - "auto": the smallest plain form whose relative error is at most `threshold`: quantised as the base is,
+      else with 8 bits, else dense.
+
+    `progress` is told how many layers of how many are done.
 
     Raises:
         ValueError: there is no such precision.
@@ -80,7 +101,10 @@ def fuse_layers(
     """
     if precision not in get_args(Precision):
         raise ValueError(f"expected precision to be one of {get_args(Precision)}, got {precision!r}")
-    fused = {path: _fuse(layer, precision) for path, layer in layers.items()}
+    fused: dict[str, _Fused] = {}
+    for path, layer in layers.items():
+        fused[path] = _fuse(layer, precision, threshold)
+        progress(len(fused), len(layers))
     broken = [path for path, result in fused.items() if not math.isfinite(result.error)]
     if broken:
         raise InvalidAdapterError(
@@ -90,38 +114,41 @@ def fuse_layers(
     worst = max(fused, key=lambda path: fused[path].error)
     report = FuseReport(
         modules=len(fused),
-        precision=dict(Counter(result.outcome for result in fused.values())),
+        precision=dict(Counter(result.form for result in fused.values())),
         error_mean=sum(result.error for result in fused.values()) / len(fused),
         error_worst=fused[worst].error,
         worst_module=worst,
+        threshold=threshold,
+        bytes_before=sum(size_bytes(layer.reverted()) for layer in layers.values()),
+        bytes_after=sum(size_bytes(result.module) for result in fused.values()),
     )
     return {path: result.module for path, result in fused.items()}, report
 
 
-def _fuse(layer: LoRALinear | DoRALinear, precision: Precision) -> _Fused:
-    base = layer.reverted()
-    before = dense_weight(base).astype(mx.float32)
+def _fuse(layer: AdaptedLayer, precision: Precision, threshold: float) -> _Fused:
+    before = dense_weight(layer.reverted()).astype(mx.float32)
     after = layer.fused_weight()
     change = after - before
     size = mx.linalg.norm(change)
     # One module at a time, so that the float32 weights of a whole model never exist at once.
     mx.eval(before, after, change, size)
-    if not isinstance(base, nn.QuantizedLinear) or precision == "dequantize":
-        return _measured(dense_linear(base, after), "dense", before, change, size)
-    if size.item() == 0.0:
-        # Even an unchanged weight need not survive being quantised again.
-        return _Fused(base, "requantized", 0.0)
-    result = _measured(quantized_like(base, after), "requantized", before, change, size)
-    if precision == "auto" and not result.error <= AUTO_THRESHOLD:
-        return _measured(dense_linear(base, after), "kept_dense", before, change, size)
-    return result
+    if precision == "keep":
+        return _Fused(beside(layer), "unmerged", 0.0 if mx.isfinite(size).item() else math.nan)
+    found: list[_Fused] = []
+    is_changed = size.item() != 0.0
+    for form, module in merged_forms(
+        layer, after, dequantize=precision == "dequantize", is_changed=is_changed
+    ):
+        found.append(_Fused(module, form, _error(module, before, change, size)))
+        if precision != "auto" or found[-1].error <= threshold:
+            return found[-1]
+    return min(found, key=lambda result: result.error)
 
 
-def _measured(
-    module: nn.Module, outcome: _Outcome, before: mx.array, change: mx.array, size: mx.array
-) -> _Fused:
+def _error(module: nn.Module, before: mx.array, change: mx.array, size: mx.array) -> float:
+    """‖(W' - W) - Δ‖ / ‖Δ‖, which is 0 where there is neither a change nor a loss. Evaluates `module`."""
     lost = mx.linalg.norm((dense_weight(module).astype(mx.float32) - before) - change)
     mx.eval(module.parameters(), lost)
     if size.item() == 0.0 and lost.item() == 0.0:
-        return _Fused(module, outcome, 0.0)
-    return _Fused(module, outcome, cast(float, mx.divide(lost, size).item()))
+        return 0.0
+    return cast(float, mx.divide(lost, size).item())

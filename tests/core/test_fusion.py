@@ -150,6 +150,7 @@ def test_auto_quantises_again_only_what_keeps_its_change(tmp_path: Path) -> None
     exact = {f"model.layers.1.{key}": _attention(model, 1, key).fused_weight() for key in QKV}
     report = container.fuse(with_=model, precision="auto").report
     assert report.precision == {"requantized": 6, "kept_dense": 3}
+    assert report.threshold == AUTO_THRESHOLD
     assert report.error_worst <= AUTO_THRESHOLD
     kinds = {
         path: type(m) for path, m in model.named_modules() if path.removeprefix("model.layers.")[2:] in QKV
@@ -174,6 +175,7 @@ def test_an_adapter_without_effect_fuses_without_error(tmp_path: Path) -> None:
         ("auto", "requantized"),
         ("requantize", "requantized"),
         ("dequantize", "dense"),
+        ("keep", "unmerged"),
     ):
         fusion = container.fuse(with_=model, precision=precision)  # pyright: ignore[reportArgumentType]
         assert fusion.report.precision == {outcome: 9}
@@ -202,7 +204,7 @@ def test_fused_layers_keep_the_compute_dtype(
     if precision == "requantize" and bits:
         assert AUTO_THRESHOLD < report.error_mean < 0.5
     else:
-        assert relative_error(logits(model), applied) < 0.1
+        assert relative_error(logits(model), applied) < 0.15
 
 
 def test_fusing_equals_mlx_lms_own_fuse(tmp_path: Path) -> None:
