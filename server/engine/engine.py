@@ -20,7 +20,7 @@ import structlog
 from .container import ModelContainer
 from .errors import EngineError, EngineOverloadedError, EngineStoppedError, InvalidSubmitError
 from .loop import LoopOptions, LoopStats
-from .messages import Cancel, Event, Failed, Finished, Message, Stop, Submit, Update
+from .messages import Cancel, Event, Failed, Finished, Message, Scoring, Stop, Submit, Update
 from .model import LoadedModel, ModelInfo
 from .worker import STOPPED, GenerationThread
 
@@ -35,11 +35,13 @@ _STOP_GRACE_SECONDS = 30.0
 class _Stream:
     """One request as the event loop sees it: its events on their way, and what to call when it has ended."""
 
-    def __init__(self, submit: Submit, post: Callable[[Message], None], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, submit: Submit | Scoring, post: Callable[[Message], None], on_end: Callable[[], None]
+    ) -> None:
         self.submit = submit
         self.ended = False
         # Room for every event that the request can have, so that putting one never waits.
-        self.events: asyncio.Queue[Event] = asyncio.Queue(submit.choices * (submit.max_tokens + 1) + 1)
+        self.events: asyncio.Queue[Event] = asyncio.Queue(submit.most_events)
         self._post = post
         self._on_end = on_end
         self._left = False
@@ -238,11 +240,33 @@ class Engine:
             EngineOverloadedError: too many requests wait.
             InvalidSubmitError: its numbers are out of range, or its id is in use.
         """
-        thread = self._running_thread()
+        self._running_thread()
         check_submit(submit, self.info.vocabulary_tokens)
-        if submit.request_id in self._streams:
-            raise InvalidSubmitError(f"request id {submit.request_id!r} is in use already")
+        self._check_id(submit.request_id)
         self.check_room(submit.choices)
+        return self._take(submit, on_end)
+
+    def score(self, scoring: Scoring, on_end: Callable[[], None] = lambda: None) -> Generation:
+        """Submit answers to be scored. As `generate`, but never refused for want of room.
+
+        What is scored was generated for a request that was taken; to give that up half done would waste
+        more than it spares.
+
+        Raises:
+            EngineStoppedError: not started, or stopping.
+            InvalidSubmitError: tokens are missing or out of range, or its id is in use.
+        """
+        self._running_thread()
+        check_scoring(scoring, self.info.vocabulary_tokens)
+        self._check_id(scoring.request_id)
+        return self._take(scoring, on_end)
+
+    def _check_id(self, request_id: str) -> None:
+        if request_id in self._streams:
+            raise InvalidSubmitError(f"request id {request_id!r} is in use already")
+
+    def _take(self, submit: Submit | Scoring, on_end: Callable[[], None]) -> Generation:
+        thread = self._running_thread()
         stream = _Stream(submit, thread.inbox.put, on_end)
         self._streams[submit.request_id] = stream
         thread.inbox.put(submit)
@@ -317,3 +341,16 @@ def check_submit(submit: Submit, vocabulary_tokens: int) -> None:
     for holds, problem in rules:
         if not holds:
             raise InvalidSubmitError(problem)
+
+
+def check_scoring(scoring: Scoring, vocabulary_tokens: int) -> None:
+    """Refuse what cannot be scored.
+
+    Raises:
+        InvalidSubmitError: no prompt, no answers, an empty one, or tokens that the vocabulary does not have.
+    """
+    texts = (scoring.prompt_tokens, *scoring.answers)
+    if len(texts) < 2 or not all(texts):
+        raise InvalidSubmitError("expected a prompt and at least one answer, each of at least one token")
+    if min(map(min, texts)) < 0 or max(map(max, texts)) >= vocabulary_tokens:
+        raise InvalidSubmitError(f"token ids must be from 0 to {vocabulary_tokens - 1}")

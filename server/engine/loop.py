@@ -28,6 +28,7 @@ from .messages import (
     Failed,
     Finished,
     FinishReason,
+    Scoring,
     Submit,
     Token,
     Update,
@@ -35,7 +36,8 @@ from .messages import (
 from .prompt_cache import PromptCacheStats, PromptMatch
 from .requests import Reading, Request
 from .sampling import draw_seed, make_processors, make_sampler, read_logprobs
-from .scheduler import LoopOptions, Scheduler
+from .scheduler import LoopOptions, Scheduler, StepWork
+from .scoring import Scorer
 
 __all__ = ["GenerationLoop", "LoopOptions", "LoopStats"]
 
@@ -46,25 +48,30 @@ _FAILED = "the engine failed while it computed this request"
 
 @dataclass(frozen=True, slots=True)
 class LoopStats:
-    """What is there now, and totals since the start; `completion_tokens` counts stop tokens too."""
+    """What is there now, and totals since the start; `completion_tokens` counts stop tokens too.
+
+    `running_rows` decode or read a prompt; `scoring_rows` are those of answers that are scored.
+    """
 
     running_rows: int = 0
+    scoring_rows: int = 0
     running_requests: int = 0
     waiting_requests: int = 0
     batch_adapters: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    scored_tokens: int = 0
     failures: int = 0
     prompt_cache: PromptCacheStats = field(default_factory=PromptCacheStats)
 
 
 class GenerationLoop:
-    """Every Submit ends in exactly one Finished or Failed, after which nothing more is said about it.
+    """Every request ends in exactly one Finished or Failed, after which nothing more is said about it.
 
     Rows carry their adapters at the end of their cache list; their KV caches go to the prompt cache when
     they end. An update that raises, or a request that cannot start, concerns its own caller alone. A forward
-    that raises fails the requests in the batch, and the loop goes on with those that wait.
+    that raises fails the requests that were in it, and the loop goes on with those that wait.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class GenerationLoop:
         self._stream = mx.default_stream(mx.default_device())
         self._generator = self._new_generator()
         self._scheduler = Scheduler(options)
+        self._scorer = Scorer(context, options, self._scheduler, self._emit, clock)
         self._rows: dict[int, tuple[Request, int]] = {}  # by the generator's uid: request, choice
         self._updates: deque[Update] = deque()
         self._events: list[tuple[str, Event]] = []
@@ -107,17 +115,19 @@ class GenerationLoop:
         """A snapshot."""
         return LoopStats(
             running_rows=len(self._rows),
+            scoring_rows=len(self._scorer),
             running_requests=len(self._scheduler.running),
             waiting_requests=len(self._scheduler.waiting),
             batch_adapters=self._scheduler.batch_adapters,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             completion_tokens=self._completion_tokens,
+            scored_tokens=self._scorer.scored_tokens,
             failures=self._failures,
             prompt_cache=self._context.prompt_cache.stats,
         )
 
-    def submit(self, submit: Submit) -> None:
+    def submit(self, submit: Submit | Scoring) -> None:
         """Queue a request; the scheduler says in which later step it is admitted.
 
         Raises:
@@ -125,7 +135,7 @@ class GenerationLoop:
         """
         if self._scheduler.find(submit.request_id) is not None:
             raise InvalidSubmitError(f"request id {submit.request_id!r} is in use already")
-        seed = submit.sampling.seed
+        seed = submit.sampling.seed if isinstance(submit, Submit) else 0
         self._scheduler.submit(Request.of(submit, draw_seed() if seed is None else seed))
 
     def cancel(self, cancel: Cancel) -> None:
@@ -135,6 +145,9 @@ class GenerationLoop:
             return
         choices = set(request.open) if cancel.choice is None else request.open & {cancel.choice}
         request.pending -= choices
+        if request.is_scoring:
+            self._cancel_answers(request, choices)
+            return
         try:
             # A row that still reads the prompt for other choices goes on, though its own choice is over.
             if not request.pending:
@@ -143,6 +156,12 @@ class GenerationLoop:
                 self._finish_choice(request, choice, "stop")
         except Exception:
             self._recover()
+
+    def _cancel_answers(self, request: Request, answers: set[int]) -> None:
+        try:
+            self._scorer.finish(request, answers)
+        except Exception:
+            self._recover_scoring()
 
     def update(self, update: Update) -> None:
         """Queue an update; updates run in this order, each before the forward of a later step."""
@@ -160,13 +179,20 @@ class GenerationLoop:
         """One turn; returns (request id, event) in the order in which things happened."""
         self._run_updates()
         self._admit()
+        work = StepWork()
         if self._rows:
             try:
-                self._forward()
+                self._generate(work)
             except Exception:
                 self._recover()
+        if self._scorer:
+            try:
+                self._scorer.step(work)
+            except Exception:
+                self._recover_scoring()
+        self._scheduler.observe(work)
         running = self._scheduler.running
-        if not self._rows and running:
+        if running and not (self._rows or self._scorer):
             _log.error("requests without rows", request_ids=list(running))
             self._fail(list(running.values()), _FAILED)
         return self._take_events()
@@ -206,6 +232,9 @@ class GenerationLoop:
         return self._context.prompt_cache.match(request.key, request.text)
 
     def _start(self, request: Request) -> None:
+        if request.is_scoring:
+            self._scorer.start(request)
+            return
         prompt = list(request.submit.prompt_tokens)
         branch = self._look_up(request).branch_tokens
         kv_caches, cached = self._context.prompt_cache.fetch(request.key, request.text)
@@ -237,7 +266,7 @@ class GenerationLoop:
         `segments` are to be read, then the prompt's last token. The caches are shared between the rows:
         merging them into a batch copies, and changes none.
         """
-        submit, routed = request.submit, self._context.routed
+        submit, routed = request.generated, self._context.routed
         prompt_tokens, last = len(submit.prompt_tokens), submit.prompt_tokens[-1]
         stop = StopSequences([[token] for token in submit.stop_token_ids])
         caches = [
@@ -269,7 +298,7 @@ class GenerationLoop:
 
     # Forward
 
-    def _forward(self) -> None:
+    def _generate(self, work: StepWork) -> None:
         """One step of the batch: its rows decode a token, then some of the prompts' tokens are read."""
         scheduler = self._scheduler
         decoding = scheduler.decoding_rows
@@ -280,7 +309,7 @@ class GenerationLoop:
         seconds = self._clock() - started
         read_tokens = len(lengths) * max(lengths, default=0)
         if decoding == len(responses):  # rows that begin to decode in a step take time of their own
-            scheduler.pace.observe(seconds, decoded_rows=decoding, read_tokens=read_tokens)
+            work.seconds, work.decoded_rows, work.read_tokens = seconds, decoding, read_tokens
         self._process_prompts(prompts, step_tokens)
         self._process_tokens(responses)
 
@@ -337,7 +366,7 @@ class GenerationLoop:
     def _read_logprobs(self, responses: list[Any]) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
         wanted = []
         for response in responses:
-            k = self._rows[response.uid][0].submit.sampling.top_logprobs
+            k = self._rows[response.uid][0].generated.sampling.top_logprobs
             if k is not None and response.finish_reason != "stop":
                 wanted.append((response.uid, (response.logprobs, response.token, k)))
         if not wanted:
@@ -381,16 +410,27 @@ class GenerationLoop:
         requests = list(self._scheduler.running.values())
         _log.exception("a step failed", request_ids=[request.request_id for request in requests])
         self._failures += 1
+        self._scorer.give_up()
         self._fail(requests, _FAILED)
         self._context.prompt_cache.clear()
         self._generator.close()
         self._generator = self._new_generator()
+
+    def _recover_scoring(self) -> None:
+        """After a forward that scored and raised: what it scored is given up; what decodes goes on."""
+        requests = self._scorer.give_up()
+        _log.exception("scoring failed", request_ids=[request.request_id for request in requests])
+        self._failures += 1
+        self._fail(requests, _FAILED)
+        self._context.prompt_cache.clear()
 
     def _fail(self, requests: list[Request], message: str) -> None:
         for request in requests:
             for uid in request.uids.values():
                 self._rows.pop(uid, None)
                 self._scheduler.reading.pop(uid, None)
+            if request.is_scoring:
+                self._scorer.forget(request)
             self._scheduler.end(request)
             self._emit(request, Failed(message))
 

@@ -1,7 +1,8 @@
 """What crosses the border between the event loop and the generation thread.
 
-Inwards: Submit, Cancel, Update, Stop. Outwards: Token, ChoiceFinished, and exactly one Finished or Failed
-for each Submit, always last. All are immutable, so that either side may keep them. No text here: tokens only.
+Inwards: Submit, Scoring, Cancel, Update, Stop. Outwards: Token, ChoiceFinished, Scored, and exactly one
+Finished or Failed for each Submit and each Scoring, always last. All are immutable, so that either side may
+keep them. No text here: tokens only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ __all__ = [
     "Finished",
     "Message",
     "SamplingParams",
+    "Scored",
+    "Scoring",
     "Stop",
     "Submit",
     "Token",
@@ -68,12 +71,41 @@ class Submit:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     choices: int = 1
 
+    @property
+    def most_events(self) -> int:
+        """What it can be answered with at most."""
+        return self.choices * (self.max_tokens + 1) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """One request to say how likely each of `answers` is after one prompt, under one row of adapters.
+
+    The prompt and each answer have at least one token. An answer takes a row, as a choice does.
+    """
+
+    request_id: str
+    row: RowAdapters
+    prompt_tokens: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+    @property
+    def choices(self) -> int:
+        """How many rows it takes."""
+        return len(self.answers)
+
+    @property
+    def most_events(self) -> int:
+        """What it can be answered with at most."""
+        return len(self.answers) + 1
+
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop computing a request (`choice` None) or one of its choices.
+    """Stop computing a request (`choice` None) or one of its choices, or of its answers to be scored.
 
-    A cancelled request still ends in Finished; a cancelled choice in ChoiceFinished with "stop".
+    A cancelled request still ends in Finished; a cancelled choice in ChoiceFinished with "stop". Of a
+    cancelled answer nothing more is said.
     """
 
     request_id: str
@@ -99,7 +131,7 @@ class Stop:
     timeout_seconds: float
 
 
-Message = Submit | Cancel | Update | Stop
+Message = Submit | Scoring | Cancel | Update | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +158,17 @@ class ChoiceFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """The natural log-probability of each token of the answer at position `answer`, given all before it.
+
+    It is the log-softmax of the logits as they are, whatever the tokens were chosen by.
+    """
+
+    answer: int
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The request ended as it should (also by Cancel). `cached_tokens` of the prompt were not recomputed."""
 
@@ -139,4 +182,4 @@ class Failed:
     message: str
 
 
-Event = Token | ChoiceFinished | Finished | Failed
+Event = Token | ChoiceFinished | Scored | Finished | Failed

@@ -1,4 +1,4 @@
-"""A request on the generation thread, from its Submit to its end. State only; no rules."""
+"""A request on the generation thread, from its Submit or Scoring to its end. State only; no rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from adapters_core.routing import ResidentAdapter, row_key
 
-from .messages import Submit
+from .messages import Scoring, Submit
 from .prefixes import TokenText, common_tokens
 
 __all__ = ["Reading", "Request"]
@@ -18,12 +18,12 @@ __all__ = ["Reading", "Request"]
 class Request:
     """`share` is whom its service is charged to, `key` what its KV caches are computed with (once looked up).
 
-    `open`: choices that are not finished. `pending`: those of them that wait while another choice's row reads
-    the prompt for all. `uids`: the generator's rows by choice. `overtaken`: requests that were started while
-    this one was next but did not fit.
+    `open`: choices that are not finished, or answers that are not scored. `pending`: those of them that wait
+    while another choice's row reads the prompt for all. `uids`: the generator's rows by choice. `overtaken`:
+    requests that were started while this one was next but did not fit.
     """
 
-    submit: Submit
+    submit: Submit | Scoring
     seed: int
     text: TokenText
     share: Hashable
@@ -37,7 +37,7 @@ class Request:
     completion_tokens: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, submit: Submit, seed: int) -> Request:
+    def of(cls, submit: Submit | Scoring, seed: int = 0) -> Request:
         """The request as it begins to wait."""
         return cls(
             submit,
@@ -52,6 +52,25 @@ class Request:
     def request_id(self) -> str:
         """The id that it was submitted with."""
         return self.submit.request_id
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether its tokens are given, and scored, rather than generated."""
+        return isinstance(self.submit, Scoring)
+
+    @property
+    def generated(self) -> Submit:
+        """What is asked of a request that generates. Raises TypeError for one that scores."""
+        if isinstance(self.submit, Scoring):
+            raise TypeError(f"request {self.request_id!r} generates nothing")
+        return self.submit
+
+    @property
+    def scoring(self) -> Scoring:
+        """What is asked of a request that scores. Raises TypeError for one that generates."""
+        if isinstance(self.submit, Submit):
+            raise TypeError(f"request {self.request_id!r} scores nothing")
+        return self.submit
 
 
 @dataclass(slots=True)

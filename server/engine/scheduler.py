@@ -17,7 +17,7 @@ from .pacing import Pace, first_read
 from .prompt_cache import PromptMatch
 from .requests import Reading, Request
 
-__all__ = ["LoopOptions", "Scheduler"]
+__all__ = ["LoopOptions", "Scheduler", "StepWork"]
 
 # How many requests may be started before one that was next and did not fit yet.
 _MAX_OVERTAKEN = 32
@@ -45,6 +45,20 @@ class LoopOptions:
     keep_prompt_tokens: int = 128
 
 
+@dataclass(slots=True)
+class StepWork:
+    """What one step computed, padding included, and how long it took (0: not known).
+
+    `seconds` are those of decoding and reading, `scoring_seconds` those of the scoring after that.
+    """
+
+    seconds: float = 0.0
+    scoring_seconds: float = 0.0
+    decoded_rows: int = 0
+    read_tokens: int = 0
+    scored_tokens: int = 0
+
+
 class Scheduler:
     """Requests by their state: waiting, running, and those of the running ones whose prompt is being read."""
 
@@ -54,6 +68,8 @@ class Scheduler:
         self.running: dict[str, Request] = {}
         self.reading: dict[int, Reading] = {}  # by the generator's uid
         self.pace = Pace(min_tokens=_MIN_READ_TOKENS, max_tokens=options.prefill_step_tokens)
+        # Scoring costs more for each token than reading: it needs the logits of all.
+        self.scoring_pace = Pace(min_tokens=_MIN_READ_TOKENS, max_tokens=options.prefill_step_tokens)
 
     @property
     def batch_adapters(self) -> int:
@@ -78,7 +94,7 @@ class Scheduler:
         self.waiting.push(request.share, request.request_id, request)
 
     def start(self, request: Request, read_tokens: int) -> None:
-        """It runs from now on; `read_tokens` of its prompt are to be computed."""
+        """It runs from now on; `read_tokens` of its prompt, and of its answers, are to be computed."""
         self.waiting.start(request.request_id, read_tokens)
         self.running[request.request_id] = request
 
@@ -150,7 +166,7 @@ class Scheduler:
         Not if that spreads the step's budget too thin; but a share of which nothing is read may always.
         """
         reading = self.reading.values()
-        if left_tokens <= 0 or not reading:
+        if left_tokens <= 0 or not reading or request.is_scoring:
             return True
         if len(reading) >= self.options.prefill_batch_size:
             return False
@@ -168,7 +184,35 @@ class Scheduler:
     def _budget_tokens(self, left_tokens: list[int]) -> int:
         if self.decoding_rows == 0:
             return self.options.prefill_step_tokens * self.options.prefill_batch_size
-        return self.pace.budget_tokens(left_tokens, self.decoding_rows)
+        budget = self.pace.budget_tokens(left_tokens, self.decoding_rows)
+        return max(1, budget // 2) if self.is_scoring else budget
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether answers are being scored."""
+        return any(request.is_scoring for request in self.running.values())
+
+    def scored_tokens(self) -> int:
+        """How many tokens of answers, their prompts and padding together, to score in the next step.
+
+        As much as is read of prompts; where both is done in a step, each has half of the time. Never more
+        than one prompt's share of a step, since the logits of all these tokens are there at once.
+        """
+        if self.decoding_rows == 0:
+            return self.options.prefill_step_tokens
+        budget = self.scoring_pace.budget_tokens((), self.decoding_rows)
+        return max(1, budget // 2) if self.reading else budget
+
+    def observe(self, work: StepWork) -> None:
+        """Learn from a step. What one forward leaves to be computed is waited for in the next one's time."""
+        decoded, read, scored = work.decoded_rows, work.read_tokens, work.scored_tokens
+        if read or not scored:
+            self.pace.observe(work.seconds, decoded_rows=decoded, read_tokens=read)
+        if not read:
+            seconds = work.seconds + work.scoring_seconds
+            self.scoring_pace.observe(seconds, decoded_rows=decoded, read_tokens=scored)
+        elif scored:
+            self.scoring_pace.observe(work.scoring_seconds, decoded_rows=0, read_tokens=scored)
 
     def step_tokens(self) -> int:
         """How many tokens of each prompt to read in the next step; at least 1."""

@@ -21,7 +21,7 @@ import structlog
 from .container import ModelContext
 from .errors import EngineStoppedError
 from .loop import GenerationLoop, LoopOptions, LoopStats
-from .messages import Cancel, Event, Message, Stop, Submit, Update
+from .messages import Cancel, Event, Message, Scoring, Stop, Submit, Update
 from .model import LoadedModel, ModelInfo
 
 __all__ = ["GenerationThread", "Report"]
@@ -150,9 +150,9 @@ class GenerationThread:
         return True
 
 
-def _hand_over(loop: GenerationLoop, message: Submit | Cancel | Update) -> None:
+def _hand_over(loop: GenerationLoop, message: Submit | Scoring | Cancel | Update) -> None:
     match message:
-        case Submit():
+        case Submit() | Scoring():
             loop.submit(message)
         case Cancel():
             loop.cancel(message)

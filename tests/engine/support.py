@@ -16,7 +16,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from server.engine.container import ModelContext
 from server.engine.loop import GenerationLoop, LoopOptions
-from server.engine.messages import ChoiceFinished, Event, Failed, Finished, SamplingParams, Submit, Token
+from server.engine.messages import (
+    ChoiceFinished,
+    Event,
+    Failed,
+    Finished,
+    SamplingParams,
+    Scoring,
+    Submit,
+    Token,
+)
 from server.engine.model import LoadedModel, ModelInfo
 from tests.models import VOCABULARY
 
@@ -80,7 +89,7 @@ class Transcript:
         return last
 
 
-def run(loop: GenerationLoop, *submits: Submit, transcript: Transcript | None = None) -> Transcript:
+def run(loop: GenerationLoop, *submits: Submit | Scoring, transcript: Transcript | None = None) -> Transcript:
     """Submit, then step until the loop is idle."""
     transcript = transcript or Transcript()
     for one in submits:

@@ -21,7 +21,17 @@ from adapters_core.routing import RowAdapters, make_row, row_key
 from server.engine.container import ModelContext
 from server.engine.errors import EngineStoppedError
 from server.engine.loop import GenerationLoop, LoopOptions
-from server.engine.messages import Cancel, ChoiceFinished, Failed, Finished, SamplingParams, Submit, Update
+from server.engine.messages import (
+    Cancel,
+    ChoiceFinished,
+    Failed,
+    Finished,
+    SamplingParams,
+    Scored,
+    Scoring,
+    Submit,
+    Update,
+)
 from tests.engine.support import Poisoned, Transcript, make_context, submit
 from tests.models import make_adapter, tiny_llama
 
@@ -52,10 +62,11 @@ class LoopMachine(RuleBasedStateMachine):
         )
         self.loop = GenerationLoop(context, options, lambda: next(self.turns) ** 1.5)
         self.transcript = Transcript()
-        self.submits: dict[str, Submit] = {}
+        self.submits: dict[str, Submit | Scoring] = {}
         self.futures: list[Future[Any]] = []
         self.ran: list[int] = []
         self.poisoned = False
+        self.cancelled: set[str] = set()
 
     # Prompts share beginnings, so that caches are hit at every length.
     @rule(
@@ -81,6 +92,26 @@ class LoopMachine(RuleBasedStateMachine):
         )
         self.loop.submit(self.submits[name])
 
+    @rule(
+        adapters=st.sampled_from(NAMES),
+        start=st.integers(0, 2),
+        length=st.integers(1, 20),
+        answers=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 19)), min_size=1, max_size=6),
+        poisoned=st.sampled_from([False] * 9 + [True]),
+    )
+    def score_one(
+        self, adapters: str, start: int, length: int, answers: list[tuple[int, int]], poisoned: bool
+    ) -> None:
+        name = f"r{len(self.submits)}"
+        texts = [tuple(LONG[first : first + tokens]) for first, tokens in answers]
+        if poisoned:
+            self.poisoned = True
+            texts[0] += (POISON, 1)
+        self.submits[name] = Scoring(
+            name, self.rows[adapters], tuple(LONG[start : start + length]), tuple(texts)
+        )
+        self.loop.submit(self.submits[name])
+
     @precondition(lambda self: not self.poisoned)
     @rule(length=st.integers(0, 20))
     def submit_poison(self, length: int) -> None:
@@ -93,6 +124,7 @@ class LoopMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 10), choice=st.none() | st.integers(0, 6))
     def cancel(self, which: int, choice: int | None) -> None:
         name = list(self.submits)[-1 - which % len(self.submits)]
+        self.cancelled.add(name)
         self.loop.cancel(Cancel(name, choice))
 
     @rule(drain=st.booleans(), fails=st.booleans())
@@ -128,18 +160,30 @@ class LoopMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         while not self.loop.idle:
             self.transcript.add(self.loop.step())
-        assert self.loop.stats.running_rows == 0
+        assert self.loop.stats.running_rows == self.loop.stats.scoring_rows == 0
         assert self.ran == list(range(len(self.futures)))
         assert all(future.done() for future in self.futures)
         for name, sent in self.submits.items():
             assert self.transcript.ended(name)
             end = self.transcript.end(name)
             if isinstance(end, Finished):
-                self.check_answer(name, sent)
+                if isinstance(sent, Scoring):
+                    self.check_scores(name, sent)
+                else:
+                    self.check_answer(name, sent)
             else:
                 assert self.poisoned
                 assert isinstance(end, Failed)
         self.loop.fail_all("over", EngineStoppedError("over"))
+
+    def check_scores(self, name: str, sent: Scoring) -> None:
+        """Right are all that came; only those of a cancelled request may not have come."""
+        events = [event for event in self.transcript.events[name] if isinstance(event, Scored)]
+        assert len({event.answer for event in events}) == len(events)
+        assert len(events) == len(sent.answers) or name in self.cancelled
+        for event in events:
+            expected = expected_scores(row_key(sent.row), sent.prompt_tokens, sent.answers[event.answer])
+            assert np.allclose(event.logprobs, expected, atol=1e-4)
 
     def check_answer(self, name: str, sent: Submit) -> None:
         expected = expected_tokens(sent.row, sent.prompt_tokens)[: sent.max_tokens]
@@ -193,6 +237,16 @@ def expected_of_key(key: Hashable, prompt: tuple[int, ...]) -> list[int]:
         read = [int(np.argmax(np.array(logits)))]
         tokens += read
     return tokens
+
+
+@cache
+def expected_scores(key: Hashable, prompt: tuple[int, ...], answer: tuple[int, ...]) -> list[float]:
+    """Log-probabilities of an answer alone, read in one go."""
+    row = next(row for row in ROWS_ALONE.values() if row_key(row) == key)
+    caches = [entry.merge([entry]) for entry in ALONE.routed.new_cache(row)]
+    logits = ALONE.routed(mx.array([[*prompt, *answer]]), cache=caches)[0, len(prompt) - 1 : -1]
+    logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    return logprobs[np.arange(len(answer)), list(answer)].tolist()
 
 
 def expected_tokens(row: RowAdapters, prompt: tuple[int, ...]) -> list[int]:
