@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.middleware import Middleware
 
+from server.adapters.blending import Blender
 from server.adapters.budget import default_memory_bytes
 from server.adapters.folder import AdapterFolders, configured_folders
 from server.adapters.service import AdapterService, ServiceOptions
@@ -113,6 +114,8 @@ def _make_adapters(settings: Settings, engine: Engine, info: ModelInfo, metrics:
         load_on_demand=settings.load_on_demand,
         unload_timeout_seconds=settings.unload_timeout_seconds,
         models_dir=settings.models_dir,
+        kept_dir=settings.cache_dir / "versions",
+        kept_bytes=settings.kept_versions_bytes,
     )
     folders = AdapterFolders(root, configured_folders(settings.adapters, root))
     base = settings.served_model_name or info.model_id
@@ -142,6 +145,7 @@ def _lifespan(
             metrics.watch(engine, service)
             app.state.engine = engine
             app.state.adapters = service
+            app.state.blender = Blender(service, engine.container)
             app.state.text_service = text_service
             yield
 

@@ -3,18 +3,25 @@
 LifeCycleError
 ├── InvalidAdapterIdError   400, an id that no adapter may have
 ├── AdaptersWithModelError  400, `model` names an adapter and `adapters` are given as well
+├── UnmergedModelError      400, a model folder that should hold layers which are not merged
 ├── PathNotAllowedError     403, a path that leads out of its root
 ├── UnknownModelError       404, a name in a request that nothing is served under
+├── UnknownVersionError     404, a version in a request that does not live (any more)
 ├── AdapterNotFoundError    404, an id or a folder that is not there
+├── VersionGoneError        404, the private copy of a version cannot be read
 ├── AdapterExistsError      409
 ├── AdapterBusyError        409, requests in flight did not end in time
 ├── BaseIsFusedError        409, an adapter is fused into the base
 ├── AdapterChangedError     409, its folder does not hold any more what was loaded from it
+├── BlendPartChangedError   409, likewise, of an adapter that was to be blended
 ├── AdapterNotFusedError    409
+├── AdapterNotReadableError 409, it was not read from a folder, so none can be read
+├── NoPreviousVersionError  409, nothing to roll back to
 ├── AdaptersLoadedError     409, others are loaded
 ├── ModelExistsError        409, a folder that would be overwritten
 ├── AdapterMemoryBusyError  503, adapters in use left no room in memory for long, or too many wait
 ├── AdapterMemoryError      507, more than memory for adapters can hold
+├── VersionNotKeptError     507, a version without a folder could not be copied aside
 └── ModelNotSavedError      507, a model folder could not be written
 
 No message holds an absolute path, and what a client sent is quoted on one line and cut.
@@ -33,15 +40,22 @@ __all__ = [
     "AdapterMemoryError",
     "AdapterNotFoundError",
     "AdapterNotFusedError",
+    "AdapterNotReadableError",
     "AdaptersLoadedError",
     "AdaptersWithModelError",
     "BaseIsFusedError",
+    "BlendPartChangedError",
     "InvalidAdapterIdError",
     "LifeCycleError",
     "ModelExistsError",
     "ModelNotSavedError",
+    "NoPreviousVersionError",
     "PathNotAllowedError",
     "UnknownModelError",
+    "UnknownVersionError",
+    "UnmergedModelError",
+    "VersionGoneError",
+    "VersionNotKeptError",
     "quoted",
     "some_of",
 ]
@@ -92,6 +106,16 @@ class AdaptersWithModelError(LifeCycleError):
         )
 
 
+class UnmergedModelError(LifeCycleError):
+    status, code, param = 400, "not_mergeable", "precision"
+
+    def __init__(self) -> None:
+        super().__init__(
+            'With "precision": "keep", the adapter stays beside the base\'s weights, which no model folder can '
+            'hold. Save with "auto" or "dequantize", or serve the adapter\'s own folder.'
+        )
+
+
 class PathNotAllowedError(LifeCycleError):
     status, code, param = 403, "path_not_allowed", "path"
 
@@ -104,8 +128,32 @@ class UnknownModelError(LifeCycleError):
         self.param = param
 
 
+class UnknownVersionError(LifeCycleError):
+    """Of `adapter_id`, the versions `living` can be named, and not the one that was."""
+
+    status, code, param = 404, "model_not_found", "model"
+
+    def __init__(self, adapter_id: str, number: int | None, living: Sequence[int], param: str) -> None:
+        names = [f"{adapter_id}@{each}" for each in living]
+        super().__init__(
+            f"Adapter {quoted(adapter_id)} has no version {number}, or has it no more. "
+            f"Served are: {some_of(names)}."
+        )
+        self.param = param
+
+
 class AdapterNotFoundError(LifeCycleError):
     status, code = 404, "adapter_not_found"
+
+
+class VersionGoneError(LifeCycleError):
+    status, code = 404, "version_gone"
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(
+            f"The server's private copy of the version with digest {digest} cannot be read any more. "
+            'Load its folder with "replace": true.'
+        )
 
 
 class AdapterExistsError(LifeCycleError):
@@ -146,12 +194,39 @@ class AdapterChangedError(LifeCycleError):
         )
 
 
+class BlendPartChangedError(LifeCycleError):
+    status, code, param = 409, "adapter_changed", "blend"
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__(
+            f"What adapter {quoted(adapter_id)} was read from has changed since, so that blending it would "
+            'not blend what is served. Load it again with "replace": true.'
+        )
+
+
 class AdapterNotFusedError(LifeCycleError):
     status, code = 409, "adapter_not_fused"
 
     def __init__(self, adapter_id: str, fused: str | None) -> None:
         now = "no adapter is" if fused is None else f"{quoted(fused)} is"
         super().__init__(f"Adapter {quoted(adapter_id)} is not fused into the base; {now}.")
+
+
+class AdapterNotReadableError(LifeCycleError):
+    status, code = 409, "adapter_not_readable"
+
+    def __init__(self) -> None:
+        super().__init__("This version was made from other adapters in memory, so there is no folder of it.")
+
+
+class NoPreviousVersionError(LifeCycleError):
+    status, code = 409, "no_previous_version"
+
+    def __init__(self, adapter_id: str, number: int) -> None:
+        super().__init__(
+            f"Adapter {quoted(adapter_id)} has no version to go back to: its version {number} is the only "
+            "one that lives."
+        )
 
 
 class AdaptersLoadedError(LifeCycleError):
@@ -206,6 +281,16 @@ class AdapterMemoryError(LifeCycleError):
             "allowed. Unload one that is pinned or in use, or raise the server's adapter_memory_bytes."
         )
         self.details = {"needed_bytes": needed_bytes, "limit_bytes": limit_bytes}
+
+
+class VersionNotKeptError(LifeCycleError):
+    status, code = 507, "version_not_kept"
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__(
+            f"Adapter {quoted(adapter_id)} would have no folder, and the server could not keep a copy of it "
+            "on disk. Raise the server's kept_versions_bytes, or make room for its cache_dir."
+        )
 
 
 class ModelNotSavedError(LifeCycleError):

@@ -7,7 +7,7 @@ its limit alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -20,7 +20,15 @@ from .aside import run_aside
 from .errors import AdapterMemoryError
 from .folder import AdapterFolder, AdapterFolders
 
-__all__ = ["Unfinished", "exchange", "known_as", "prepare_again", "prepare_folder", "remove_residents"]
+__all__ = [
+    "Unfinished",
+    "exchange",
+    "known_as",
+    "prepare_again",
+    "prepare_folder",
+    "prepare_made",
+    "remove_residents",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,13 @@ async def prepare_again(
         AdapterNotFoundError, PathNotAllowedError: as `AdapterFolders.again`.
     """
     return await run_aside(_prepare_again, folders, folder, bank, limit_bytes)
+
+
+async def prepare_made(
+    make: Callable[[], AdapterContainer], bank: AdapterBank, limit_bytes: int
+) -> PreparedAdapter:
+    """As `prepare_folder`, for what `make` makes on the same thread."""
+    return await run_aside(_prepare_made, make, bank, limit_bytes)
 
 
 def known_as(prepared: PreparedAdapter, resident: ResidentAdapter) -> PreparedAdapter:
@@ -86,6 +101,15 @@ def _prepare(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> Prep
     if needed_bytes > limit_bytes:
         raise AdapterMemoryError(needed_bytes, limit_bytes)
     return bank.prepare(AdapterContainer.from_directory(folder.path))
+
+
+def _prepare_made(
+    make: Callable[[], AdapterContainer], bank: AdapterBank, limit_bytes: int
+) -> PreparedAdapter:
+    prepared = bank.prepare(make())
+    if prepared.resident.size_bytes > limit_bytes:
+        raise AdapterMemoryError(prepared.resident.size_bytes, limit_bytes)
+    return prepared
 
 
 def _prepare_again(

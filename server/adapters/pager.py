@@ -2,38 +2,60 @@
 
 A load reads, checks and lays out beside the generation, a few at a time, and then changes the bank in one
 update that first removes what has to leave. While it does so it is inside the gate; while it waits for room
-it is not, so that surgery on the base waits for no request. Runs on the event loop.
+it is not, so that surgery on the base waits for no request. What is about to be replaced is copied aside by
+the `keeper` first. Runs on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
 from adapters_core.bank import AdapterBank, PreparedAdapter
+from adapters_core.container import AdapterContainer
+from adapters_core.errors import InvalidAdapterError
 from server.engine.container import ModelContainer
 
-from .errors import AdapterMemoryBusyError, AdapterMemoryError
+from .errors import (
+    AdapterMemoryBusyError,
+    AdapterMemoryError,
+    LifeCycleError,
+    NoPreviousVersionError,
+    VersionNotKeptError,
+)
 from .folder import AdapterFolder, AdapterFolders
 from .gate import Gate
-from .line import Line
-from .loading import exchange, known_as, prepare_again, prepare_folder, remove_residents
+from .keeping import Keeper
+from .line import Attempt, Line
+from .loading import (
+    exchange,
+    known_as,
+    prepare_again,
+    prepare_folder,
+    prepare_made,
+    remove_residents,
+)
 from .registry import Entry, Pin, Registry, Terms, Version
 from .residency import Reservation, Residency
+from .source import Made, Source
 
-__all__ = ["MAX_LOADS", "Pager"]
+__all__ = ["MAX_LOADS", "Accept", "Pager"]
 
 _log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
 
 MAX_LOADS = 2
 """Loads that read and lay out at one time: one computes while another waits for the disk. What they hold
 lies outside the budget, so more would take more memory, and on few cores would not be sooner."""
+
+Accept = Callable[[PreparedAdapter], Awaitable[None]]
+"""Raises if what was read is not to be loaded after all."""
 
 Start = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 _Taken = tuple[Pin, tuple[Version, ...], list["asyncio.Task[None]"]]
@@ -51,6 +73,7 @@ class Pager:
         folders: AdapterFolders,
         registry: Registry,
         residency: Residency,
+        keeper: Keeper,
         gate: Gate,
         wait_seconds: float,
         max_waiting: int,
@@ -61,6 +84,7 @@ class Pager:
         self._folders = folders
         self._registry = registry
         self._residency = residency
+        self._keeper = keeper
         self._gate = gate
         self._line = Line(gate, max_waiting)
         self._max_waiting = max_waiting
@@ -122,18 +146,24 @@ class Pager:
             self.look_again()
 
     async def fetch(
-        self, folder: AdapterFolder, entry: Entry | None, publish: Callable[[Version], Entry]
+        self,
+        folder: AdapterFolder,
+        publish: Callable[[Version], Entry],
+        accept: Accept | None = None,
+        *,
+        may_evict: bool = True,
     ) -> Entry:
-        """Load what is in `folder` now, as the next version of `entry`, or the first where there is none.
+        """Load what is in `folder` now, as the first version of an entry.
 
-        Call it inside the gate. If there is no room at once, what is published is not in memory yet. If this
-        raises, nothing has changed.
+        Call it inside the gate. If there is no room at once, what is published is not in memory yet; without
+        `may_evict`, nothing makes room for it. If this raises, nothing has changed.
 
         Raises:
             InvalidAdapterError: everything that is wrong with the folder or does not fit the model.
             AdapterMemoryError: it can never fit.
+            Whatever `accept` raises.
         """
-        return publish(await self._fetch(folder, entry, None))
+        return publish(await self._fetch(folder, None, None, accept, may_evict))
 
     async def fetch_in_turn(
         self,
@@ -141,32 +171,100 @@ class Pager:
         entry: Entry | None,
         check: Callable[[], None],
         publish: Callable[[Version], Entry],
+        accept: Accept | None = None,
     ) -> Entry:
-        """As `fetch`, outside the gate: waits for room, and publishes what is in memory only.
+        """Load what is in `folder` now, as the next version of `entry`, or the first where there is none.
 
-        `check` raises if the load is not wanted any more.
+        Call it outside the gate: it waits for room, and publishes what is in memory only. `check` raises if
+        the load is not wanted any more.
 
         Raises:
             As `fetch` and `check`; AdapterMemoryError also if there was no room in time.
         """
-        async with self._gate.shared():
-            check()
-            version = await self._fetch(folder, entry, None)
-            if version.in_memory:
-                return publish(version)
-        while True:
-            # What was read is let go of: those who wait hold no memory.
-            reservation = await self._reserve_in_turn(version.size_bytes, entry, check)
-            try:
-                version = await self._fetch(folder, entry, reservation)
+        with self._keeping_if_it_succeeds(entry):
+            async with self._gate.shared():
+                check()
+                version = await self._fetch(folder, entry, None, accept)
                 if version.in_memory:
                     return publish(version)
-            finally:
-                self._gate.leave()
+            while True:
+                # What was read is let go of: those who wait hold no memory.
+                reservation = await self._reserve_in_turn(version.size_bytes, entry, check)
+                try:
+                    version = await self._fetch(folder, entry, reservation, accept)
+                    if version.in_memory:
+                        return publish(version)
+                finally:
+                    self._gate.leave()
+
+    async def place_made(
+        self,
+        adapter_id: str,
+        made: Made,
+        make: Callable[[], AdapterContainer],
+        entry: Entry | None,
+        check: Callable[[], None],
+        publish: Callable[[Version], Entry],
+    ) -> Entry:
+        """As `fetch_in_turn`, for what `make` makes on a thread of its own: a copy of it is kept first.
+
+        Raises:
+            As `fetch_in_turn`; VersionNotKeptError: no copy of it could be kept.
+        """
+        started = time.perf_counter()
+        with self._keeping_if_it_succeeds(entry):
+            async with self._gate.shared():
+                check()
+                async with self._readers:
+                    bank, limit_bytes = await self._the_bank(), self._residency.limit_bytes
+                    prepared = await prepare_made(make, bank, limit_bytes)
+                version = Version(_next_number(entry), prepared.resident, made)
+                if not await self._keeper.keep(version, prepared):
+                    raise VersionNotKeptError(adapter_id)
+                del prepared
+            try:
+                if entry is not None:
+                    async with self._gate.shared():
+                        await self._keep(entry.current)
+                await self._bring_back(version, entry, check)
+                version.load_seconds = time.perf_counter() - started
+                return publish(version)
+            except BaseException:
+                await self._forget(version)
+                raise
+
+    async def roll_back(self, entry: Entry, check: Callable[[], None]) -> None:
+        """Make the previous version of `entry` the current one again, in memory.
+
+        Call it outside the gate. If this raises, nothing has changed.
+
+        Raises:
+            NoPreviousVersionError: there is none.
+            VersionGoneError: its copy cannot be read.
+            AdapterMemoryError: there was no room for it in time.
+            Whatever `check` raises.
+        """
+        check()
+        version = entry.previous
+        if version is None:
+            raise NoPreviousVersionError(entry.id, entry.current.number)
+
+        def still_wanted() -> None:
+            check()
+            if entry.previous is not version:
+                raise NoPreviousVersionError(entry.id, entry.current.number)
+
+        with self._keeping_if_it_succeeds(entry):
+            async with self._gate.shared():
+                still_wanted()
+                await self._keep(entry.current, beside=version)
+            await self._bring_back(version, entry, still_wanted)
+            self._registry.roll_back(entry)
 
     async def remove(self, versions: list[Version]) -> int:
         """Take versions that nothing uses out of memory, and what requests can name no more out of the
         prompt cache; they are out of the registry already. Returns the bytes that this freed."""
+        self.forget_copies(versions)
         there = [version for version in versions if version.in_memory]
         for version in there:
             self._residency.drop(version)
@@ -176,6 +274,11 @@ class Pager:
         )
         self.look_again()
         return freed_bytes
+
+    def forget_copies(self, versions: Iterable[Version]) -> None:
+        """Those of versions that are out of the registry, and out of memory or about to leave it."""
+        for version in versions:
+            self._keeper.drop(version)
 
     @property
     def _is_crowded(self) -> bool:
@@ -194,14 +297,38 @@ class Pager:
         pin = self._registry.keep(resolved, is_counted)
         for entry, version, reservation in zip(resolved.entries, versions, reservations, strict=False):
             if reservation is not None:
-                self._gate.enter()
-                self._loads[version] = self._start(self._reload(entry, version, reservation))
+                self._start_reload(entry, version, reservation)
         return pin, versions, [self._loads[version] for version in versions if version in self._loads]
+
+    def _start_reload(self, entry: Entry | None, version: Version, reservation: Reservation) -> None:
+        self._gate.enter()
+        self._loads[version] = self._start(self._reload(entry, version, reservation))
+
+    async def _bring_back(self, version: Version, entry: Entry | None, check: Callable[[], None]) -> None:
+        """Have `version`, which is kept, in memory, in the place of the current version of `entry`."""
+
+        def attempt(is_next: bool) -> list[asyncio.Task[None]] | None:
+            check()
+            if not version.in_memory and version not in self._loads:
+                replaces = None if entry is None else entry.current
+                reservation = self._residency.reserve(version.size_bytes, replaces, is_next)
+                if reservation is None:
+                    return None
+                version.loading = True
+                self._start_reload(entry, version, reservation)
+            return [self._loads[version]] if version in self._loads else []
+
+        while loads := await self._in_turn(attempt, version.size_bytes):
+            await asyncio.wait(loads)
+            loads[0].result()
 
     async def _reserve_in_turn(
         self, size_bytes: int, entry: Entry | None, check: Callable[[], None]
     ) -> Reservation:
-        attempt = partial(self._reserve, size_bytes, entry, check)
+        return await self._in_turn(partial(self._reserve, size_bytes, entry, check), size_bytes)
+
+    async def _in_turn(self, attempt: Attempt[_T], size_bytes: int) -> _T:
+        """As the line's, for a call, which is told how much memory it would have needed."""
         try:
             return await self._line.in_turn(attempt, self._wait_seconds)
         except AdapterMemoryBusyError:
@@ -219,51 +346,61 @@ class Pager:
         return reservation
 
     async def _fetch(
-        self, folder: AdapterFolder, entry: Entry | None, reservation: Reservation | None
+        self,
+        folder: AdapterFolder,
+        entry: Entry | None,
+        reservation: Reservation | None,
+        accept: Accept | None = None,
+        may_evict: bool = True,
     ) -> Version:
         async with self._readers:
             started = time.perf_counter()
             try:
                 prepared = await prepare_folder(folder, await self._the_bank(), self._residency.limit_bytes)
+                if accept is not None:
+                    await accept(prepared)
+                if entry is not None:
+                    await self._keep(entry.current)
             except BaseException:
                 self._give_up(reservation)
                 raise
-            return await self._place(prepared, folder, entry, reservation, started)
+            return await self._place(prepared, folder, entry, reservation, started, may_evict)
 
     async def _place(
         self,
         prepared: PreparedAdapter,
-        folder: AdapterFolder,
+        source: Source,
         entry: Entry | None,
         reservation: Reservation | None,
         started: float,
+        may_evict: bool = True,
     ) -> Version:
         """A new version of what was prepared: in memory if the reservation, or another at once, suffices."""
         size_bytes = prepared.resident.size_bytes
         if reservation is None or reservation.size_bytes < size_bytes:
             self._give_up(reservation)
             replaces = None if entry is None else entry.current
-            reservation = self._residency.reserve(size_bytes, replaces, is_next=not len(self._line))
-        version = Version(0, prepared.resident, folder)
+            is_next = not len(self._line) and (may_evict or self._residency.has_room(size_bytes))
+            reservation = self._residency.reserve(size_bytes, replaces, is_next)
+        version = Version(0, prepared.resident, source)
         if reservation is not None:
             await self._add(prepared, version, reservation)
-        version.number = 1 if entry is None else entry.current.number + 1
+        version.number = _next_number(entry)
         version.load_seconds = time.perf_counter() - started
         return version
 
-    async def _reload(self, entry: Entry, version: Version, reservation: Reservation) -> None:
+    async def _reload(self, entry: Entry | None, version: Version, reservation: Reservation) -> None:
         """Bring back a version that left memory, or publish what its folder holds in its place."""
         try:
             async with self._readers:
                 started = time.perf_counter()
-                bank, limit_bytes = await self._the_bank(), self._residency.limit_bytes
-                folder, prepared = await prepare_again(self._folders, version.folder, bank, limit_bytes)
+                source, prepared = await self._read_again(version)
                 if prepared.resident.digest == version.resident.digest:
                     await self._add(known_as(prepared, version.resident), version, reservation)
                     version.load_seconds = time.perf_counter() - started
                     self._residency.cold_loads += 1
-                elif entry.current is version:
-                    await self._succeed(entry, version, prepared, folder, reservation, started)
+                elif entry is not None and entry.current is version:
+                    await self._succeed(entry, version, prepared, source, reservation, started)
                 self._on_load(time.perf_counter() - started)
         finally:
             self._give_up(reservation)
@@ -271,16 +408,50 @@ class Pager:
             del self._loads[version]
             self._gate.leave()
 
+    async def _read_again(self, version: Version) -> tuple[Source, PreparedAdapter]:
+        """What the copy of a version holds, or its folder if there is no copy, and where that lies."""
+        if version.kept:
+            return version.source, await self._keeper.read(version)
+        bank, limit_bytes = await self._the_bank(), self._residency.limit_bytes
+        return await prepare_again(self._folders, version.folder, bank, limit_bytes)
+
+    async def _keep(self, version: Version, beside: Version | None = None) -> None:
+        """Copy `version` aside, out of memory or from its folder, if that can be. As `Keeper.keep`."""
+        if await self._keeper.keep(version, beside=beside) or version.in_memory:
+            return
+        try:
+            _, prepared = await self._read_again(version)
+        except (InvalidAdapterError, LifeCycleError):
+            return  # its folder is what replaces it, or has gone
+        if prepared.resident.digest == version.resident.digest:
+            await self._keeper.keep(version, prepared, beside)
+
+    @contextmanager
+    def _keeping_if_it_succeeds(self, entry: Entry | None) -> Iterator[None]:
+        """Whoever fails to replace the current version of `entry` leaves no copy of it behind."""
+        replaced = None if entry is None or entry.current.kept else entry.current
+        try:
+            yield
+        except BaseException:
+            if replaced is not None:
+                self._keeper.drop(replaced)
+            raise
+
+    async def _forget(self, version: Version) -> None:
+        """Nothing comes of a version that was never published."""
+        async with self._gate.shared():
+            await self.remove([version])
+
     async def _succeed(
         self,
         entry: Entry,
         version: Version,
         prepared: PreparedAdapter,
-        folder: AdapterFolder,
+        source: Source,
         reservation: Reservation,
         started: float,
     ) -> None:
-        new = await self._place(prepared, folder, entry, reservation, started)
+        new = await self._place(prepared, source, entry, reservation, started)
         if entry.current is not version:  # a call was faster; what it loaded counts
             self._registry.retire(entry, new)
             return
@@ -320,3 +491,7 @@ class Pager:
         if self._bank is None:
             self._bank = await self._container.perform(lambda context: context.bank)
         return self._bank
+
+
+def _next_number(entry: Entry | None) -> int:
+    return 1 if entry is None else entry.newest.number + 1

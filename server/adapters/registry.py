@@ -21,9 +21,12 @@ from .errors import (
     AdaptersWithModelError,
     BaseIsFusedError,
     UnknownModelError,
+    UnknownVersionError,
     quoted,
 )
-from .folder import AdapterFolder, is_valid_id
+from .folder import AdapterFolder
+from .names import parse_name
+from .source import Source, folder_of
 
 __all__ = ["Entry", "Kind", "Pin", "Registry", "Resolved", "State", "Terms", "Version"]
 
@@ -39,18 +42,25 @@ class Version:
     """One content of one id: what it is, where it came from, and how many requests use it.
 
     `resident` describes it and stays the same object when it leaves memory and comes back, so that a row may
-    name it before it is there. `in_memory` says whether the bank has it, `loading` whether it is on its way.
+    name it before it is there. `in_memory` says whether the bank has it, `loading` whether it is on its way,
+    `kept` whether there is a private copy to bring it back from, whatever becomes of its source.
     """
 
     number: int
     resident: ResidentAdapter
-    folder: AdapterFolder
+    source: Source
     created: float = field(default_factory=time.time)
     load_seconds: float = 0.0
     pins: int = 0
     pinned: bool = False
     in_memory: bool = False
     loading: bool = False
+    kept: bool = False
+
+    @property
+    def folder(self) -> AdapterFolder:
+        """The folder that it was read from. Raises AdapterNotReadableError if it was not read from any."""
+        return folder_of(self.source)
 
     @property
     def size_bytes(self) -> int:
@@ -60,10 +70,17 @@ class Version:
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """An id: its current version, and older ones that requests in flight still use."""
+    """An id: its current version, the one that a rollback leads to, and others still in use.
+
+    `previous` is kept, so that it can come back whatever its folder holds by now; `retired` are versions that
+    requests in flight began with and no name means any more. `newest` is the last that was loaded, which
+    need not live: numbers go up from there.
+    """
 
     id: str
     current: Version
+    newest: Version
+    previous: Version | None = None
     retired: list[Version] = field(default_factory=list)
     state: State = "ready"
     requests: int = 0
@@ -75,9 +92,14 @@ class Entry:
         return self.current.pinned
 
     @property
+    def named(self) -> list[Version]:
+        """Those that a request may name, the current one first."""
+        return [self.current] if self.previous is None else [self.current, self.previous]
+
+    @property
     def versions(self) -> list[Version]:
         """All that may lie in the bank."""
-        return [self.current, *self.retired]
+        return [*self.named, *self.retired]
 
     @property
     def in_flight(self) -> int:
@@ -92,21 +114,22 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a request names, at this instant: entries, each once, and the row that computes with them."""
+    """What a request names, at this instant, and the row that computes with it.
+
+    `versions` are what the row computes with or what was named at weight 0, each once, and `entries` where
+    each of them belongs. `served_name` is what the answer calls it.
+    """
 
     entries: tuple[Entry, ...]
+    versions: tuple[Version, ...]
     row: RowAdapters
-
-    @property
-    def versions(self) -> tuple[Version, ...]:
-        """The versions that the row computes with or that were named at weight 0."""
-        return tuple(entry.current for entry in self.entries)
+    served_name: str
 
 
 class Pin:
     """What a request computes with, kept until `release`.
 
-    `served_name` is the adapter's id where it is one alone, else the base's.
+    `served_name` is the adapter's name where it is one alone, else the base's.
     """
 
     __slots__ = ("_release", "row", "served_name")
@@ -135,6 +158,8 @@ class Registry:
         self.base = base
         self.active: str | None = None
         self.fused: str | None = None
+        self.fused_as_sum = False
+        """Whether what is fused is weighted or has company, so that no adapter's name stands for it."""
         self.unloaded: set[str] = set()
         self.in_flight = 0
         """Pins of every kind: requests that compute with the base, with or without adapters."""
@@ -149,6 +174,11 @@ class Registry:
     def entries(self) -> list[Entry]:
         """All entries, in the order of loading."""
         return list(self._entries.values())
+
+    @property
+    def versions(self) -> set[Version]:
+        """All versions of all entries."""
+        return {version for entry in self._entries.values() for version in entry.versions}
 
     @property
     def served(self) -> list[str]:
@@ -178,9 +208,9 @@ class Registry:
             return [] if named is None else [(named, 1.0)]
         if named is not None and not _means_default(model):
             raise AdaptersWithModelError(named, self.base)
-        for adapter_id, _ in adapters:
-            if not is_valid_id(adapter_id, self.base):
-                raise UnknownModelError(adapter_id, self.served, param="adapters")
+        for name, _ in adapters:
+            if parse_name(name, self.base) is None:
+                raise UnknownModelError(name, self.served, param="adapters")
         return adapters
 
     def pin(self, model: str | None, adapters: Terms | None = None) -> Pin:
@@ -191,30 +221,33 @@ class Registry:
         """What a request names, as of now.
 
         Raises:
-            UnknownModelError: it is not served.
+            UnknownModelError, UnknownVersionError: it is not served.
             AdaptersWithModelError: as in `terms`.
             BaseIsFusedError: it names another adapter than the one that is fused into the base.
             BlendError: the weights cannot be computed.
         """
         terms = self.terms(model, adapters)
-        entries = [self._served_entry(name, "model" if adapters is None else "adapters") for name, _ in terms]
+        param = "model" if adapters is None else "adapters"
+        found = [(self._served_version(name, param), weight) for name, weight in terms]
         if self.fused is None:
-            pairs = zip(entries, terms, strict=True)
-            row = make_row((entry.current.resident, weight) for entry, (_, weight) in pairs)
+            row = make_row((version.resident, weight) for (_, version), weight in found)
         else:
-            self._require_fused_only(self.fused, terms)
+            self._require_fused_only(self.fused, found)
             row = ()
-        return Resolved(tuple(dict.fromkeys(entries)), row)
+        entries = {version: entry for (entry, version), _ in found}
+        name = terms[0][0] if len(entries) == 1 else self.base
+        return Resolved(tuple(entries.values()), tuple(entries), row, name)
 
     def keep(self, resolved: Resolved, is_counted: bool = False) -> Pin:
         """A pin on what was resolved at this very instant; `is_counted` if its request had one before."""
         now = time.time()
-        entries, versions = resolved.entries, resolved.versions
+        versions = resolved.versions
         self.in_flight += 1
         if not is_counted:
-            self.totals["base" if not entries else "adapter" if len(entries) == 1 else "blend"] += 1
-        for entry in entries:
-            entry.current.pins += 1
+            self.totals["base" if not versions else "adapter" if len(versions) == 1 else "blend"] += 1
+        for version in versions:
+            version.pins += 1
+        for entry in dict.fromkeys(resolved.entries):
             entry.requests += not is_counted
             entry.last_used = now
 
@@ -224,21 +257,37 @@ class Registry:
                 version.pins -= 1
             self._on_release(versions)
 
-        return Pin(resolved.row, entries[0].id if len(entries) == 1 else self.base, release)
+        return Pin(resolved.row, resolved.served_name, release)
 
     def publish(self, adapter_id: str, version: Version, pinned: bool | None = None) -> Entry:
-        """Make `version` what `adapter_id` means; a version before it is retired. `pinned` None keeps it."""
+        """Make `version` what `adapter_id` means. `pinned` None keeps it.
+
+        A version before it is what a rollback leads to from now on, if it is kept; if not, it is retired.
+        """
         entry = self._entries.get(adapter_id)
         if entry is None:
-            entry = self._entries[adapter_id] = Entry(adapter_id, version)
+            entry = self._entries[adapter_id] = Entry(adapter_id, version, newest=version)
         else:
-            version.pinned, entry.current.pinned = entry.current.pinned, False
-            self.retire(entry, entry.current)
-            entry.current = version
+            self._make_current(entry, version)
+            entry.newest = version
         if pinned is not None:
             version.pinned = pinned
         self.unloaded.discard(adapter_id)
         return entry
+
+    def roll_back(self, entry: Entry) -> None:
+        """Make the previous version of `entry`, which must have one, the current one again."""
+        version, entry.previous = entry.previous, None
+        if version is None:
+            raise RuntimeError("expected a previous version, but there is none")
+        self._make_current(entry, version)
+
+    def forget_previous(self, version: Version) -> None:
+        """`version` cannot come back any more: no rollback leads to it."""
+        for entry in self._entries.values():
+            if entry.previous is version:
+                entry.previous = None
+                self.retire(entry, version)
 
     def retire(self, entry: Entry, version: Version) -> None:
         """`version` is an older one of `entry`, which nothing will name."""
@@ -258,6 +307,20 @@ class Registry:
         entry.state = "ready"
         if was_active and self.active is None:
             self.active = entry.id
+
+    def start_fused(self, entries: Sequence[Entry], is_sum: bool) -> None:
+        """The base is fused with `entries`, known by the first; a sum of them answers in no adapter's name."""
+        self.fused, self.fused_as_sum = entries[0].id, is_sum
+        for entry in entries:
+            entry.state = "fused"
+            if is_sum and self.active == entry.id:
+                self.active = None
+
+    def end_fused(self, entries: Sequence[Entry]) -> None:
+        """The base is bare again, and `entries` are served."""
+        self.fused, self.fused_as_sum = None, False
+        for entry in entries:
+            entry.state = "ready"
 
     def remove(self, entry: Entry) -> None:
         """Forget `entry`, because a call unloaded it."""
@@ -285,7 +348,7 @@ class Registry:
 
     def digests(self) -> set[str]:
         """The contents that requests can still name or compute with, in memory or not."""
-        return {version.resident.digest for entry in self._entries.values() for version in entry.versions}
+        return {version.resident.digest for version in self.versions}
 
     def activate(self, adapter_id: str | None) -> str | None:
         """Change what "default" means; returns what it meant before.
@@ -296,10 +359,10 @@ class Registry:
         """
         if adapter_id is not None:
             entry = self.get(adapter_id)
+            if self.fused is not None and (self.fused_as_sum or self.fused != adapter_id):
+                raise BaseIsFusedError(self.fused, f"{quoted(adapter_id)} cannot be the active one")
             if not self._is_served(entry):
                 raise AdapterNotFoundError(f"Adapter {quoted(adapter_id)} is being unloaded.")
-            if self.fused not in (None, adapter_id):
-                raise BaseIsFusedError(self.fused, f"{quoted(adapter_id)} cannot be the active one")
         previous, self.active = self.active, adapter_id
         return previous
 
@@ -308,25 +371,43 @@ class Registry:
             return None
         if model is None or _means_default(model):
             return self.active
-        adapter_id = model.removeprefix(f"{self.base}:")
-        if not is_valid_id(adapter_id, self.base):
+        name = model.removeprefix(f"{self.base}:")
+        if parse_name(name, self.base) is None:
             raise UnknownModelError(model, self.served)
-        return adapter_id
+        return name
 
     def _is_served(self, entry: Entry) -> bool:
-        return entry.state != "draining"
+        return entry.state == "ready" or (entry.state == "fused" and not self.fused_as_sum)
 
-    def _served_entry(self, adapter_id: str, param: str) -> Entry:
-        entry = self._entries.get(adapter_id)
-        if entry is None or not self._is_served(entry):
-            if self.fused is not None and adapter_id in self.unloaded:
-                raise BaseIsFusedError(self.fused, f"{quoted(adapter_id)} is not served")
-            raise UnknownModelError(adapter_id, self.served, param)
-        return entry
+    def _make_current(self, entry: Entry, version: Version) -> None:
+        older, entry.current = entry.current, version
+        version.pinned, older.pinned = older.pinned, False
+        if not older.kept:
+            self.retire(entry, older)  # what a rollback leads to stays the one before
+            return
+        if entry.previous is not None:
+            self.retire(entry, entry.previous)
+        entry.previous = older
 
-    def _require_fused_only(self, fused: str, terms: Terms) -> None:
-        if terms and (len(terms) > 1 or terms[0] != (fused, 1.0)):
-            raise BaseIsFusedError(fused, "no other adapter or weight can be computed with")
+    def _served_version(self, text: str, param: str) -> tuple[Entry, Version]:
+        name = parse_name(text, self.base)
+        entry = None if name is None else self._entries.get(name.entry)
+        if name is None or entry is None or not self._is_served(entry):
+            if self.fused is not None and name is not None and (entry or name.entry in self.unloaded):
+                raise BaseIsFusedError(self.fused, f"{quoted(text)} is not served")
+            raise UnknownModelError(text, self.served, param)
+        for version in entry.named:
+            if name.version in (None, version.number):
+                return entry, version
+        raise UnknownVersionError(entry.id, name.version, [each.number for each in entry.named], param)
+
+    def _require_fused_only(self, fused: str, found: Sequence[tuple[tuple[Entry, Version], float]]) -> None:
+        allowed = all(
+            version is entry.current and entry.id == fused and weight == 1.0
+            for (entry, version), weight in found
+        )
+        if len(found) > 1 or not allowed:
+            raise BaseIsFusedError(fused, "no other adapter, version or weight can be computed with")
 
 
 def _is_used(version: Version) -> bool:

@@ -61,6 +61,10 @@ class Residency:
         """Bytes that cannot be given to anything else now."""
         return self._committed(self._reservations)
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether so many bytes more fit although nothing leaves."""
+        return self._fits_as_it_is(size_bytes)
+
     def take(self, versions: Sequence[Version], is_next: bool) -> list[Reservation | None] | None:
         """Commit `versions`, each once, for a request that pins them at this instant; None if it has to wait.
 

@@ -1,4 +1,4 @@
-"""The adapters' life cycle: resolve, load, replace, unload, swap, fuse, unfuse.
+"""The adapters' life cycle: resolve, load, replace, roll back, unload, swap, fuse, unfuse.
 
 A call that changes adapters runs to its end even if its caller leaves meanwhile, so that names and bank
 never disagree; calls on one id take turns, calls on different ids do not wait for each other. Loads and
@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from adapters_core.container import AdapterContainer
 from server.engine.container import ModelContainer
 from server.engine.model import ModelInfo
 
@@ -26,9 +27,12 @@ from .errors import AdapterBusyError, AdapterExistsError, BaseIsFusedError, Life
 from .folder import AdapterFolders, check_id
 from .fusing import Fuser, FuseResult, Precision
 from .gate import Gate
+from .keeping import Keeper, PrivateFolder
+from .names import parse_name
 from .pager import Pager
 from .registry import Entry, Pin, Registry, Terms, Version
 from .residency import Residency
+from .source import Made
 
 __all__ = ["AdapterService", "Listing", "Loaded", "ServiceOptions", "Swapped"]
 
@@ -41,7 +45,8 @@ class ServiceOptions:
     """`memory_bytes` bounds what adapters in memory take; `models_dir` is where models are saved.
 
     `wait_seconds` bounds how long a request waits for others to make room for the adapters that it names,
-    `max_waiting` how many wait for that, and how many for loads.
+    `max_waiting` how many wait for that, and how many for loads. Copies of versions that could not be read
+    again lie in a folder under `kept_dir` (None: the system's for temporary files), `kept_bytes` at most.
     """
 
     memory_bytes: int
@@ -50,6 +55,8 @@ class ServiceOptions:
     load_on_demand: bool = True
     unload_timeout_seconds: float = 30.0
     models_dir: Path | None = None
+    kept_dir: Path | None = None
+    kept_bytes: int = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +114,10 @@ class AdapterService:
         self._released = asyncio.Event()
         self._closing = False
         self._on_load = on_load
+        self._private = PrivateFolder(options.kept_dir)
+        self.keeper = Keeper(container, self.registry, self._private, options.kept_bytes)
         self._pager = Pager(
-            container, folders, self.registry, self.residency, self._gate, options.wait_seconds,
+            container, folders, self.registry, self.residency, self.keeper, self._gate, options.wait_seconds,
             options.max_waiting, start=self._start_load, on_load=on_load,
         )  # fmt: skip
         self._fuser = Fuser(
@@ -130,6 +139,7 @@ class AdapterService:
         self._pager.close()
         while self._tasks:
             await asyncio.wait(set(self._tasks))
+        await asyncio.to_thread(self._private.close)
 
     async def resolve(self, model: str | None, adapters: Terms | None = None) -> Pin:
         """What a request that names `model` and `adapters` computes with, in memory; loads on demand.
@@ -137,13 +147,16 @@ class AdapterService:
         The caller releases the pin when the request has ended in any way.
 
         Raises:
-            UnknownModelError, AdaptersWithModelError, BaseIsFusedError, BlendError: as `Registry.resolve`.
+            UnknownModelError, UnknownVersionError, AdaptersWithModelError, BaseIsFusedError, BlendError: as
+                `Registry.resolve`.
             AdapterMemoryError, AdapterMemoryBusyError: there is no room, now or ever.
             AdapterNotFoundError, PathNotAllowedError, InvalidAdapterError: an adapter that was to be loaded.
         """
-        for adapter_id, _ in self.registry.terms(model, adapters):
-            if self.registry.find(adapter_id) is None:
-                await self._load_on_demand(adapter_id)
+        for text, _ in self.registry.terms(model, adapters):
+            name = parse_name(text, self.registry.base)
+            # What is not registered has no versions that could be asked for.
+            if name is not None and name.version is None and self.registry.find(name.entry) is None:
+                await self._load_on_demand(name.entry)
         return await self._pager.pin(model, adapters)
 
     async def list(self) -> Listing:
@@ -174,6 +187,56 @@ class AdapterService:
         loaded = await self._to_the_end(self._load(adapter_id, path, pinned, activate, replace))
         await self._to_the_end(self._reap())
         return loaded
+
+    async def load_made(
+        self,
+        adapter_id: str,
+        made: Made,
+        make: Callable[[], AdapterContainer],
+        *,
+        pinned: bool | None = None,
+        activate: bool = False,
+        replace: bool = False,
+    ) -> Loaded:
+        """Load what `make` makes from other adapters, on a thread of its own; otherwise as `load`.
+
+        Raises:
+            InvalidAdapterIdError, AdapterExistsError, InvalidAdapterError, AdapterMemoryError,
+            BaseIsFusedError, VersionNotKeptError, and what `make` raises.
+        """
+        check_id(adapter_id, self.registry.base)
+
+        async def work() -> Loaded:
+            async with self._lock(adapter_id):
+                entry = self._replaceable(adapter_id, replace)
+                published = await self._pager.place_made(
+                    adapter_id,
+                    made,
+                    make,
+                    entry,
+                    lambda: self._refuse_load_if_fused(adapter_id),
+                    lambda version: self._publish(adapter_id, version, pinned, activate),
+                )
+                return Loaded(published, created=entry is None)
+
+        loaded = await self._to_the_end(work())
+        await self._to_the_end(self._reap())
+        return loaded
+
+    async def roll_back(self, adapter_id: str) -> Entry:
+        """Make the previous version of an adapter the current one; requests in flight finish on theirs.
+
+        The version that was current is what the next rollback leads to.
+
+        Raises:
+            AdapterNotFoundError: it is not loaded.
+            NoPreviousVersionError, VersionGoneError: there is nothing to go back to.
+            AdapterMemoryError: there is no room for it.
+            BaseIsFusedError: it, or another, is fused.
+        """
+        entry = await self._to_the_end(self._roll_back(adapter_id))
+        await self._to_the_end(self._reap())
+        return entry
 
     async def unload(self, adapter_id: str, timeout_seconds: float | None = None) -> tuple[Entry, int]:
         """Serve an adapter to no new request, wait for those in flight, take it out of the bank.
@@ -229,28 +292,43 @@ class AdapterService:
         self, adapter_id: str, path: str | None, pinned: bool | None, activate: bool, replace: bool
     ) -> Loaded:
         async with self._lock(adapter_id):
-            self._refuse_load_if_fused(adapter_id)
-            entry = self.registry.find(adapter_id)
-            if entry is not None and not replace:
-                raise AdapterExistsError(adapter_id)
+            entry = self._replaceable(adapter_id, replace)
             folder = await asyncio.to_thread(self._folders.find, adapter_id, path)
-
-            def publish(version: Version) -> Entry:
-                published = self._publish(adapter_id, version, pinned)
-                if activate:
-                    self.registry.activate(adapter_id)
-                return published
-
             published = await self._pager.fetch_in_turn(
-                folder, entry, lambda: self._refuse_load_if_fused(adapter_id), publish
+                folder,
+                entry,
+                lambda: self._refuse_load_if_fused(adapter_id),
+                lambda version: self._publish(adapter_id, version, pinned, activate),
             )
             return Loaded(published, created=entry is None)
 
-    def _publish(self, adapter_id: str, version: Version, pinned: bool | None = None) -> Entry:
+    def _replaceable(self, adapter_id: str, replace: bool) -> Entry | None:
+        """What is to be replaced, if there is anything."""
+        self._refuse_load_if_fused(adapter_id)
+        entry = self.registry.find(adapter_id)
+        if entry is not None and not replace:
+            raise AdapterExistsError(adapter_id)
+        return entry
+
+    def _publish(
+        self, adapter_id: str, version: Version, pinned: bool | None = None, activate: bool = False
+    ) -> Entry:
         self._on_load(version.load_seconds)
         digest = version.resident.digest
         _log.info("adapter_loaded", adapter=adapter_id, version=version.number, digest=digest)
-        return self.registry.publish(adapter_id, version, pinned)
+        entry = self.registry.publish(adapter_id, version, pinned)
+        if activate:
+            self.registry.activate(adapter_id)
+        return entry
+
+    async def _roll_back(self, adapter_id: str) -> Entry:
+        async with self._lock(adapter_id):
+            entry = self.registry.get(adapter_id)
+            await self._pager.roll_back(
+                entry, lambda: self._refuse_if_fused(f"{quoted(adapter_id)} cannot be rolled back")
+            )
+            _log.info("adapter_rolled_back", adapter=adapter_id, version=entry.current.number)
+            return entry
 
     async def _load_on_demand(self, adapter_id: str) -> None:
         """Load the adapter if it may be; those who want it at the same time wait for one load."""
@@ -271,7 +349,7 @@ class AdapterService:
             self._refuse_load_if_fused(adapter_id)
             if self.registry.find(adapter_id) is None and adapter_id not in self.registry.unloaded:
                 # Without room at once it is registered, and the requests that name it wait for room.
-                await self._pager.fetch(folder, None, lambda version: self._publish(adapter_id, version))
+                await self._pager.fetch(folder, lambda version: self._publish(adapter_id, version))
 
     async def _unload(self, adapter_id: str, timeout_seconds: float) -> tuple[Entry, int]:
         async with self._lock(adapter_id):
@@ -341,10 +419,12 @@ class AdapterService:
             raise BaseIsFusedError(self.registry.fused, refused)
 
     async def _in_turn(self, adapter_id: str, work: Coroutine[Any, Any, _T]) -> _T:
+        before = self.registry.versions
         try:
             async with self._lock(adapter_id):
                 return await work
         finally:
+            self._pager.forget_copies(before - self.registry.versions)
             self._pager.look_again()
 
     def _lock(self, adapter_id: str) -> asyncio.Lock:

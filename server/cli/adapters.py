@@ -24,6 +24,7 @@ def adapters_app() -> typer.Typer:
     app.command("list")(list_adapters)
     app.command("load")(load)
     app.command("unload")(unload)
+    app.command("rollback")(rollback)
     app.command("swap")(swap)
     app.command("fuse")(fuse)
     app.command("unfuse")(unfuse)
@@ -98,6 +99,21 @@ def unload(
 
     params = {} if timeout is None else {"timeout_seconds": timeout}
     _run(url, api_key, api_key_file, json, tell, "DELETE", adapter_path(id), params=params)
+
+
+def rollback(
+    id: Id,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    json: Json = False,
+) -> None:
+    """Make an adapter's previous version the current one again."""
+
+    def tell(adapter: Mapping[str, Any]) -> None:
+        say(f"Rolled {id} back: {adapter_sentence(adapter)}.")
+
+    _run(url, api_key, api_key_file, json, tell, "POST", f"{adapter_path(id)}/rollback")
 
 
 def swap(

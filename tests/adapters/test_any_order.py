@@ -39,6 +39,8 @@ class AnyOrder(RuleBasedStateMachine):
     memory_bytes: int
     refusals: set[str]
     """The kinds of errors that were met."""
+    rollbacks: int
+    """How often one succeeded."""
 
     @initialize()
     def begin(self) -> None:
@@ -71,7 +73,12 @@ class AnyOrder(RuleBasedStateMachine):
         """The folder that a name computes with now."""
         registry = self.house.service.registry
         name = registry.fused or (registry.active if name == "default" else name) or ""
-        return registry.get(name).current.folder.shown if name and name != registry.base else ""
+        if not name or name == registry.base:
+            return ""
+        adapter_id, _, number = name.partition("@")
+        entry = registry.get(adapter_id)
+        named = [version for version in entry.named if number in ("", str(version.number))]
+        return named[0].folder.shown
 
     @rule(
         name=st.sampled_from(IDS),
@@ -85,6 +92,14 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(name=st.sampled_from(IDS))
     def unload(self, name: str) -> None:
         self.attempt(self.house.service.unload(name))
+
+    @rule(which=st.integers(0, 2))
+    def roll_back(self, which: int) -> None:
+        entries = self.house.service.registry.entries
+        name = [*(entry.id for entry in entries), *IDS][which]
+        before = {entry.current for entry in entries}
+        self.attempt(self.house.service.roll_back(name))
+        AnyOrder.rollbacks += {entry.current for entry in entries} != before
 
     @rule(name=st.sampled_from([*IDS, None]), unload_previous=st.booleans())
     def swap(self, name: str | None, unload_previous: bool) -> None:
@@ -102,7 +117,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def hold(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from([*self.house.service.registry.served, "default"]))
+        registry = self.house.service.registry
+        older = [f"{entry.id}@{entry.previous.number}" for entry in registry.entries if entry.previous]
+        names = [*registry.served, "default", *(older if registry.fused is None else [])]
+        name = data.draw(st.sampled_from(names))
         meaning = self.meaning(name)
         try:
             self.held.append((self.run(self.house.service.resolve(name)), meaning))
@@ -121,7 +139,7 @@ class AnyOrder(RuleBasedStateMachine):
         service = self.house.service
         pin, _ = data.draw(st.sampled_from(self.held))
         works = [service.unload, service.unfuse, lambda name: service.fuse(name, "auto", True)]
-        entry = service.registry.find(pin.served_name)
+        entry = service.registry.find(pin.served_name.partition("@")[0])
         if entry is not None and entry.in_flight:
             served = service.registry.served
             self.attempt(data.draw(st.sampled_from(works))(entry.id))
@@ -137,6 +155,8 @@ class AnyOrder(RuleBasedStateMachine):
         assert all(version.in_memory for version in versions if version.pins) or registry.fused
         assert self.run(self.house.bank()) == here
         assert sum(resident.size_bytes for resident in here) <= self.memory_bytes
+        assert all(version.kept for entry in registry.entries for version in entry.named[1:])
+        assert bool(self.house.service.keeper.bytes_held) == any(version.kept for version in versions)
 
     def teardown(self) -> None:
         if not hasattr(self, "house"):
@@ -163,6 +183,7 @@ def test_any_order(model_path: Path, root: Path, memory_bytes: int) -> None:
     AnyOrder.model_path = model_path
     AnyOrder.memory_bytes = memory_bytes
     AnyOrder.refusals = set()
+    AnyOrder.rollbacks = 0
     AnyOrder.expected = {"": greedy(read_model(model_path))}
     for name in ("a", "b", "d"):
         model = read_model(model_path)
@@ -176,6 +197,7 @@ def test_any_order(model_path: Path, root: Path, memory_bytes: int) -> None:
         suppress_health_check=[HealthCheck.too_slow],
     )
     run_state_machine_as_test(AnyOrder, settings=quick)
+    assert AnyOrder.rollbacks
     kinds = {"AdapterExistsError", "AdapterNotFoundError", "AdapterBusyError", "BaseIsFusedError"}
     if memory_bytes < 2**30:
         kinds = {"AdapterExistsError", "AdapterMemoryError"}

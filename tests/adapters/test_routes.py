@@ -18,7 +18,7 @@ from tests.models import adapter_tensors, adapter_values, make_adapter, write_ad
 FIELDS = {
     "id", "object", "created", "base", "path", "format", "type", "rank", "scale", "modules", "bytes",
     "digest", "version", "state", "resident", "pinned", "active", "in_flight", "requests", "last_used",
-    "load_seconds",
+    "load_seconds", "versions", "blend",
 }  # fmt: skip
 
 
