@@ -27,3 +27,8 @@ class ModuleWeights:
     magnitude: mx.array | None
     scale: float
     bias: mx.array | None = None
+
+    @property
+    def rank(self) -> int:
+        """r, of each expert's factors for a switch."""
+        return self.lora_b.shape[-1] if self.lora_b.ndim == 3 else self.lora_b.shape[0]
