@@ -34,7 +34,7 @@ from server.middleware import (
 )
 from server.openai.service import TextService
 from server.routes import adapters as adapter_routes
-from server.routes import chat, compat, completions, health, models
+from server.routes import chat, compat, completions, fusing, health, models
 from server.settings import Settings
 
 __all__ = ["create_app"]
@@ -79,7 +79,7 @@ def create_app(
     app.state.settings = settings
     app.state.metrics = metrics
     install(app)
-    for guarded in (chat, completions, models, adapter_routes, compat):
+    for guarded in (chat, completions, models, adapter_routes, fusing, compat):
         app.include_router(guarded.router, dependencies=_KEY)
     app.include_router(health.router)  # open, but for what it guards itself
 
@@ -114,6 +114,7 @@ def _make_adapters(settings: Settings, engine: Engine, info: ModelInfo, metrics:
         load_on_demand=settings.load_on_demand,
         unload_timeout_seconds=settings.unload_timeout_seconds,
         models_dir=settings.models_dir,
+        fuse_threshold=settings.fuse_threshold,
         kept_dir=settings.cache_dir / "versions",
         kept_bytes=settings.kept_versions_bytes,
     )

@@ -156,6 +156,9 @@ class Settings(BaseSettings):
     models_dir: Folder | None = Field(default=None, json_schema_extra=_group("Adapters"))
     """Models root: the folder in which a fused model may be saved; saving is refused when unset."""
 
+    fuse_threshold: float = Field(default=0.05, ge=0, le=1, json_schema_extra=_group("Adapters"))
+    """Relative error of a layer's change up to which fusing with precision auto takes a smaller form."""
+
     kept_versions_bytes: ByteSize = Field(
         default=ByteSize(4 * 2**30), ge=0, json_schema_extra=_group("Adapters")
     )

@@ -111,8 +111,8 @@ class UnmergedModelError(LifeCycleError):
 
     def __init__(self) -> None:
         super().__init__(
-            'With "precision": "keep", the adapter stays beside the base\'s weights, which no model folder can '
-            'hold. Save with "auto" or "dequantize", or serve the adapter\'s own folder.'
+            'With "precision": "keep", the adapter stays beside the base\'s weights, which no model folder '
+            'can hold. Save with "auto" or "dequantize", or serve the adapter\'s own folder.'
         )
 
 

@@ -309,7 +309,7 @@ class Registry:
             self.active = entry.id
 
     def start_fused(self, entries: Sequence[Entry], is_sum: bool) -> None:
-        """The base is fused with `entries`, known by the first; a sum of them answers in no adapter's name."""
+        """The base is fused with `entries`, known by the first; a sum of them answers in nobody's name."""
         self.fused, self.fused_as_sum = entries[0].id, is_sum
         for entry in entries:
             entry.state = "fused"

@@ -6,14 +6,18 @@ Knows nothing of adapters. Runs on a worker thread; `bare_copy` on the thread th
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import save
 
 from adapters_core.targets import Wrapper
@@ -21,18 +25,24 @@ from server.engine.model import ModelInfo
 
 from .errors import ModelExistsError, ModelNotSavedError, PathNotAllowedError, quoted
 
-__all__ = ["SavedModels", "bare_copy", "config_of"]
+__all__ = ["ModelDraft", "SavedModels", "bare_copy", "config_of"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 _QUANTIZATION = ("quantization", "quantization_config")
+_REST_BYTES = 32 * 2**20  # config, tokenizer, index, with room to spare
 
 
 class SavedModels:
-    """The folder in which models are saved; None: nowhere."""
+    """The folder in which models are saved; None: nowhere. `free_bytes` says how much fits into a folder."""
 
-    def __init__(self, root: Path | None) -> None:
+    def __init__(
+        self,
+        root: Path | None,
+        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    ) -> None:
         self._root = root
+        self._free_bytes = free_bytes
 
     def check(self, name: str) -> Path:
         """Where a model called `name` would go.
@@ -55,26 +65,77 @@ class SavedModels:
             raise ModelExistsError(name)
         return path
 
-    def write(self, name: str, model: nn.Module, info: ModelInfo) -> None:
+    def draft(self, name: str) -> ModelDraft:
+        """A model called `name` that is to be written. Raises as `check`."""
+        return ModelDraft(self, name, self.check(name), self._free_bytes)
+
+
+class ModelDraft:
+    """A model folder under a temporary name beside its own, until it is complete."""
+
+    def __init__(self, models: SavedModels, name: str, path: Path, free_bytes: Callable[[Path], int]) -> None:
+        self._models = models
+        self._name = name
+        self._path = path
+        self._temporary = path.with_name(f".{name}.{uuid.uuid4().hex}")
+        self._free_bytes = free_bytes
+
+    @staticmethod
+    def expected_bytes(model: nn.Module) -> int:
+        """Bytes of all weights, which is nearly all that a folder takes."""
+        return sum(array.nbytes for array in _weights(model).values())
+
+    def written_bytes(self) -> int:
+        """Bytes of the weights that are in the folder by now; any thread may ask."""
+        return sum(file.stat().st_size for file in self._temporary.glob("*.safetensors"))
+
+    def write(self, model: nn.Module, info: ModelInfo) -> None:
         """Save `model`, with the tokenizer and config of `info`, as a folder that mlx-lm loads.
 
         Raises:
-            As `check`; ModelNotSavedError: it cannot be written, and nothing is left behind.
+            PathNotAllowedError, ModelExistsError: as `SavedModels.check`.
+            ModelNotSavedError: it cannot be written, and nothing is left behind.
         """
-        path = self.check(name)
-        temporary = path.with_name(f".{name}.{uuid.uuid4().hex}")
+        self._models.check(self._name)
+        temporary = self._temporary
         try:
+            self._require_room(model)
             save(
                 temporary, info.path, model, info.tokenizer, config_of(info.config, model), donate_model=False
             )
-            os.rename(temporary, path)
+            _make_durable(temporary, self.expected_bytes(model))
+            os.rename(temporary, self._path)
         except OSError as error:
-            self.check(name)  # another call may have been faster
-            raise ModelNotSavedError(name, error.strerror or "the file system refused") from error
+            self._models.check(self._name)  # another call may have been faster
+            raise ModelNotSavedError(self._name, error.strerror or "the file system refused") from error
         except RuntimeError as error:  # MLX's own, which names the path
-            raise ModelNotSavedError(name, "the weights could not be stored") from error
+            raise ModelNotSavedError(self._name, "the weights could not be stored") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _require_room(self, model: nn.Module) -> None:
+        needed_bytes = self.expected_bytes(model) + _REST_BYTES
+        free_bytes = self._free_bytes(self._path.parent)
+        if needed_bytes > free_bytes:
+            raise ModelNotSavedError(
+                self._name, f"it takes about {needed_bytes} bytes, and {free_bytes} are free"
+            )
+
+
+def _make_durable(folder: Path, weights_bytes: int) -> None:
+    """Wait until the files are on the disk. Raises OSError if weights are missing."""
+    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < weights_bytes:
+        raise OSError(errno.EIO, "some of the weights were not stored")
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _weights(model: nn.Module) -> dict[str, mx.array]:
+    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
 
 
 def bare_copy(model: nn.Module) -> Any:
@@ -105,9 +166,12 @@ def config_of(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         return described
     quantization = described.get(_QUANTIZATION[0])
     if isinstance(quantization, dict):
+        usual = {key: quantization.get(key, "affine") for key in ("group_size", "bits", "mode")}
         for path, module in model.named_modules():
-            if path in quantization:
-                quantization[path] = _quantization_of(module)
+            actual = _quantization_of(module)
+            # Only what is quantised otherwise than the rest needs an entry of its own.
+            if path in quantization or (actual and actual != usual):
+                quantization[path] = actual
     return described
 
 

@@ -20,12 +20,13 @@ from weakref import WeakValueDictionary
 import structlog
 
 from adapters_core.container import AdapterContainer
+from adapters_core.fusion import AUTO_THRESHOLD
 from server.engine.container import ModelContainer
 from server.engine.model import ModelInfo
 
 from .errors import AdapterBusyError, AdapterExistsError, BaseIsFusedError, LifeCycleError, quoted
 from .folder import AdapterFolders, check_id
-from .fusing import Fuser, FuseResult, Precision
+from .fusing import FuseOptions, Fuser, FuseResult, Precision, Tell, no_tell
 from .gate import Gate
 from .keeping import Keeper, PrivateFolder
 from .names import parse_name
@@ -42,7 +43,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:
-    """`memory_bytes` bounds what adapters in memory take; `models_dir` is where models are saved.
+    """`memory_bytes` bounds what adapters in memory take; `models_dir` is where models are saved, and
+    `fuse_threshold` the relative error of a layer's change up to which fusing takes a smaller form.
 
     `wait_seconds` bounds how long a request waits for others to make room for the adapters that it names,
     `max_waiting` how many wait for that, and how many for loads. Copies of versions that could not be read
@@ -55,6 +57,7 @@ class ServiceOptions:
     load_on_demand: bool = True
     unload_timeout_seconds: float = 30.0
     models_dir: Path | None = None
+    fuse_threshold: float = AUTO_THRESHOLD
     kept_dir: Path | None = None
     kept_bytes: int = 1 << 32
 
@@ -121,8 +124,9 @@ class AdapterService:
             options.max_waiting, start=self._start_load, on_load=on_load,
         )  # fmt: skip
         self._fuser = Fuser(
-            container, info, self.registry, self.residency, self._gate, self._idle, options.models_dir
-        )
+            container, info, self.registry, self.residency, self._gate, self._idle,
+            FuseOptions(options.models_dir, options.fuse_threshold),
+        )  # fmt: skip
 
     async def start(self, adapter_ids: Iterable[str]) -> None:
         """Load the adapters that the operator named; those that do not fit together leave again.
@@ -271,16 +275,22 @@ class AdapterService:
             await self._unload_if_idle(previous)
         return Swapped(adapter_id, previous, time.perf_counter() - started)
 
-    async def fuse(self, adapter_id: str, precision: Precision, unload_others: bool = False) -> FuseResult:
-        """Fuse an adapter into the resident base. As `Fuser.fuse`."""
+    async def fuse(
+        self, what: str | Terms, precision: Precision, unload_others: bool = False, tell: Tell = no_tell
+    ) -> FuseResult:
+        """Fuse an adapter, or a sum of (id, weight) terms, into the resident base. As `Fuser.fuse`."""
+        terms = [(what, 1.0)] if isinstance(what, str) else what
         timeout_seconds = self._options.unload_timeout_seconds
-        work = self._fuser.fuse(adapter_id, precision, unload_others, timeout_seconds)
-        return await self._to_the_end(self._in_turn(adapter_id, work))
+        work = self._fuser.fuse(terms, precision, unload_others, timeout_seconds, tell)
+        return await self._to_the_end(self._in_turn(terms[0][0], work))
 
-    async def save_fused(self, adapter_id: str, precision: Precision, name: str) -> FuseResult:
-        """Write the base with an adapter fused into it to a new model folder. As `Fuser.save`."""
-        work = self._fuser.save(adapter_id, precision, name)
-        return await self._to_the_end(self._in_turn(adapter_id, work))
+    async def save_fused(
+        self, what: str | Terms, precision: Precision, name: str, tell: Tell = no_tell
+    ) -> FuseResult:
+        """Write the base with such terms fused into it to a new model folder. As `Fuser.save`."""
+        terms = [(what, 1.0)] if isinstance(what, str) else what
+        work = self._fuser.save(terms, precision, name, tell)
+        return await self._to_the_end(self._in_turn(terms[0][0], work))
 
     async def unfuse(self, adapter_id: str) -> Entry:
         """Put the base back as it was. As `Fuser.unfuse`."""

@@ -96,7 +96,7 @@ async def test_fusing_again_and_at_another_precision_shares_no_cache(tmp_path: P
         before = await quantised.snapshot()
         await service.load("a")
         found: dict[str, list[int]] = {}
-        for precision in ("requantize", "dequantize", "auto", "requantize"):
+        for precision in ("requantize", "dequantize", "keep", "auto", "requantize"):
             report = (await service.fuse("a", precision)).report
             assert sum(report.precision.values()) == report.modules == 9
             answer = await quantised.answer("tiny")

@@ -1,0 +1,81 @@
+"""What fusing computes before anything is exchanged: the merged layers, and how well they do.
+
+All of it reads a copy of the module tree that shares the base's arrays, so that it can run on a thread beside
+the generation, which goes on meanwhile: one small forward at a time competes with it for the processor, and
+none waits in its queue. Knows no names. Runs on a worker thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.nn as nn
+
+from adapters_core.container import AdapterContainer
+from adapters_core.fusion import FuseReport, Precision, fuse_layers
+from adapters_core.fusion_activations import ActivationReport, compare_activations
+from adapters_core.fusion_sums import summed_layers
+
+__all__ = ["FuseProgress", "Merged", "Stage", "Tell", "merge", "no_tell"]
+
+Stage = Literal["merging", "comparing", "writing"]
+
+
+@dataclass(frozen=True, slots=True)
+class FuseProgress:
+    """How far a fusion is: layers that are merged, prompts that are compared, bytes that are written."""
+
+    stage: Stage
+    done: int
+    total: int
+
+
+Tell = Callable[[FuseProgress], None]
+
+
+def no_tell(progress: FuseProgress) -> None:
+    """For a caller that does not want to know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """Layers for the base, by path, evaluated; what became of the weights, and of the outputs."""
+
+    modules: Mapping[str, nn.Module]
+    report: FuseReport
+    activations: ActivationReport
+
+
+def merge(
+    model: Any,
+    terms: Sequence[tuple[AdapterContainer, float]],
+    precision: Precision,
+    threshold: float,
+    rows: Sequence[Sequence[int]],
+    source: str,
+    tell: Tell,
+) -> Merged:
+    """The layers of `model`, a tree of modules of its own, with the weighted sum of adapters merged in.
+
+    `rows` are the prompts on which the outputs are compared.
+
+    Raises: InvalidAdapterError, UnsupportedModelError, BlendError.
+    """
+    layers = summed_layers(model, terms)
+    modules, report = fuse_layers(
+        layers,
+        precision,
+        source,
+        threshold=threshold,
+        progress=lambda done, total: tell(FuseProgress("merging", done, total)),
+    )
+    activations = compare_activations(
+        model,
+        layers,
+        modules,
+        rows,
+        progress=lambda done, total: tell(FuseProgress("comparing", done, total)),
+    )
+    return Merged(modules, report, activations)
