@@ -61,14 +61,16 @@ class AdapterContainer:
         self._loaded: _Loaded | None = None
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> Self:
+    def from_directory(cls, directory: str | Path, weights_file: str | None = None) -> Self:
         """Read a folder as mlx-lm or PEFT writes it; adapter_config.json says which of them did.
+
+        `weights_file` names a file in it to be read in the place of the adapter's own, such as a checkpoint.
 
         Raises:
             InvalidAdapterError: naming the folder and every problem of both files.
         """
         directory = Path(directory)
-        content, digest = read_adapter(directory)
+        content, digest = read_adapter(directory, weights_file)
         return cls(content, directory.name, digest)
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -68,16 +69,18 @@ def read_weights(directory: str | Path, file_name: str = WEIGHTS_FILE) -> Adapte
     return AdapterWeights(tensors, digest, sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def least_memory_bytes(directory: str | Path) -> int:
+def least_memory_bytes(directory: str | Path, weights_file: str | None = None) -> int:
     """Bytes that the adapter in `directory` takes beside any base at the very least; reads nothing.
 
     Factors take at least what they take in the file, DoRA's magnitudes at least half. 0 without a file.
+    `weights_file` is the one to be read; without it, it is one of those that the formats name.
     """
-    try:
-        file_bytes = (Path(directory) / WEIGHTS_FILE).stat().st_size
-    except OSError:  # reading it will say what is wrong
-        return 0
-    return max(0, file_bytes - MAX_HEADER_BYTES) // 2
+    names = (WEIGHTS_FILE, PEFT_WEIGHTS_FILE) if weights_file is None else (weights_file,)
+    sizes = []
+    for name in names:
+        with suppress(OSError):  # reading it will say what is wrong
+            sizes.append((Path(directory) / name).stat().st_size)
+    return max(0, min(sizes, default=0) - MAX_HEADER_BYTES) // 2
 
 
 def save_weights(path: str | Path, tensors: Mapping[str, mx.array]) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters_core.config import CONFIG_FILE
-from adapters_core.weights import WEIGHTS_FILE
+from adapters_core.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
 
 from .errors import AdapterNotFoundError, InvalidAdapterIdError, PathNotAllowedError, quoted
 
@@ -22,6 +23,8 @@ __all__ = ["RESERVED_IDS", "AdapterFolder", "AdapterFolders", "check_id", "confi
 
 RESERVED_IDS = frozenset({"default", "active"})
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_STEP_FILE = re.compile(r"(\d{7,18})_adapters\.safetensors")  # as mlx-lm's trainer names checkpoints
+_STEP_FOLDER = re.compile(r"checkpoint-(\d{1,18})")  # as PEFT's users' trainer does
 
 
 def check_id(adapter_id: str, base: str) -> None:
@@ -53,12 +56,14 @@ def is_valid_id(adapter_id: str, base: str) -> bool:
 class AdapterFolder:
     """A folder that may be read: where it is, and how clients see it (relative to the root, no more).
 
-    `trusted` if the operator named it, so that it may lie anywhere.
+    `trusted` if the operator named it, so that it may lie anywhere. `weights_file` is the name of the file
+    that is read in the place of the adapter's own: a checkpoint beside it.
     """
 
     path: Path
     shown: str
     trusted: bool = False
+    weights_file: str | None = None
 
 
 class AdapterFolders:
@@ -85,15 +90,17 @@ class AdapterFolders:
             )
         folder = _inside(self._root, wanted, wanted)
         found = self._existing(folder, wanted)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, PEFT_WEIGHTS_FILE):
             _inside(self._root, folder / name, f"{wanted}/{name}")
         return found
 
     def again(self, folder: AdapterFolder) -> AdapterFolder:
         """A folder that was found before, checked as it is now. Raises as `find`."""
         if folder.trusted:
-            return self._existing(folder.path, folder.shown, trusted=True)
-        return self.find(folder.shown, folder.shown)
+            found = self._existing(folder.path, folder.shown, trusted=True)
+        else:
+            found = self.find(folder.shown, folder.shown)
+        return found if folder.weights_file is None else self._checkpoint_file(found, folder.weights_file)
 
     def on_demand(self, adapter_id: str) -> AdapterFolder | None:
         """The adapter's folder directly under the root with this very name, if it may be read."""
@@ -107,6 +114,50 @@ class AdapterFolders:
         except (AdapterNotFoundError, PathNotAllowedError):
             return None
 
+    def checkpoint(self, adapter_id: str, step: int, parent: AdapterFolder | None) -> AdapterFolder | None:
+        """What the training of an adapter wrote at `step`, if it may be read.
+
+        It lies in `parent`, or without one in the folder directly under the root that is named as the id.
+        """
+        try:
+            if parent is None:
+                if self._root is None or not os.path.isdir(self._root / adapter_id):
+                    return None
+                # A file system that ignores case would find the folder under many names.
+                if adapter_id not in os.listdir(self._root):
+                    return None
+                parent = self.find(adapter_id, adapter_id)
+            file, folder = f"{step:07d}_adapters.safetensors", f"checkpoint-{step}"
+            if os.path.isfile(parent.path / file) and os.path.isfile(parent.path / CONFIG_FILE):
+                return self._checkpoint_file(parent, file)
+            if not os.path.isfile(parent.path / folder / CONFIG_FILE):
+                return None
+            if parent.trusted:
+                return self._existing(parent.path / folder, f"{parent.shown}/{folder}", trusted=True)
+            return self.find(adapter_id, f"{parent.shown}/{folder}")
+        except (AdapterNotFoundError, PathNotAllowedError):
+            return None
+
+    def steps(self, folder: AdapterFolder) -> list[int]:
+        """The steps at which a training wrote checkpoints into `folder`, upwards."""
+        try:
+            names = os.listdir(folder.path)
+        except OSError:
+            return []
+        found = [_STEP_FILE.fullmatch(name) or _STEP_FOLDER.fullmatch(name) for name in names]
+        return sorted({int(match[1]) for match in found if match is not None})
+
+    def trainings(self, base: str) -> dict[str, list[int]]:
+        """The steps of each folder directly under the root that holds checkpoints."""
+        if self._root is None or not self._root.is_dir():
+            return {}
+        found: dict[str, list[int]] = {}
+        for name in sorted(os.listdir(self._root)):
+            if is_valid_id(name, base) and os.path.isdir(self._root / name):
+                with suppress(AdapterNotFoundError, PathNotAllowedError):
+                    found[name] = self.steps(self.find(name, name))
+        return {name: steps for name, steps in found.items() if steps}
+
     def available(self, base: str, loaded: Collection[str]) -> list[str]:
         """Ids of the folders directly under the root that look like adapters and are not in `loaded`."""
         if self._root is None or not self._root.is_dir():
@@ -116,6 +167,13 @@ class AdapterFolders:
             for name in sorted(os.listdir(self._root))
             if name not in loaded and is_valid_id(name, base) and self._looks_like_adapter(self._root, name)
         ]
+
+    def _checkpoint_file(self, folder: AdapterFolder, name: str) -> AdapterFolder:
+        if self._root is not None and not folder.trusted:
+            _inside(self._root, folder.path / name, f"{folder.shown}/{name}")
+        if not os.path.isfile(folder.path / name):
+            raise AdapterNotFoundError(f"There is no file {quoted(name)} in folder {quoted(folder.shown)}.")
+        return replace(folder, weights_file=name)
 
     def _looks_like_adapter(self, root: Path, name: str) -> bool:
         try:

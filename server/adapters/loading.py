@@ -27,6 +27,7 @@ __all__ = [
     "prepare_again",
     "prepare_folder",
     "prepare_made",
+    "read_folder",
     "remove_residents",
 ]
 
@@ -37,6 +38,11 @@ class Unfinished:
 
     error: Exception
     residents: frozenset[ResidentAdapter]
+
+
+def read_folder(folder: AdapterFolder) -> AdapterContainer:
+    """The adapter, or the checkpoint, in `folder`. Raises InvalidAdapterError with all that is wrong."""
+    return AdapterContainer.from_directory(folder.path, folder.weights_file)
 
 
 async def prepare_folder(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:
@@ -97,10 +103,10 @@ async def remove_residents(
 
 
 def _prepare(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:
-    needed_bytes = least_memory_bytes(folder.path)
+    needed_bytes = least_memory_bytes(folder.path, folder.weights_file)
     if needed_bytes > limit_bytes:
         raise AdapterMemoryError(needed_bytes, limit_bytes)
-    return bank.prepare(AdapterContainer.from_directory(folder.path))
+    return bank.prepare(read_folder(folder))
 
 
 def _prepare_made(

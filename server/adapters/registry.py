@@ -74,13 +74,14 @@ class Entry:
 
     `previous` is kept, so that it can come back whatever its folder holds by now; `retired` are versions that
     requests in flight began with and no name means any more. `newest` is the last that was loaded, which
-    need not live: numbers go up from there.
+    need not live: numbers go up from there. `checkpoints` are the steps that were seen in its folder.
     """
 
     id: str
     current: Version
     newest: Version
     previous: Version | None = None
+    checkpoints: Sequence[int] = ()
     retired: list[Version] = field(default_factory=list)
     state: State = "ready"
     requests: int = 0

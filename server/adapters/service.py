@@ -25,11 +25,11 @@ from server.engine.container import ModelContainer
 from server.engine.model import ModelInfo
 
 from .errors import AdapterBusyError, AdapterExistsError, BaseIsFusedError, LifeCycleError, quoted
-from .folder import AdapterFolders, check_id
+from .folder import AdapterFolder, AdapterFolders, check_id
 from .fusing import FuseOptions, Fuser, FuseResult, Precision, Tell, no_tell
 from .gate import Gate
 from .keeping import Keeper, PrivateFolder
-from .names import parse_name
+from .names import checkpoint_of, parse_name
 from .pager import Pager
 from .registry import Entry, Pin, Registry, Terms, Version
 from .residency import Residency
@@ -81,11 +81,15 @@ class Swapped:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """`resident_bytes` is what the bank takes; `available` are ids that could be loaded."""
+    """`resident_bytes` is what the bank takes; `available` are ids that could be loaded.
+
+    `checkpoints` are the steps that trainings have written, by the id that their folder under the root gives.
+    """
 
     entries: list[Entry]
     resident_bytes: int
     available: list[str]
+    checkpoints: dict[str, list[int]]
 
 
 class AdapterService:
@@ -170,7 +174,21 @@ class AdapterService:
         resident_bytes = await self._container.perform(lambda context: context.bank.resident_bytes)
         entries = self.registry.entries
         gone = {entry.id for entry in entries}
-        return Listing(entries, resident_bytes, [name for name in available if name not in gone])
+        await self.look_for_checkpoints(*entries)
+        checkpoints = await asyncio.to_thread(self._folders.trainings, self.registry.base)
+        available = [name for name in available if name not in gone]
+        return Listing(entries, resident_bytes, available, checkpoints)
+
+    async def look_for_checkpoints(self, *entries: Entry) -> None:
+        """See which checkpoints lie in the folders of `entries` now."""
+        sources = [(entry, entry.current.source) for entry in entries]
+
+        def look() -> None:
+            for entry, source in sources:
+                has_steps = isinstance(source, AdapterFolder) and source.weights_file is None
+                entry.checkpoints = self._folders.steps(source) if has_steps else ()
+
+        await asyncio.to_thread(look)
 
     async def load(
         self,
@@ -342,7 +360,7 @@ class AdapterService:
 
     async def _load_on_demand(self, adapter_id: str) -> None:
         """Load the adapter if it may be; those who want it at the same time wait for one load."""
-        if not self._options.load_on_demand or adapter_id in self.registry.unloaded:
+        if not self._options.load_on_demand or self._was_unloaded(adapter_id):
             return
         with self._pager.waiting_for_load():
             task = self._loading.get(adapter_id)
@@ -352,14 +370,29 @@ class AdapterService:
             await asyncio.shield(task)
 
     async def _demand(self, adapter_id: str) -> None:
-        folder = await asyncio.to_thread(self._folders.on_demand, adapter_id)
+        folder = await asyncio.to_thread(self._folder_on_demand, adapter_id)
         if folder is None:
             return
         async with self._lock(adapter_id), self._gate.shared():
             self._refuse_load_if_fused(adapter_id)
-            if self.registry.find(adapter_id) is None and adapter_id not in self.registry.unloaded:
+            if self.registry.find(adapter_id) is None and not self._was_unloaded(adapter_id):
                 # Without room at once it is registered, and the requests that name it wait for room.
                 await self._pager.fetch(folder, lambda version: self._publish(adapter_id, version))
+
+    def _folder_on_demand(self, adapter_id: str) -> AdapterFolder | None:
+        checkpoint = checkpoint_of(adapter_id)
+        if checkpoint is None:
+            return self._folders.on_demand(adapter_id)
+        trained = self.registry.find(checkpoint.id)
+        source = None if trained is None else trained.newest.source
+        parent = source if isinstance(source, AdapterFolder) else None
+        return self._folders.checkpoint(checkpoint.id, checkpoint.step, parent)
+
+    def _was_unloaded(self, adapter_id: str) -> bool:
+        """By a call, itself or the adapter that it is a checkpoint of."""
+        checkpoint = checkpoint_of(adapter_id)
+        trained = None if checkpoint is None else checkpoint.id
+        return not self.registry.unloaded.isdisjoint({adapter_id, trained})
 
     async def _unload(self, adapter_id: str, timeout_seconds: float) -> tuple[Entry, int]:
         async with self._lock(adapter_id):
