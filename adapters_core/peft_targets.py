@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .peft_config import PeftFields
+from .peft_config import PeftConfig, PeftFields
 
-__all__ = ["all_linear", "is_target", "is_target_parameter", "pattern_value"]
+__all__ = ["all_linear", "is_target", "is_target_parameter", "rank_and_scale"]
 
 _ALL_LINEAR = "all-linear"
 
@@ -43,7 +43,14 @@ def is_target_parameter(fields: PeftFields, name: str) -> bool:
     return name in targets or _ends_with(name, targets)
 
 
-def pattern_value(pattern: dict[str, float] | dict[str, int] | None, name: str, default: float) -> float:
+def rank_and_scale(config: PeftConfig, name: str) -> tuple[int, float]:
+    """The rank of the module or parameter `name`, and the factor of its B A."""
+    fields = config.fields
+    rank = int(_pattern_value(fields.rank_pattern, name, fields.r))
+    return rank, config.scale(rank, _pattern_value(fields.alpha_pattern, name, fields.lora_alpha))
+
+
+def _pattern_value(pattern: dict[str, float] | dict[str, int] | None, name: str, default: float) -> float:
     """The value of the first key that matches `name` or its end as a regular expression."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
