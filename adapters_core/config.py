@@ -84,6 +84,22 @@ class AdapterConfig(BaseModel):
     num_layers: int = Field(default=16, ge=-_MAX_LAYERS, le=_MAX_LAYERS, strict=True)
     lora_parameters: LoRAParameters = Field(default_factory=LoRAParameters)
 
+    @property
+    def base_name(self) -> str | None:
+        """The base that it was trained on, which mlx-lm's trainer writes as `model`."""
+        named = (self.model_extra or {}).get("model")
+        return named if isinstance(named, str) and named else None
+
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        """Fields with a value that do not change what the adapter computes: those of its training."""
+        extra = dict(self.model_extra or {})
+        extra.pop("model", None)
+        extra["lora_parameters.dropout"] = self.lora_parameters.dropout
+        for name, value in (self.lora_parameters.model_extra or {}).items():
+            extra[f"lora_parameters.{name}"] = value
+        return tuple(sorted(name for name, value in extra.items() if value not in (None, "", [], {}, 0)))
+
     @classmethod
     def from_directory(cls, directory: str | Path) -> Self:
         """Read `adapter_config.json` in `directory`.

@@ -31,8 +31,6 @@ class MlxFormat:
     config: AdapterConfig
     tensors: Mapping[str, mx.array]
     name: FormatName = "mlx"
-    base_name: str | None = None
-    ignored_fields: tuple[str, ...] = ()
 
     @property
     def type(self) -> FineTuneType:
@@ -43,6 +41,16 @@ class MlxFormat:
     def dropout(self) -> float:
         """`lora_parameters.dropout`."""
         return self.config.lora_parameters.dropout
+
+    @property
+    def base_name(self) -> str | None:
+        """`model`."""
+        return self.config.base_name
+
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        """Fields of the training."""
+        return self.config.ignored_fields
 
     @property
     def meaning(self) -> JsonValue:

@@ -130,7 +130,7 @@ def _pattern(path: str) -> str:
 
 def _alpha(scale: float, rank: int) -> int | float:
     """The alpha whose alpha / rank is `scale`, to the bit where there is one, else the nearest."""
-    near = scale * rank
+    near = float(scale) * rank
     below, above = (math.nextafter(near, end) for end in (-math.inf, math.inf))
     alpha = min((near, below, above), key=lambda alpha: abs(alpha / rank - scale))
     return int(alpha) if alpha.is_integer() else alpha
