@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from fastapi import Request
 
+from server.adapters.blending import Blender
 from server.adapters.service import AdapterService
 from server.engine.engine import Engine
 from server.openai.service import TextService
 from server.settings import Settings
 
-__all__ = ["adapter_service", "engine", "settings", "text_service"]
+__all__ = ["adapter_service", "blender", "engine", "settings", "text_service"]
 
 
 async def adapter_service(request: Request) -> AdapterService:
     """The adapters' life cycle."""
     return request.app.state.adapters
+
+
+async def blender(request: Request) -> Blender:
+    """What makes adapters of others."""
+    return request.app.state.blender
 
 
 async def engine(request: Request) -> Engine:
