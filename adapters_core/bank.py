@@ -15,15 +15,20 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .container import AdapterContainer
-from .errors import ContainerStateError, InvalidAdapterError
+from .errors import ContainerStateError, UnsupportedModelError
 from .layout import Factors, GroupLayout, Layout, Projection, bucket_rank, group_projections
 from .mixed import MixedLinear, ProjectionGroup
+from .mixed_embedding import MixedEmbedding, TiedHead
+from .mixed_experts import ExpertGroups, MixedExperts, routes_rows, switch_layers
 from .module_weights import ModuleWeights
 from .modules import ModuleKind, compute_dtype, dense_weight, kind_of, weight_shape
+from .report import LoadReport, parts_of
 from .routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
 from .stacks import Shelf
 from .surgery import replace_modules
 from .targets import module_at
+
+Mixed = MixedLinear | MixedEmbedding | MixedExperts
 
 __all__ = ["AdapterBank", "PreparedAdapter", "ResidentAdapter", "RowAdapters", "make_row", "row_key"]
 
@@ -53,7 +58,7 @@ class AdapterBank:
         self._routing = routing
         self._float_dtype = _float_dtype(model)
         self._groups: dict[str, ProjectionGroup] = {}
-        self._layers: dict[str, MixedLinear] = {}
+        self._wrappers: dict[str, Mixed] = {}
         self._shelves: dict[frozenset[tuple[str, GroupLayout]], Shelf] = {}
 
     @property
@@ -71,35 +76,33 @@ class AdapterBank:
 
         Raises:
             InvalidAdapterError: it does not fit the model; every problem is listed.
+            UnsupportedModelError: it adapts modules that cannot be served in mixed batches; all are named.
         """
         weights = container.check(self._model)
         default = self._float_dtype
-        linears = {path: module_at(self._model, path) for path in weights}
-        others = [path for path, linear in linears.items() if kind_of(linear) is not ModuleKind.LINEAR]
-        if others:
-            raise InvalidAdapterError(
-                container.digest,
-                [f"{path}: only linear layers can be served beside other adapters" for path in others],
-            )
-        names = group_projections({path: weight_shape(linears[path])[1] for path in weights})
-        groups = {name: _lay_out(paths, weights, linears, default) for name, paths in names.items()}
-        largest = max((linear.scale for linear in weights.values()), key=abs)
+        modules = {path: module_at(self._model, path) for path in weights}
+        self._require_served(modules)
+        names = _group(modules)
+        groups = {name: _lay_out(paths, weights, modules, default) for name, paths in names.items()}
+        largest = max((module.scale for module in weights.values()), key=abs)
         # A product with the scale less in each forward; in float32, what B loses by it does not show.
         scale = 1.0 if all(group.dtype == mx.float32 for group in groups.values()) else largest
         rows = {
             name: groups[name].pack(
-                {path: _factors(linears[path], weights[path], scale, default) for path in paths}
+                {path: _factors(modules[path], weights[path], scale, default) for path in paths}
             )
             for name, paths in names.items()
         }
         mx.eval(rows)
         resident = ResidentAdapter(
             digest=container.digest,
-            type=container.config.fine_tune_type.value,
-            rank=max(linear.lora_a.shape[1] for linear in weights.values()),
+            type=container.type.value,
+            rank=max(module.lora_a.shape[1] for module in weights.values()),
             scale=largest,
             paths=tuple(sorted(weights)),
             size_bytes=sum(row.nbytes for row in rows.values()),
+            format=container.format,
+            report=_report(container, weights, modules),
         )
         return PreparedAdapter(resident, scale, groups, rows)
 
@@ -165,59 +168,130 @@ class AdapterBank:
         if key in self._shelves:
             return self._shelves[key]
         shelf = Shelf(Layout(groups))
-        new: dict[str, MixedLinear] = {}
+        owners = {name: self._groups.get(name, ProjectionGroup(self._routing)) for name in groups}
+        new: dict[str, Mixed] = {}
         for name, group in groups.items():
-            owner = self._groups.setdefault(name, ProjectionGroup(self._routing))
-            for projection in group.projections:
-                path = projection.path
-                if path not in self._layers:
-                    new[path] = MixedLinear(path, module_at(self._model, path), owner)
+            for path in group.ranks:
+                place = group.place_of(path)
+                if place not in self._wrappers and place not in new:
+                    new[place] = self._wrapper(place, owners[name])
         replace_modules(self._model, new)
-        self._layers.update(new)
+        self._wrappers.update(new)
+        self._groups.update(owners)
         for name, stack in shelf.stacks.items():
-            self._groups[name].stacks[shelf.layout] = stack
-            self._groups[name].layers.update({p.path: self._layers[p.path] for p in groups[name].projections})
+            owners[name].stacks[shelf.layout] = stack
+            for path in groups[name].ranks:
+                owners[name].bases[path] = _as_linear(module_at(self._model, path))
         self._shelves[key] = shelf
         return shelf
+
+    def _wrapper(self, place: str, owner: ProjectionGroup) -> Mixed:
+        module = module_at(self._model, place)
+        match kind_of(module):
+            case ModuleKind.LINEAR:
+                return MixedLinear(place, module, owner)
+            case ModuleKind.EMBEDDING:
+                return MixedEmbedding(place, module, owner)
+            case _:
+                layers = {f"{place}.{name}": layer for name, layer in switch_layers(module).items()}
+                names = {path: name for name, paths in _group(layers).items() for path in paths}
+                return MixedExperts(place, module, ExpertGroups(self._routing, names, self._groups))
+
+    def _require_served(self, modules: dict[str, nn.Module]) -> None:
+        """Refuse switch layers whose tokens could not be told apart by row."""
+        problems: list[str] = []
+        for path, module in modules.items():
+            if kind_of(module) is ModuleKind.SWITCH:
+                parent = module_at(self._model, path.rpartition(".")[0])
+                if not routes_rows(parent):
+                    problems.append(
+                        f"{path} lies in a {type(parent).__name__}; in mixed batches, switch layers are "
+                        "served in mlx-lm's SwitchGLU and SwitchMLP alone"
+                    )
+        if problems:
+            raise UnsupportedModelError(problems)
 
     def _clear(self, shelf: Shelf) -> None:
         """Take an empty shelf down, and unwrap the layers that no other serves."""
         del self._shelves[frozenset(shelf.layout.groups.items())]
         for name in shelf.layout.groups:
             del self._groups[name].stacks[shelf.layout]
-        used = {path for other in self._shelves.values() for path in other.layout.paths}
-        gone = [path for path in shelf.layout.paths if path not in used]
-        replace_modules(self._model, {path: self._layers.pop(path).reverted() for path in gone})
+        used = {place for other in self._shelves.values() for place in other.layout.places}
+        gone = shelf.layout.places - used
+        replace_modules(self._model, {place: self._wrappers.pop(place).reverted() for place in gone})
         for name in shelf.layout.groups:
             group = self._groups[name]
-            group.layers = {path: layer for path, layer in group.layers.items() if path in self._layers}
+            kept = {path for layout in group.stacks for path in layout.groups[name].ranks}
+            group.bases = {path: base for path, base in group.bases.items() if path in kept}
             if not group.stacks:
                 del self._groups[name]
 
 
+def _report(
+    container: AdapterContainer, weights: dict[str, ModuleWeights], modules: dict[str, nn.Module]
+) -> LoadReport:
+    return LoadReport.of(
+        container, parts_of(weights, {path: kind_of(module) for path, module in modules.items()})
+    )
+
+
+def _group(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """The paths of `modules` by the name of their group."""
+    return group_projections({path: weight_shape(module)[-1] for path, module in modules.items()})
+
+
+def _as_linear(module: nn.Module) -> nn.Module:
+    """The linear layer that a group computes the base output with."""
+    return TiedHead(module) if kind_of(module) is ModuleKind.EMBEDDING else module
+
+
 def _lay_out(
-    paths: list[str], weights: dict[str, ModuleWeights], linears: dict[str, nn.Module], default: mx.Dtype
+    paths: list[str], weights: dict[str, ModuleWeights], modules: dict[str, nn.Module], default: mx.Dtype
 ) -> GroupLayout:
     """A dtype that holds the file's and the layers', and the ranks in their buckets."""
-    numbers = [mx.zeros(1, compute_dtype(linears[path], default)) for path in paths]
+    numbers = [mx.zeros(1, compute_dtype(modules[path], default)) for path in paths]
     numbers += [mx.zeros(1, weights[path].lora_a.dtype) for path in paths]
+    dtype = sum(numbers[1:], numbers[0]).dtype
     projections = []
     for path in paths:
-        out_size, in_size = weight_shape(linears[path])
+        out_size, in_size = weight_shape(modules[path])[-2:]
         projections.append(Projection(path, bucket_rank(weights[path].lora_a.shape[1]), in_size, out_size))
-    is_dora = weights[paths[0]].magnitude is not None
-    return GroupLayout(tuple(projections), is_dora, sum(numbers[1:], numbers[0]).dtype)
+    experts = None
+    if kind_of(modules[paths[0]]) is ModuleKind.SWITCH:
+        experts = weight_shape(modules[paths[0]])[0]
+        # Their products know no other type on a CPU, and a whole stack would be converted for each.
+        dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else dtype
+    return GroupLayout(
+        tuple(projections),
+        is_dora=weights[paths[0]].magnitude is not None,
+        dtype=dtype,
+        experts=experts,
+        has_bias=any(weights[path].bias is not None for path in paths),
+    )
 
 
-def _factors(linear: nn.Module, weights: ModuleWeights, scale: float, default: mx.Dtype) -> Factors:
-    """A and B such that `scale`·B A is the delta; for DoRA, m / ‖W + s·B A‖ as (out,)."""
-    a, b, factor = weights.lora_a.T, weights.lora_b, None
+def _factors(module: nn.Module, weights: ModuleWeights, scale: float, default: mx.Dtype) -> Factors:
+    """A and B such that `scale`·B A is the delta; for DoRA, m / ‖W + s·B A‖ as (out,).
+
+    An embedding's are those of the linear layer that it is for a tied head.
+    """
+    match kind_of(module):
+        case ModuleKind.EMBEDDING:
+            a, b = weights.lora_b, weights.lora_a.T
+        case ModuleKind.SWITCH:
+            a, b = weights.lora_a, weights.lora_b.swapaxes(-1, -2)
+        case _:
+            a, b = weights.lora_a.T, weights.lora_b
+    factor, bias = None, weights.bias
     if weights.magnitude is not None:
-        base = dense_weight(linear).astype(mx.float32)
+        base = dense_weight(module).astype(mx.float32)
         delta = (weights.scale * b.T.astype(mx.float32)) @ a.astype(mx.float32)
         norm = mx.linalg.norm(base + delta, axis=1)
-        factor = (weights.magnitude.astype(mx.float32) / norm).astype(compute_dtype(linear, default))
-    return Factors(a, b if weights.scale == scale else b * (weights.scale / scale), factor)
+        factor = (weights.magnitude.astype(mx.float32) / norm).astype(compute_dtype(module, default))
+    if weights.scale != scale:
+        rest = weights.scale / scale
+        b, bias = b * rest, None if bias is None else bias * rest
+    return Factors(a, b, factor, bias)
 
 
 def _float_dtype(model: nn.Module) -> mx.Dtype:

@@ -195,8 +195,10 @@ def _fits(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module]
     """Whether the kernel computes this.
 
     It wants whole vectors of 16 bytes, outputs of the input's type, sums that fit into a block's own memory,
-    and no bias that DoRA would scale.
+    and no bias, neither of a layer whose DoRA would scale it nor of the adapter's own.
     """
+    if layout.has_bias:
+        return False
     if dtype.size > layout.dtype.size or not mx.issubdtype(dtype, mx.floating) or layout.rank > _LARGEST_RANK:
         return False
     if any(compute_dtype(linears[p.path], dtype) != dtype for p in layout.projections):

@@ -3,10 +3,13 @@
 Projections that read the same input (query, key and value; gate and up) form a group, so that one matrix
 product shrinks the input for all of them. For each group that it adapts, an adapter is one flat row,
 
-    A of every projection, each (rank, in) | B of every projection, each (rank, out) | DoRA's factors, (out,)
+    A of every projection, each (rank, in) | B of every projection, each (rank, out)
+    | DoRA's factors, each (out,) | the adapter's biases, each (out,)
 
 and adapters of the same layout lie in the same stacks. Ranks are rounded up to a few buckets, and the rows
-in between are nought. Knows no model and no batch. Pure.
+in between are nought. Where each of a layer's experts has its own factors, A and B have one more axis in
+front, (experts, rank, …). An embedding lies as the linear layer that it is for a head that is tied to it,
+with the tokens as its outputs. Knows no model and no batch. Pure.
 """
 
 from __future__ import annotations
@@ -41,11 +44,15 @@ def bucket_rank(rank: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What an adapter brings to one projection: a (rank, in), b (rank, out), for DoRA factor (out,)."""
+    """What an adapter brings to one projection: a (rank, in), b (rank, out), for DoRA factor (out,).
+
+    `bias` (out,) is the adapter's own; experts' a and b have the experts as their first axis.
+    """
 
     a: mx.array
     b: mx.array
     factor: mx.array | None = None
+    bias: mx.array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +67,16 @@ class Projection:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """The row of a group: its projections in order, and the dtype of all its numbers."""
+    """The row of a group: its projections in order, and the dtype of all its numbers.
+
+    `experts` is how many there are, each with factors of its own; None for layers that have none.
+    """
 
     projections: tuple[Projection, ...]
     is_dora: bool
     dtype: mx.Dtype
+    experts: int | None = None
+    has_bias: bool = False
 
     @property
     def in_size(self) -> int:
@@ -87,10 +99,20 @@ class GroupLayout:
         return [ranks.start for ranks in self.ranks.values()][1:]
 
     @cached_property
+    def matrices(self) -> int:
+        """How many matrices A and B are each: as many as there are experts, or one."""
+        return 1 if self.experts is None else self.experts
+
+    @cached_property
+    def a(self) -> slice:
+        """Where in the row A of all projections lies."""
+        return slice(0, self.matrices * self.rank * self.in_size)
+
+    @cached_property
     def b(self) -> dict[str, slice]:
         """By path, where in the row the projection's B lies."""
-        sizes = ((p.path, p.rank * p.out_size) for p in self.projections)
-        return dict(self._slices(sizes, self.rank * self.in_size))
+        sizes = ((p.path, self.matrices * p.rank * p.out_size) for p in self.projections)
+        return dict(self._slices(sizes, self.a.stop))
 
     @cached_property
     def factors(self) -> dict[str, slice]:
@@ -99,17 +121,32 @@ class GroupLayout:
         return dict(self._slices(((p.path, p.out_size) for p in self.projections), after_b))
 
     @cached_property
+    def biases(self) -> dict[str, slice]:
+        """By path, where in the row the adapter's own bias lies."""
+        before = self.factors if self.is_dora else self.b
+        start = max(found.stop for found in before.values())
+        return dict(self._slices(((p.path, p.out_size) for p in self.projections), start))
+
+    @cached_property
     def size(self) -> int:
         """Numbers in a row."""
-        last = self.factors if self.is_dora else self.b
+        last = self.biases if self.has_bias else self.factors if self.is_dora else self.b
         return max(found.stop for found in last.values())
+
+    def place_of(self, path: str) -> str:
+        """Where the wrapper hangs that serves the projection at `path`: for experts, their common module."""
+        return path if self.experts is None else path.rpartition(".")[0]
 
     def pack(self, factors: Mapping[str, Factors]) -> mx.array:
         """The row (size,) that holds `factors`, by path; not yet evaluated."""
         parts = [factors[p.path] for p in self.projections]
         padded = list(zip(parts, self.projections, strict=True))
-        arrays = [_pad(part.a, p.rank) for part, p in padded] + [_pad(part.b, p.rank) for part, p in padded]
+        # One after the other by rows, so that the A of all projections is one matrix, for each expert.
+        arrays = [mx.concatenate([_pad(part.a, p.rank) for part, p in padded], axis=-2)]
+        arrays += [_pad(part.b, p.rank) for part, p in padded]
         arrays += [part.factor for part in parts if part.factor is not None]
+        if self.has_bias:
+            arrays += [mx.zeros(p.out_size) if part.bias is None else part.bias for part, p in padded]
         return mx.concatenate([array.astype(self.dtype).reshape(-1) for array in arrays])
 
     def _slices(self, sizes: Iterable[tuple[str, int]], start: int = 0) -> Iterable[tuple[str, slice]]:
@@ -134,6 +171,11 @@ class Layout:
         """The paths of all projections."""
         return [projection.path for group in self.groups.values() for projection in group.projections]
 
+    @property
+    def places(self) -> set[str]:
+        """Where the wrappers of all projections hang in the model."""
+        return {group.place_of(path) for group in self.groups.values() for path in group.ranks}
+
 
 def group_projections(in_sizes: Mapping[str, int]) -> dict[str, list[str]]:
     """The paths in `in_sizes` (path → input size) by group; a group's name says whose input it is.
@@ -155,5 +197,5 @@ def _place(path: str) -> tuple[int, str]:
 
 
 def _pad(array: mx.array, rank: int) -> mx.array:
-    missing = rank - array.shape[0]
-    return mx.pad(array, [(0, missing), (0, 0)]) if missing else array
+    missing = rank - array.shape[-2]
+    return mx.pad(array, [*[(0, 0)] * (array.ndim - 2), (0, missing), (0, 0)]) if missing else array

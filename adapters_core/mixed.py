@@ -21,14 +21,15 @@ from .products import Products
 from .routing import BatchPlan, Pass, Routing
 from .stacks import Stack
 
-__all__ = ["MixedLinear", "ProjectionGroup"]
+__all__ = ["MixedLinear", "ProjectionGroup", "Work"]
 
 
 class MixedLinear(nn.Module):
     """A `nn.Linear` or `nn.QuantizedLinear` beside the factors of every resident adapter that adapts it.
 
-    Forward: x (B, …, in) → (B, …, out), axis 0 being the rows of the batch. Without a plan, or where the
-    batch's adapters do not touch this layer, it is the base layer's own forward.
+    Forward: x (B, …, in) → (B, …, out), axis 0 being the rows of the batch, or x (B·L, in) → (B·L, out), row
+    after row. Without a plan, or where the batch's adapters do not touch this layer, it is the base layer's
+    own forward.
     """
 
     def __init__(self, path: str, linear: nn.Module, group: ProjectionGroup) -> None:
@@ -58,12 +59,16 @@ class MixedLinear(nn.Module):
 
 
 class ProjectionGroup:
-    """Layers that read the same input: `layers` by path, and the stacks of the layouts that adapt them."""
+    """Layers that read the same input: `bases` by path, and the stacks of the layouts that adapt them."""
 
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
-        self.layers: dict[str, MixedLinear] = {}
+        self.bases: dict[str, nn.Module] = {}
         self.stacks: dict[Layout, Stack] = {}
+
+    def work(self, plan: BatchPlan) -> Work:
+        """What the group does for a batch."""
+        return plan.work(self, self._lay_out)
 
     def begin(self, path: str, x: mx.array, plan: BatchPlan) -> Products | dict[str, mx.array]:
         """What the layers of the group share for the input x: done outputs by path, or the first products.
@@ -75,22 +80,21 @@ class ProjectionGroup:
         if not work.steps:
             return {}
         shape = x.shape
-        if shape[0] != plan.batch_size or len(shape) < 2:
-            raise UnsupportedModelError(
-                [f"{path} gets input of shape {shape}; its axis 0 must be the {plan.batch_size} rows"]
-            )
+        has_rows = shape[0] == plan.batch_size and len(shape) >= 2
+        if not has_rows and not (len(shape) == 2 and plan.is_flat(shape[0])):
+            raise UnsupportedModelError([_strange(path, shape, plan.batch_size)])
         if len(shape) == 3 and shape[1] == 1 and self.routing.kernels is not None:
-            calls = work.calls_for(x.dtype, self.routing.kernels, self.layers)
+            calls = work.calls_for(x.dtype, self.routing.kernels, self.bases)
             if calls is not None:
                 return run_calls(x, calls)
-        return Products(x, work.steps, self.routing.on_cuda)
+        return Products(x, work.steps, plan.batch_size, self.routing.on_cuda)
 
-    def _lay_out(self, plan: BatchPlan) -> _Work:
+    def _lay_out(self, plan: BatchPlan) -> Work:
         found = ((one, self.stacks.get(one.layout)) for one in plan.passes)
-        return _Work(tuple((one, stack) for one, stack in found if stack is not None))
+        return Work(tuple((one, stack) for one, stack in found if stack is not None))
 
 
-class _Work:
+class Work:
     """What one group does for one batch: laid out once, used in every forward until the batch changes."""
 
     def __init__(self, steps: tuple[tuple[Pass, Stack], ...]) -> None:
@@ -98,10 +102,14 @@ class _Work:
         self._calls: dict[mx.Dtype, tuple[Call, ...] | None] = {}
 
     def calls_for(
-        self, dtype: mx.Dtype, kernels: Kernels, layers: dict[str, MixedLinear]
+        self, dtype: mx.Dtype, kernels: Kernels, bases: dict[str, nn.Module]
     ) -> tuple[Call, ...] | None:
         """The kernel calls for inputs of `dtype`; None where the kernel cannot compute them."""
         if dtype not in self._calls:
-            linears = {path: layer.reverted() for path, layer in layers.items()}
-            self._calls[dtype] = plan_calls(self.steps, dtype, kernels, linears)
+            self._calls[dtype] = plan_calls(self.steps, dtype, kernels, bases)
         return self._calls[dtype]
+
+
+def _strange(path: str, shape: tuple[int, ...], batch_size: int) -> str:
+    rows = f"the {batch_size} rows, or all their tokens in order"
+    return f"{path} gets input of shape {shape}; its axis 0 must be {rows}"

@@ -20,18 +20,24 @@ __all__ = ["Products"]
 
 
 class Products:
-    """Of an input x (B, …, in): its product with A, weighted, for each pass; a layer's B when asked for."""
+    """Of an input x (B, …, in) or (B·L, in): its product with A, weighted, for each pass.
 
-    def __init__(self, x: mx.array, steps: Sequence[tuple[Pass, Stack]], on_cuda: bool) -> None:
+    A layer's product with B is made when its output is asked for.
+    """
+
+    def __init__(
+        self, x: mx.array, steps: Sequence[tuple[Pass, Stack]], batch_size: int, on_cuda: bool
+    ) -> None:
         self._x = x
+        self._batch_size = batch_size
         self._on_cuda = on_cuda
-        rows = _as_rows(x)
+        rows = _as_rows(x, batch_size)
         self._shrunk = [(one, stack, self._shrink(rows, one, stack)) for one, stack in steps]
 
     def output(self, path: str, linear: nn.Module) -> mx.array:
-        """The output (B, …, out) of the layer at `path`, whose base is `linear`."""
+        """The output, in the form of the input, of the layer at `path`, whose base is `linear`."""
         base = linear(self._x)
-        y = _as_rows(base)
+        y = _as_rows(base, self._batch_size)
         for one, stack, parts in self._shrunk:
             h = parts.get(path)
             if h is not None:
@@ -70,6 +76,10 @@ class Products:
             # B is small beside the outputs of a prompt, so that gathering it costs less than a sum apart.
             b = stack.b(path)[one.slots] if one.slot is None else stack.b(path, one.slot)
             new = mx.addmm(old, h, b) if y.dtype == b.dtype else old + (h @ b).astype(y.dtype)
+        if layout.has_bias:
+            added = stack.bias(path)[one.slots][:, None, :]
+            added = added * one.weights(layout.dtype) if one.is_weighted else added
+            new = new + added.astype(y.dtype)
         if layout.is_dora:
             f = stack.factor(path)[one.slots][:, None, :].astype(y.dtype)
             bias = linear.get("bias")
@@ -79,6 +89,6 @@ class Products:
         return mx.take(mx.concatenate([y, new]), one.select, axis=0)
 
 
-def _as_rows(x: mx.array) -> mx.array:
-    """(B, …, n) as (B, L, n)."""
-    return x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+def _as_rows(x: mx.array, batch_size: int) -> mx.array:
+    """(B, …, n) or (B·L, n) as (B, L, n)."""
+    return x if x.ndim == 3 else x.reshape(batch_size, -1, x.shape[-1])

@@ -24,6 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .errors import BlendError, ContainerStateError
 from .fused import Kernels, on_cuda
 from .layout import Layout
+from .report import LoadReport
 
 __all__ = [
     "AdapterRows",
@@ -46,7 +47,7 @@ class ResidentAdapter:
     """An adapter whose weights lie in a bank. Compared by identity: two loads are two residents.
 
     `rank` and `scale` are the largest where modules differ; `size_bytes` is what its own tensors take in
-    the bank.
+    the bank. `report` says more of it.
     """
 
     digest: str
@@ -55,10 +56,12 @@ class ResidentAdapter:
     scale: float
     paths: tuple[str, ...]
     size_bytes: int
+    format: str = "mlx"
+    report: LoadReport | None = None
 
     @property
     def modules(self) -> int:
-        """How many linear layers it adapts."""
+        """How many modules it adapts."""
         return len(self.paths)
 
 
@@ -129,6 +132,11 @@ class Pass:
             found = self._weights[dtype] = factors.reshape(-1, 1, 1).astype(dtype)
         return found
 
+    @property
+    def slot_numbers(self) -> list[int]:
+        """The slot of each row concerned."""
+        return [slot for _, slot, _ in self._entries]
+
     @cached_property
     def packed(self) -> mx.array:
         """(B, 2) int32 for a kernel: each row's slot, -1 where there is none, and the bits of its weight."""
@@ -141,11 +149,13 @@ class Pass:
 class BatchPlan:
     """The rows of one batch, laid out once and used by every layer of every forward until they change.
 
-    `memo` is for what layers of one forward share; it is emptied when the forward ends.
+    `memo` is for what layers of one forward share; it is emptied when the forward ends. `length` is how many
+    tokens of each row the forward under way reads.
     """
 
     def __init__(self, rows: Sequence[RowAdapters], placements: Mapping[ResidentAdapter, Placement]) -> None:
         self.batch_size = len(rows)
+        self.length: int | None = None
         self.memo: dict[Any, Any] = {}
         self._work: dict[Any, Any] = {}
         # The n-th term of a row that falls into a layout goes to the layout's n-th pass.
@@ -159,6 +169,10 @@ class BatchPlan:
                 entries.setdefault((layout, used[layout]), []).append((row, slot, scale * weight))
                 used[layout] += 1
         self.passes = tuple(Pass(layout, found, self.batch_size) for (layout, _), found in entries.items())
+
+    def is_flat(self, count: int) -> bool:
+        """Whether `count` vectors in a row are those of all tokens of this forward, row after row."""
+        return self.length is not None and count == self.batch_size * self.length
 
     def work(self, owner: Any, make: Callable[[BatchPlan], _T]) -> _T:
         """What `make` gives for this plan and `owner`; made once."""
@@ -291,6 +305,8 @@ class RoutedModel:
         if not isinstance(rows, AdapterRows) or len(rows.rows) != inputs.shape[0]:
             raise TypeError(f"the cache must end in AdapterRows for {inputs.shape[0]} row(s), got {rows!r}")
         plan = self._routing.plan = rows.plan(self._routing)
+        if plan is not None:
+            plan.length = inputs.shape[1]
         try:
             return self.model(inputs, cache=kv_caches)
         finally:

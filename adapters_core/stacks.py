@@ -29,10 +29,11 @@ class Stack:
         self._views: dict[tuple[str, int | None], mx.array] = {}
 
     def a(self, slot: int | None = None) -> mx.array:
-        """Every slot's A, (slots, rank, in); with `slot`, that one's alone, (rank, in)."""
-        return self._view(
-            "", slot, lambda: slice(0, self.layout.rank * self.layout.in_size), self.layout.rank
-        )
+        """Every slot's A, (slots, rank, in); with `slot`, that one's alone, (rank, in).
+
+        Here and in `b`, experts' are (slots, experts, rank, …) and (experts, rank, …).
+        """
+        return self._view("", slot, lambda: self.layout.a, self.layout.rank)
 
     def b(self, path: str, slot: int | None = None) -> mx.array:
         """Every slot's B of one projection, (slots, rank, out); with `slot`, that one's, (rank, out)."""
@@ -42,6 +43,10 @@ class Stack:
     def factor(self, path: str) -> mx.array:
         """Every slot's DoRA factor of one projection, (slots, out)."""
         return self.slab[:, self.layout.factors[path]]
+
+    def bias(self, path: str) -> mx.array:
+        """Every slot's own bias for one projection, (slots, out)."""
+        return self.slab[:, self.layout.biases[path]]
 
     def write(self, slot: int, row: mx.array) -> None:
         """Put `row` (layout.size,) into a slot; evaluated by whoever calls."""
@@ -67,9 +72,11 @@ class Stack:
         if view is None:
             # An integer as index would copy.
             slots = slice(None) if slot is None else slice(slot, slot + 1)
-            shape = (-1, rank) if slot is None else (rank,)
+            shape = [-1] if slot is None else []
+            shape += [rank] if self.layout.experts is None else [self.layout.experts, rank]
             part = self.slab[slots, place()]
-            view = self._views[name, slot] = part.reshape(*shape, part.shape[1] // rank)
+            size = part.shape[1] // (rank * self.layout.matrices)
+            view = self._views[name, slot] = part.reshape(*shape, size)
         return view
 
 

@@ -5,7 +5,7 @@ Does not know what the modules compute. Runs on the thread that owns the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +72,14 @@ def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Surge
     places: dict[tuple[int, Any], str] = {}
     for path, new in modules.items():
         try:
-            parent, key = locate(model, path)
+            parent, key, old = locate(model, path)
         except LookupError as error:
             reasons.append(str(error.args[0]))
             continue
         other = places.setdefault((id(parent), key), path)
         if other != path:
             reasons.append(f"{other} and {path} are the same module, shared between layers")
-        changes.append(_Change(path, parent, key, parent[key], new))
+        changes.append(_Change(path, parent, key, old, new))
     if reasons:
         raise UnsupportedModelError(reasons)
     for change in changes:
@@ -87,8 +87,12 @@ def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Surge
     return Surgery(changes)
 
 
-def locate(model: nn.Module, path: str) -> tuple[Any, Any]:
-    """The container (module, dict or list) and the key in it where the module at `path` hangs.
+def locate(
+    model: nn.Module, path: str, through: Callable[[Any], Any] = lambda node: node
+) -> tuple[Any, Any, nn.Module]:
+    """Where the module at `path` hangs (a module, dict or list, and the key in it), and the module.
+
+    What `through` gives for a node on the way, the last one included, stands in its stead.
 
     Raises:
         LookupError: there is no module at `path`.
@@ -100,14 +104,14 @@ def locate(model: nn.Module, path: str) -> tuple[Any, Any]:
         parent = node
         key = int(part) if isinstance(parent, list) and part.isdecimal() else part
         try:
-            node = parent[key] if isinstance(parent, dict | list) else None
+            node = through(parent[key]) if isinstance(parent, dict | list) else None
         except (KeyError, IndexError, TypeError):
             node = None
         if node is None:
             break
     if not isinstance(node, nn.Module):
         raise LookupError(f"the model has no module at {path!r}")
-    return parent, key
+    return parent, key, node
 
 
 class Modes:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from mlx_lm.tuner.utils import load_adapters
 
-from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import ContainerStateError, InvalidAdapterError, UnsupportedModelError
 from adapters_core.layout import bucket_rank
 from adapters_core.mixed import MixedLinear
-from adapters_core.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from adapters_core.routing import ResidentAdapter, RowAdapters, make_row
+from tests.mixed.resident import Resident, only
 from tests.models import (
     adapter_tensors,
     adapter_values,
@@ -42,28 +42,6 @@ RECIPES: list[dict[str, Any]] = [
     {"kind": "dora", "rank": 8, "keys": ALL, "num_layers": 1},
     {"kind": "lora", "rank": 8, "keys": ["self_attn.o_proj", "lm_head"]},
 ]
-
-
-class Resident:
-    """A model with a bank, and its logits for given rows of adapters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.routing = Routing()
-        self.model = model
-        self.bank = AdapterBank(model, self.routing)
-        self.routed = RoutedModel(model, self.routing)
-
-    def add(self, directory: Path) -> ResidentAdapter:
-        return self.bank.add(AdapterContainer.from_directory(directory))
-
-    def logits(self, inputs: mx.array, rows: list[RowAdapters]) -> np.ndarray:
-        caches = [self.routed.new_cache(row) for row in rows]
-        merged = [entries[0].merge(list(entries)) for entries in zip(*caches, strict=True)]
-        return np.array(self.routed(inputs, cache=merged).astype(mx.float32))
-
-
-def only(adapter: ResidentAdapter) -> RowAdapters:
-    return make_row([(adapter, 1.0)])
 
 
 @pytest.mark.parametrize("length", [9, 1])

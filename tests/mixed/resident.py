@@ -1,0 +1,56 @@
+"""A model with a bank, and what it computes for given rows of adapters; mlx-lm's own answers beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.utils import load_adapters
+
+from adapters_core.bank import AdapterBank
+from adapters_core.container import AdapterContainer
+from adapters_core.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+
+
+class Resident:
+    """A model with a bank, and its logits for given rows of adapters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.routing = Routing()
+        self.model = model
+        self.bank = AdapterBank(model, self.routing)
+        self.routed = RoutedModel(model, self.routing)
+
+    def add(self, directory: Path) -> ResidentAdapter:
+        return self.bank.add(AdapterContainer.from_directory(directory))
+
+    def logits(self, inputs: mx.array, rows: Sequence[RowAdapters], steps: int = 0) -> np.ndarray:
+        """(rows, L + steps, vocabulary): of the inputs (rows, L), then of the likeliest token each time."""
+        caches = [self.routed.new_cache(row) for row in rows]
+        merged = [entries[0].merge(list(entries)) for entries in zip(*caches, strict=True)]
+        return _continued(lambda tokens: self.routed(tokens, cache=merged), inputs, steps)
+
+
+def only(adapter: ResidentAdapter) -> RowAdapters:
+    return make_row([(adapter, 1.0)])
+
+
+def alone(model: nn.Module, folder: Path | None, inputs: mx.array, steps: int = 0) -> np.ndarray:
+    """As `Resident.logits`, by the model itself, or with the adapter in `folder` by mlx-lm's layers."""
+    if folder is not None:
+        load_adapters(model, str(folder))
+    model.eval()
+    cache = make_prompt_cache(model)
+    return _continued(lambda tokens: model(tokens, cache=cache), inputs, steps)
+
+
+def _continued(forward, inputs: mx.array, steps: int) -> np.ndarray:
+    found = [forward(inputs).astype(mx.float32)]
+    for _ in range(steps):
+        mx.eval(found)
+        found.append(forward(mx.argmax(found[-1][:, -1:], axis=-1)).astype(mx.float32))
+    return np.array(mx.concatenate(found, axis=1))
