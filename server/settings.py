@@ -159,6 +159,12 @@ class Settings(BaseSettings):
     fuse_threshold: float = Field(default=0.05, ge=0, le=1, json_schema_extra=_group("Adapters"))
     """Relative error of a layer's change up to which fusing with precision auto takes a smaller form."""
 
+    watch: bool = Field(default=False, json_schema_extra=_group("Adapters"))
+    """Whether adapters that are written under the adapters root are loaded, and changed ones loaded anew."""
+
+    watch_settle_seconds: float = Field(default=1, gt=0, le=3600, json_schema_extra=_group("Adapters"))
+    """Seconds for which a watched folder must have stayed the same before it is read."""
+
     kept_versions_bytes: ByteSize = Field(
         default=ByteSize(4 * 2**30), ge=0, json_schema_extra=_group("Adapters")
     )
@@ -267,6 +273,12 @@ class Settings(BaseSettings):
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"expected api_key_file to name a file with the key, but: {error}") from error
         return {**values, "api_key": key}
+
+    @model_validator(mode="after")
+    def _require_root_to_watch(self) -> Settings:
+        if self.watch and self.adapters_dir is None:
+            raise ValueError("expected adapters_dir to be set where watch is: it is the folder to watch")
+        return self
 
     @model_validator(mode="after")
     def _require_key(self) -> Settings:

@@ -19,6 +19,7 @@ LifeCycleError
 ├── NoPreviousVersionError  409, nothing to roll back to
 ├── AdaptersLoadedError     409, others are loaded
 ├── ModelExistsError        409, a folder that would be overwritten
+├── AdapterChangingError    503, its folder is being written
 ├── AdapterMemoryBusyError  503, adapters in use left no room in memory for long, or too many wait
 ├── AdapterMemoryError      507, more than memory for adapters can hold
 ├── VersionNotKeptError     507, a version without a folder could not be copied aside
@@ -35,6 +36,7 @@ from typing import Any, ClassVar, Self
 __all__ = [
     "AdapterBusyError",
     "AdapterChangedError",
+    "AdapterChangingError",
     "AdapterExistsError",
     "AdapterMemoryBusyError",
     "AdapterMemoryError",
@@ -245,6 +247,16 @@ class ModelExistsError(LifeCycleError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"There is a {quoted(name)} under the models root already; choose another name.")
+
+
+class AdapterChangingError(LifeCycleError):
+    status, code = 503, "adapter_changing"
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__(
+            f"Adapter {quoted(adapter_id)} has left memory, and its folder is being written. Try again when "
+            "that has ended."
+        )
 
 
 class AdapterMemoryBusyError(LifeCycleError):

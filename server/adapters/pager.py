@@ -23,6 +23,7 @@ from adapters_core.errors import InvalidAdapterError
 from server.engine.container import ModelContainer
 
 from .errors import (
+    AdapterChangingError,
     AdapterMemoryBusyError,
     AdapterMemoryError,
     LifeCycleError,
@@ -64,6 +65,7 @@ _Taken = tuple[Pin, tuple[Version, ...], list["asyncio.Task[None]"]]
 class Pager:
     """The loads of one service. `start` runs a load to its end; `on_load` is told each one's seconds.
 
+    `is_settled` says whether what a folder holds may become a version without a call; it reads files.
     At most `max_waiting` requests wait for loads, and as many in line for room.
     """
 
@@ -79,6 +81,7 @@ class Pager:
         max_waiting: int,
         start: Start,
         on_load: Callable[[float], None],
+        is_settled: Callable[[AdapterFolder], bool],
     ) -> None:
         self._container = container
         self._folders = folders
@@ -92,6 +95,7 @@ class Pager:
         self._wait_seconds = wait_seconds
         self._start = start
         self._on_load = on_load
+        self._is_settled = is_settled
         self._readers = asyncio.Semaphore(MAX_LOADS)
         self._loads: dict[Version, asyncio.Task[None]] = {}
         self._bank: AdapterBank | None = None
@@ -149,11 +153,12 @@ class Pager:
         self,
         folder: AdapterFolder,
         publish: Callable[[Version], Entry],
+        entry: Entry | None = None,
         accept: Accept | None = None,
         *,
         may_evict: bool = True,
     ) -> Entry:
-        """Load what is in `folder` now, as the first version of an entry.
+        """Load what is in `folder` now, as the next version of `entry`, or the first where there is none.
 
         Call it inside the gate. If there is no room at once, what is published is not in memory yet; without
         `may_evict`, nothing makes room for it. If this raises, nothing has changed.
@@ -163,7 +168,8 @@ class Pager:
             AdapterMemoryError: it can never fit.
             Whatever `accept` raises.
         """
-        return publish(await self._fetch(folder, None, None, accept, may_evict))
+        with self._keeping_if_it_succeeds(entry):
+            return publish(await self._fetch(folder, entry, None, accept, may_evict))
 
     async def fetch_in_turn(
         self,
@@ -173,10 +179,9 @@ class Pager:
         publish: Callable[[Version], Entry],
         accept: Accept | None = None,
     ) -> Entry:
-        """Load what is in `folder` now, as the next version of `entry`, or the first where there is none.
+        """As `fetch`, outside the gate: waits for room, and publishes what is in memory only.
 
-        Call it outside the gate: it waits for room, and publishes what is in memory only. `check` raises if
-        the load is not wanted any more.
+        `check` raises if the load is not wanted any more.
 
         Raises:
             As `fetch` and `check`; AdapterMemoryError also if there was no room in time.
@@ -451,6 +456,8 @@ class Pager:
         reservation: Reservation,
         started: float,
     ) -> None:
+        if isinstance(source, AdapterFolder) and not await asyncio.to_thread(self._is_settled, source):
+            raise AdapterChangingError(entry.id)
         new = await self._place(prepared, source, entry, reservation, started)
         if entry.current is not version:  # a call was faster; what it loaded counts
             self._registry.retire(entry, new)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -29,11 +30,13 @@ from .folder import AdapterFolder, AdapterFolders, check_id
 from .fusing import FuseOptions, Fuser, FuseResult, Precision, Tell, no_tell
 from .gate import Gate
 from .keeping import Keeper, PrivateFolder
+from .looks import unchanged_seconds
 from .names import checkpoint_of, parse_name
-from .pager import Pager
+from .pager import Accept, Pager
 from .registry import Entry, Pin, Registry, Terms, Version
 from .residency import Residency
 from .source import Made
+from .watching import Watcher
 
 __all__ = ["AdapterService", "Listing", "Loaded", "ServiceOptions", "Swapped"]
 
@@ -49,6 +52,7 @@ class ServiceOptions:
     `wait_seconds` bounds how long a request waits for others to make room for the adapters that it names,
     `max_waiting` how many wait for that, and how many for loads. Copies of versions that could not be read
     again lie in a folder under `kept_dir` (None: the system's for temporary files), `kept_bytes` at most.
+    `watched_dir`, the adapters root if it is watched, is read where it was the same for `settle_seconds`.
     """
 
     memory_bytes: int
@@ -60,6 +64,8 @@ class ServiceOptions:
     fuse_threshold: float = AUTO_THRESHOLD
     kept_dir: Path | None = None
     kept_bytes: int = 1 << 32
+    watched_dir: Path | None = None
+    settle_seconds: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,26 +131,41 @@ class AdapterService:
         self.keeper = Keeper(container, self.registry, self._private, options.kept_bytes)
         self._pager = Pager(
             container, folders, self.registry, self.residency, self.keeper, self._gate, options.wait_seconds,
-            options.max_waiting, start=self._start_load, on_load=on_load,
+            options.max_waiting, start=self._start_load, on_load=on_load, is_settled=self._is_settled,
         )  # fmt: skip
+        self._watcher = (
+            None
+            if options.watched_dir is None
+            else Watcher(
+                options.watched_dir, folders, self.registry, self._load_watched, options.settle_seconds
+            )
+        )
+        self._watching: asyncio.Task[None] | None = None
         self._fuser = Fuser(
             container, info, self.registry, self.residency, self._gate, self._idle,
             FuseOptions(options.models_dir, options.fuse_threshold),
         )  # fmt: skip
 
     async def start(self, adapter_ids: Iterable[str]) -> None:
-        """Load the adapters that the operator named; those that do not fit together leave again.
+        """Load the adapters that the operator named, and begin to watch the root if that is wished.
+
+        Adapters that do not fit together leave memory again.
 
         Raises: what `load` raises.
         """
         for adapter_id in adapter_ids:
             await self.load(adapter_id)
+        if self._watcher is not None:
+            self._watching = asyncio.get_running_loop().create_task(self._watcher.run())
 
     async def close(self) -> None:
         """End the changes that are under way, without waiting for requests; call it when no more come."""
         self._closing = True
         self._released.set()
         self._pager.close()
+        if self._watcher is not None and self._watching is not None:
+            self._watcher.close()
+            await self._watching
         while self._tasks:
             await asyncio.wait(set(self._tasks))
         await asyncio.to_thread(self._private.close)
@@ -185,8 +206,10 @@ class AdapterService:
 
         def look() -> None:
             for entry, source in sources:
-                has_steps = isinstance(source, AdapterFolder) and source.weights_file is None
-                entry.checkpoints = self._folders.steps(source) if has_steps else ()
+                if isinstance(source, AdapterFolder) and source.weights_file is None:
+                    entry.checkpoints = self._folders.steps(source)
+                else:
+                    entry.checkpoints = ()
 
         await asyncio.to_thread(look)
 
@@ -371,13 +394,38 @@ class AdapterService:
 
     async def _demand(self, adapter_id: str) -> None:
         folder = await asyncio.to_thread(self._folder_on_demand, adapter_id)
-        if folder is None:
+        if folder is None or not await asyncio.to_thread(self._is_settled, folder):
             return
         async with self._lock(adapter_id), self._gate.shared():
             self._refuse_load_if_fused(adapter_id)
             if self.registry.find(adapter_id) is None and not self._was_unloaded(adapter_id):
                 # Without room at once it is registered, and the requests that name it wait for room.
                 await self._pager.fetch(folder, lambda version: self._publish(adapter_id, version))
+
+    async def _load_watched(self, adapter_id: str, folder: AdapterFolder, accept: Accept) -> None:
+        """Load what is in a watched folder, unless the id was unloaded by a call."""
+        await self._to_the_end(self._load_found(adapter_id, folder, accept))
+        await self._to_the_end(self._reap())
+
+    async def _load_found(self, adapter_id: str, folder: AdapterFolder, accept: Accept) -> None:
+        def publish(version: Version) -> Entry:
+            entry = self.registry.find(adapter_id)
+            if entry is not None and entry.newest.resident.digest == version.resident.digest:
+                self.registry.retire(entry, version)  # a request was faster, which found the same
+                return entry
+            return self._publish(adapter_id, version)
+
+        async with self._lock(adapter_id):
+            entry = self.registry.find(adapter_id)
+            if entry is not None and entry.current.in_memory:
+                check = partial(self._refuse_load_if_fused, adapter_id)
+                await self._pager.fetch_in_turn(folder, entry, check, publish, accept)
+                return
+            async with self._gate.shared():
+                self._refuse_load_if_fused(adapter_id)
+                if adapter_id not in self.registry.unloaded:
+                    # Nobody waits for it, so nothing leaves memory for it.
+                    await self._pager.fetch(folder, publish, entry, accept, may_evict=False)
 
     def _folder_on_demand(self, adapter_id: str) -> AdapterFolder | None:
         checkpoint = checkpoint_of(adapter_id)
@@ -387,6 +435,10 @@ class AdapterService:
         source = None if trained is None else trained.newest.source
         parent = source if isinstance(source, AdapterFolder) else None
         return self._folders.checkpoint(checkpoint.id, checkpoint.step, parent)
+
+    def _is_settled(self, folder: AdapterFolder) -> bool:
+        """Whether a request may read `folder`: in a watched root, nothing that is being written is read."""
+        return self._watcher is None or unchanged_seconds(folder) >= self._options.settle_seconds
 
     def _was_unloaded(self, adapter_id: str) -> bool:
         """By a call, itself or the adapter that it is a checkpoint of."""

@@ -1,0 +1,55 @@
+"""How an adapter's files look from outside: sizes, times and inodes, never their contents.
+
+Two equal looks some time apart say that nobody was writing in between. Reads the file system, so it runs on a
+worker thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+from adapters_core.config import CONFIG_FILE
+from adapters_core.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
+
+from .errors import LifeCycleError
+from .folder import AdapterFolder, AdapterFolders
+
+__all__ = ["Look", "look_around", "look_at", "unchanged_seconds"]
+
+Look = tuple[tuple[str, int, int, int], ...]
+"""For each file of an adapter that is there: name, size in bytes, time of change in nanoseconds, inode."""
+
+
+def look_at(folder: AdapterFolder) -> Look:
+    """How the files that make up the adapter in `folder` look now; empty if there are none."""
+    weights = (WEIGHTS_FILE, PEFT_WEIGHTS_FILE) if folder.weights_file is None else (folder.weights_file,)
+    seen: list[tuple[str, int, int, int]] = []
+    for name in (CONFIG_FILE, *weights):
+        with suppress(OSError):
+            status = os.stat(folder.path / name)
+            seen.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
+    return tuple(seen)
+
+
+def unchanged_seconds(folder: AdapterFolder) -> float:
+    """For how long nobody has written the adapter's files, by their own times."""
+    return time.time() - max((changed_ns for _, _, changed_ns, _ in look_at(folder)), default=0) / 1e9
+
+
+def look_around(
+    folders: AdapterFolders, base: str, loaded: Mapping[str, AdapterFolder]
+) -> dict[str, tuple[AdapterFolder, Look]]:
+    """What lies directly under the adapters root, by id, and what was `loaded`, from where it was."""
+    found: dict[str, AdapterFolder] = {}
+    for adapter_id in folders.available(base, loaded):
+        if (folder := folders.on_demand(adapter_id)) is not None:
+            found[adapter_id] = folder
+    for adapter_id, folder in loaded.items():
+        with suppress(LifeCycleError):  # it has gone, or leads out of the root by now
+            found[adapter_id] = folders.again(folder)
+    looks = {adapter_id: (folder, look_at(folder)) for adapter_id, folder in found.items()}
+    # A config alone is a folder that is being written, or no adapter yet.
+    return {adapter_id: (folder, look) for adapter_id, (folder, look) in looks.items() if len(look) > 1}
