@@ -1,7 +1,7 @@
 """The application: settings in, ASGI out. Its lifespan starts and stops everything that a request needs.
 
 No state outside the application object: its parts are in `app.state` (settings, metrics, engine, adapters,
-text_service), from where dependencies hand them to routes. Runs on the event loop.
+text_service, comparison_service), from where dependencies hand them to routes. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from server.middleware import (
     RequestIdMiddleware,
     UnexpectedErrorMiddleware,
 )
+from server.openai.comparing import ComparisonService
 from server.openai.service import TextService
 from server.routes import adapters as adapter_routes
-from server.routes import chat, compat, completions, fusing, health, models
+from server.routes import chat, compare, compat, completions, fusing, health, models
 from server.settings import Settings
 
 __all__ = ["create_app"]
@@ -79,7 +80,7 @@ def create_app(
     app.state.settings = settings
     app.state.metrics = metrics
     install(app)
-    for guarded in (chat, completions, models, adapter_routes, fusing, compat):
+    for guarded in (chat, compare, completions, models, adapter_routes, fusing, compat):
         app.include_router(guarded.router, dependencies=_KEY)
     app.include_router(health.router)  # open, but for what it guards itself
 
@@ -148,6 +149,7 @@ def _lifespan(
             app.state.adapters = service
             app.state.blender = Blender(service, engine.container)
             app.state.text_service = text_service
+            app.state.comparison_service = ComparisonService(engine, service, text_service)
             yield
 
     return lifespan

@@ -89,6 +89,8 @@ class _Now:
             "graft_cached_tokens", "Those of them that were not computed again.", stats.cached_tokens
         )
         yield _counter("graft_completion_tokens", "Tokens that were generated.", stats.completion_tokens)
+        yield _gauge("graft_scoring_rows", "Rows of answers that are scored now.", stats.scoring_rows)
+        yield _counter("graft_scored_tokens", "Tokens of answers that were scored.", stats.scored_tokens)
         yield _counter("graft_failed_requests", "Requests that the engine gave up.", stats.failures)
         yield _counter("graft_prompt_cache_hits", "Prompts whose beginning was cached.", cache.hits)
         yield _counter("graft_prompt_cache_misses", "Prompts whose beginning was not cached.", cache.misses)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.openai.choice import Piece
+from server.openai.choice import Choice, Piece
 from server.openai.responses import Reply
 from server.openai.run import Run
 
-__all__ = ["CLIENT_CLOSED_REQUEST", "collect", "unless_client_leaves"]
+__all__ = ["CLIENT_CLOSED_REQUEST", "collect", "joined", "respond", "unless_client_leaves"]
 
 _T = TypeVar("_T")
 
@@ -26,11 +26,24 @@ async def collect(run: Run, reply: Reply, request: Request) -> Response:
     Raises:
         GenerationFailedError: the engine gave it up.
     """
+
+    async def whole() -> dict[str, Any]:
+        return reply.whole(await _collect_pieces(run), run.usage)
+
+    return await respond(run, whole(), request)
+
+
+class Closable(Protocol):
+    """What goes on until it is closed."""
+
+    async def aclose(self) -> None: ...
+
+
+async def respond(run: Closable, whole: Coroutine[Any, Any, dict[str, Any]], request: Request) -> Response:
+    """The object that `whole` comes to as the answer to `request`; closes `run` however that ends."""
     try:
-        pieces = await unless_client_leaves(_collect_pieces(run), request)
-        if pieces is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return JSONResponse(reply.whole(pieces, run.usage))
+        body = await unless_client_leaves(whole, request)
+        return Response(status_code=CLIENT_CLOSED_REQUEST) if body is None else JSONResponse(body)
     finally:
         await run.aclose()
 
@@ -59,6 +72,11 @@ async def _collect_pieces(run: Run) -> list[Piece]:
     async for piece in run.pieces():
         if piece is not None:
             parts[piece.choice].append(piece)
+    return joined(run.choices, parts)
+
+
+def joined(choices: Sequence[Choice], parts: Sequence[Sequence[Piece]]) -> list[Piece]:
+    """The pieces of each choice as one."""
     return [
         Piece(
             choice.index,
@@ -66,5 +84,5 @@ async def _collect_pieces(run: Run) -> list[Piece]:
             tuple(score for piece in pieces for score in piece.scores),
             choice.reason,
         )
-        for choice, pieces in zip(run.choices, parts, strict=True)
+        for choice, pieces in zip(choices, parts, strict=True)
     ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from server.engine.messages import SamplingParams
 from server.errors import InvalidRequestError
-from server.openai.wire import GenerationRequest
+from server.openai.wire import SampledRequest
 
 __all__ = ["sampling_params"]
 
 
-def sampling_params(request: GenerationRequest, vocabulary_tokens: int) -> SamplingParams:
+def sampling_params(request: SampledRequest, vocabulary_tokens: int) -> SamplingParams:
     """How the engine is to choose the request's tokens.
 
     Raises:

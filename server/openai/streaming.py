@@ -9,25 +9,51 @@ events' form and the keep-alive comment are fastapi.sse's. Runs on the event loo
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from server.errors import InternalError, to_api_error
-from server.openai.responses import Reply
-from server.openai.run import Run
+from server.openai.run import Usage
 
-__all__ = ["KEEPALIVE_SECONDS", "ReplyStream"]
+__all__ = ["KEEPALIVE_SECONDS", "Chunks", "Pieces", "ReplyStream"]
 
 _log = structlog.get_logger(__name__)
+_P = TypeVar("_P")
+_P_co = TypeVar("_P_co", covariant=True)
+_P_contra = TypeVar("_P_contra", contravariant=True)
 
 # Proxies cut connections on which nothing moves, commonly after 30 or 60 seconds.
 KEEPALIVE_SECONDS = 15.0
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Pieces(Protocol[_P_co]):
+    """What is sent, piece by piece. Whoever has it closes it."""
+
+    @property
+    def choices(self) -> Sequence[object]: ...
+
+    @property
+    def usage(self) -> Usage: ...
+
+    def pieces(self, idle_seconds: float | None = None) -> AsyncIterator[_P_co | None]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Chunks(Protocol[_P_contra]):
+    """How it is worded; see `responses.Reply`."""
+
+    def opening(self, choices: int) -> list[dict[str, Any]]: ...
+
+    def chunks(self, piece: _P_contra) -> list[dict[str, Any]]: ...
+
+    def closing(self, usage: Usage) -> list[dict[str, Any]]: ...
 
 
 class ReplyStream(EventSourceResponse):
@@ -37,7 +63,9 @@ class ReplyStream(EventSourceResponse):
     never sent.
     """
 
-    def __init__(self, run: Run, reply: Reply, keepalive_seconds: float = KEEPALIVE_SECONDS) -> None:
+    def __init__(
+        self, run: Pieces[_P], reply: Chunks[_P], keepalive_seconds: float = KEEPALIVE_SECONDS
+    ) -> None:
         super().__init__(_events(run, reply, keepalive_seconds), headers=_HEADERS)
         self._run = run
 
@@ -48,7 +76,7 @@ class ReplyStream(EventSourceResponse):
             await self._run.aclose()
 
 
-async def _events(run: Run, reply: Reply, keepalive_seconds: float) -> AsyncIterator[bytes]:
+async def _events(run: Pieces[_P], reply: Chunks[_P], keepalive_seconds: float) -> AsyncIterator[bytes]:
     try:
         for chunk in reply.opening(len(run.choices)):
             yield _event(chunk)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["IN_CHAT", "IN_COMPLETIONS", "IN_MESSAGES"]
+__all__ = ["IN_CHAT", "IN_COMPARISONS", "IN_COMPLETIONS", "IN_MESSAGES"]
 
 _NEVER = ()
 
@@ -70,6 +70,16 @@ IN_CHAT: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "echo": (False,),
     "media_io_kwargs": ({},),
+}
+
+# `models` says who answers, once each, and log-probabilities always come, in a form of their own.
+IN_COMPARISONS: dict[str, tuple[Any, ...]] = {
+    **IN_CHAT,
+    "model": _NEVER,
+    "adapters": ([],),
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": _NEVER,
 }
 
 # `best_of` is harmless when it equals `n`, which the model itself checks.

@@ -1,4 +1,4 @@
-"""What clients send to chat and completions, with every limit that can be checked without the model.
+"""What clients send to be answered, with every limit that can be checked without the model.
 
 Knows neither model nor tokenizer: what depends on them (the vocabulary, the context) is checked in
 sampling.py and prompting.py. Pure.
@@ -22,13 +22,23 @@ from server.openai.fields import (
     Wire,
     unsupported,
 )
-from server.openai.unsupported import IN_CHAT, IN_COMPLETIONS, IN_MESSAGES
+from server.openai.unsupported import IN_CHAT, IN_COMPARISONS, IN_COMPLETIONS, IN_MESSAGES
 
-__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "Message", "StreamOptions", "TextPart"]
+__all__ = [
+    "ChatRequest",
+    "CompareRequest",
+    "CompletionRequest",
+    "GenerationRequest",
+    "Message",
+    "SampledRequest",
+    "StreamOptions",
+    "TextPart",
+]
 
 _MAX_MESSAGES = 4096
 _MAX_PROMPTS = 256
 _MAX_CHOICES = 128
+_MAX_COMPARED = 8
 _MAX_TOP_LOGPROBS = 20
 _PARTS_OF_OTHER_KINDS = frozenset(
     {
@@ -51,15 +61,13 @@ class StreamOptions(Wire):
     include_usage: bool = False
 
 
-class GenerationRequest(Wire):
-    """What chat and completions have in common."""
+_Name = Annotated[str, Field(max_length=300)]
 
-    model: Annotated[str, Field(max_length=300)] | None = None
-    adapters: Annotated[list[AdapterWeight], Field(max_length=16, fail_fast=True)] = Field(
-        default_factory=list
-    )
+
+class SampledRequest(Wire):
+    """How long answers may get, how their tokens are chosen, and whether they are streamed."""
+
     max_tokens: Count | None = None
-    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -74,18 +82,10 @@ class GenerationRequest(Wire):
     stop: Stop = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> GenerationRequest:
+    def _check_stream_options(self) -> SampledRequest:
         if self.stream_options is not None and not self.stream:
             message = "is allowed only together with 'stream': true"
             raise PydanticCustomError("stream_options", message, {"param": "stream_options"})
-        return self
-
-    @model_validator(mode="after")
-    def _check_adapters(self) -> GenerationRequest:
-        ids = [term.id for term in self.adapters]
-        if len(set(ids)) < len(ids):
-            message = "should name each adapter once"
-            raise PydanticCustomError("adapters", message, {"param": "adapters"})
         return self
 
     @property
@@ -107,6 +107,24 @@ class GenerationRequest(Wire):
     def wanted_logprobs(self) -> int | None:
         """None: no log-probabilities; otherwise how many alternatives to each chosen token's."""
         raise NotImplementedError
+
+
+class GenerationRequest(SampledRequest):
+    """What chat and completions have in common."""
+
+    model: _Name | None = None
+    adapters: Annotated[list[AdapterWeight], Field(max_length=16, fail_fast=True)] = Field(
+        default_factory=list
+    )
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] = 1
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> GenerationRequest:
+        ids = [term.id for term in self.adapters]
+        if len(set(ids)) < len(ids):
+            message = "should name each adapter once"
+            raise PydanticCustomError("adapters", message, {"param": "adapters"})
+        return self
 
 
 class TextPart(Wire):
@@ -160,21 +178,14 @@ class Message(Wire):
         return message if self.name is None else {**message, "name": self.name}
 
 
-class ChatRequest(GenerationRequest):
-    """The body of `POST /v1/chat/completions`."""
-
-    refused: ClassVar[Harmless] = IN_CHAT
+class Conversation(SampledRequest):
+    """Messages to be answered, with the two names that OpenAI has for the limit of an answer."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Count | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            message = "is allowed only together with 'logprobs': true"
-            raise PydanticCustomError("top_logprobs", message, {"param": "top_logprobs"})
+    def _check_limits(self) -> Conversation:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             message = "should equal 'max_completion_tokens', or only one of them be given"
@@ -189,9 +200,43 @@ class ChatRequest(GenerationRequest):
     def wanted_tokens_param(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
+
+class ChatRequest(Conversation, GenerationRequest):
+    """The body of `POST /v1/chat/completions`."""
+
+    refused: ClassVar[Harmless] = IN_CHAT
+
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            message = "is allowed only together with 'logprobs': true"
+            raise PydanticCustomError("top_logprobs", message, {"param": "top_logprobs"})
+        return self
+
     @property
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompareRequest(Conversation):
+    """The body of `POST /v1/compare`: each of `models` answers the same messages."""
+
+    refused: ClassVar[Harmless] = IN_COMPARISONS
+
+    models: Annotated[list[_Name], Field(min_length=2, max_length=_MAX_COMPARED, fail_fast=True)]
+
+    @model_validator(mode="after")
+    def _check_models(self) -> CompareRequest:
+        if len(set(self.models)) < len(self.models):
+            raise PydanticCustomError("models", "should name each model once", {"param": "models"})
+        return self
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return 0  # by which the tokens of an answer become known
 
 
 def _kind_of_prompt(value: Any) -> str | None:
