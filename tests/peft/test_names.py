@@ -1,0 +1,244 @@
+"""Spellings of tensor names, places in other models, and PEFT's rules of matching."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from adapters_core.container import AdapterContainer
+from adapters_core.errors import ContainerStateError, InvalidAdapterError
+from adapters_core.module_weights import ModuleWeights
+from adapters_core.patterns import pattern_problem
+from adapters_core.peft_config import PeftConfig
+from adapters_core.peft_names import Leaf, TensorName, parse_name
+from adapters_core.peft_targets import is_target, is_target_parameter, rank_and_scale
+from tests.peft import fixtures
+
+TOLERANCE = 1e-4
+
+
+def _logits(model: nn.Module) -> np.ndarray:
+    return np.array(model(fixtures.tokens()).astype(mx.float32))
+
+
+def _config(**fields: Any) -> PeftConfig:
+    values = {"peft_type": "LORA", "target_modules": ["q_proj"]} | fields
+    return PeftConfig.from_values(values, "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("base_model.model.model.layers.0.q.lora_A.weight", TensorName("model.layers.0.q", Leaf.A)),
+        ("model.layers.0.q.lora_B.weight", TensorName("model.layers.0.q", Leaf.B)),
+        ("base_model.model.q.lora_B.default.weight", TensorName("q", Leaf.B)),
+        ("base_model.model.q.lora_B.bias", TensorName("q", Leaf.BIAS)),
+        ("base_model.model.q.lora_A.bias", None),
+        ("base_model.model.e.lora_embedding_A", TensorName("e", Leaf.EMBEDDING_A)),
+        ("base_model.model.e.lora_embedding_B.mine", TensorName("e", Leaf.EMBEDDING_B)),
+        ("base_model.model.q.lora_magnitude_vector", TensorName("q", Leaf.MAGNITUDE)),
+        ("base_model.model.q.lora_magnitude_vector.weight", TensorName("q", Leaf.MAGNITUDE)),
+        ("base_model.model.q.lora_magnitude_vector.default", TensorName("q", Leaf.MAGNITUDE)),
+        ("base_model.model.q.lora_magnitude_vector.default.weight", TensorName("q", Leaf.MAGNITUDE)),
+        ("base_model.model.x.experts.base_layer.lora_A.weight", TensorName("x.experts", Leaf.A, 1)),
+        (
+            "base_model.model.x.experts.base_layer.base_layer.lora_B.weight",
+            TensorName("x.experts", Leaf.B, 2),
+        ),
+        ("base_model.model.q.weight", None),
+        ("lora_A.weight", None),
+    ],
+)
+def test_tensor_names_in_every_spelling(name: str, expected: TensorName | None) -> None:
+    assert parse_name(name) == expected
+
+
+def _respelled(old: str, new: str) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
+    return lambda tensors: {re.sub(old, new, name): value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "old", "new"),
+    [
+        ("dora", {}, r"(lora_[AB])\.weight$", r"\1.pirate.weight"),
+        ("dora", {}, r"magnitude_vector$", r"magnitude_vector.weight"),
+        ("dora", {}, r"magnitude_vector$", r"magnitude_vector.default.weight"),
+        ("plain", {}, r"^base_model\.model\.", ""),
+        # a multimodal model's, of transformers 5 and 4, on the language model alone
+        ("plain", {}, r"base_model\.model\.model\.", "base_model.model.model.language_model."),
+        ("plain", {}, r"base_model\.model\.model\.", "base_model.model.language_model.model."),
+        (
+            "regex",
+            {"target_modules": r"model\.language_model\.layers\.1\.(self_attn\.[qo]|mlp\.down)_proj"},
+            r"base_model\.model\.model\.",
+            "base_model.model.model.language_model.",
+        ),
+        ("head", {}, r"base_model\.model\.(model\.)?", r"base_model.model.language_model.\1"),
+        # a decoder's without its head
+        ("plain", {}, r"base_model\.model\.model\.", "base_model.model."),
+    ],
+)
+def test_files_with_other_names_for_the_same_modules(
+    tmp_path: Path, name: str, fields: dict[str, Any], old: str, new: str
+) -> None:
+    folder = fixtures.changed(tmp_path / "a", name, fields, _respelled(old, new))
+    model = fixtures.model(fixtures.base_of(name))
+    AdapterContainer.from_directory(folder).load(into=model)
+    np.testing.assert_allclose(_logits(model), fixtures.expected(name), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "expected"),
+    [
+        ({}, "model.layers.0.self_attn.q_proj", True),
+        ({}, "q_proj", True),
+        ({}, "model.layers.0.self_attn.aq_proj", False),
+        ({"target_modules": ["attn.q_proj"]}, "model.layers.0.self_attn.q_proj", False),
+        ({"target_modules": "q_proj"}, "model.layers.0.self_attn.q_proj", False),
+        ({"target_modules": r".*\.q_proj"}, "model.layers.0.self_attn.q_proj", True),
+        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "model.layers.0.self_attn.q_proj", False),
+        ({"exclude_modules": r"layers\.0.*"}, "model.layers.0.self_attn.q_proj", True),
+        ({"layers_to_transform": 1}, "model.layers.0.self_attn.q_proj", False),
+        ({"layers_to_transform": 1}, "model.layers.1.self_attn.q_proj", True),
+        ({"layers_to_transform": []}, "model.layers.1.self_attn.q_proj", True),
+        ({"layers_to_transform": [1]}, "q_proj", True),
+        ({"layers_to_transform": [1]}, "other.q_proj", False),
+        ({"layers_to_transform": [1]}, "model.layers.1.experts.0.q_proj", True),
+        ({"layers_to_transform": [1], "layers_pattern": "blocks"}, "model.layers.1.a.q_proj", False),
+        (
+            {"layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
+            "model.layers.1.a.q_proj",
+            True,
+        ),
+        ({"target_modules": "all-linear"}, "model.layers.1.anything", True),
+        ({"target_modules": "ALL-linear", "exclude_modules": ["anything"]}, "model.layers.1.anything", False),
+    ],
+)
+def test_targets_follow_pefts_rules(fields: dict[str, Any], name: str, expected: bool) -> None:
+    assert is_target(_config(**fields).fields, name, is_linear=True) is expected
+
+
+def test_all_linear_leaves_out_the_head_and_what_is_not_linear() -> None:
+    fields = _config(target_modules="all-linear").fields
+    assert not is_target(fields, "lm_head", is_linear=True, is_head=True)
+    assert not is_target(fields, "model.embed_tokens", is_linear=False)
+
+
+def test_parameters_are_matched_in_full_or_by_their_end() -> None:
+    fields = _config(target_modules=[], target_parameters=["experts.down_proj"]).fields
+    assert is_target_parameter(fields, "model.layers.0.mlp.experts.down_proj")
+    assert not is_target_parameter(fields, "model.layers.0.mlp.shared_experts.down_proj")
+    assert not is_target(fields, "model.layers.0.mlp.down_proj", is_linear=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "expected"),
+    [
+        ({"r": 4, "lora_alpha": 6}, "a.q_proj", (4, 1.5)),
+        ({"r": 4, "lora_alpha": 6, "use_rslora": True}, "a.q_proj", (4, 3.0)),
+        ({"r": 4, "lora_alpha": 6, "rank_pattern": {"q_proj": 2}}, "a.q_proj", (2, 3.0)),
+        ({"r": 4, "lora_alpha": 6, "rank_pattern": {"proj": 2}}, "a.q_proj", (4, 1.5)),
+        ({"r": 4, "rank_pattern": {"^q_proj": 2}, "lora_alpha": 4}, "a.q_proj", (4, 1.0)),
+        ({"r": 4, "rank_pattern": {r"^a\.q_proj": 2}, "lora_alpha": 4}, "a.q_proj", (2, 2.0)),
+        ({"r": 4, "rank_pattern": {"a.*": 2, "q_proj": 8}, "lora_alpha": 4}, "a.q_proj", (2, 2.0)),
+        ({"r": 4, "alpha_pattern": {"q_proj": 10}, "lora_alpha": 4}, "a.q_proj", (4, 2.5)),
+    ],
+)
+def test_ranks_and_scales_follow_the_first_pattern_that_matches(
+    fields: dict[str, Any], name: str, expected: tuple[int, float]
+) -> None:
+    assert rank_and_scale(_config(**fields), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_well"),
+    [
+        (r".*\.(q|v)_proj", True),
+        (
+            r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.q)",
+            True,
+        ),
+        (r"model\.layers\.(0|1|\d{2})\.self_attn\.[qkvo]_proj", True),
+        (r"a\*+", True),
+        (r"(?P<n>ab)+", True),
+        (r"(a*)*", False),
+        (r"(a|a)+b", False),
+        (r"((a?)b)*", False),
+        (r"(a{1,30}){20,}", False),
+        (r"([a-z]+\.)*x", False),
+        (".*" * 7, False),
+        ("(", False),
+        ("x{99999999999}", False),
+    ],
+)
+def test_regular_expressions_that_may_never_end_are_refused(pattern: str, is_well: bool) -> None:
+    assert (pattern_problem(pattern) is None) is is_well
+
+
+def test_a_copy_of_the_bases_own_weight_is_no_problem_on_a_quantised_base(tmp_path: Path) -> None:
+    folder = fixtures.adapter("embedding")  # holds both embeddings of the base, as PEFT saves them
+    model = fixtures.model("llama")
+    nn.quantize(model, 32, 4, class_predicate=lambda path, _: path in ("lm_head", "model.embed_tokens"))
+    container = AdapterContainer.from_directory(folder)
+    assert len(container.check(model)) == 4
+
+    def other(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+        name = "base_model.model.model.embed_tokens.base_layer.weight"
+        return tensors | {name: mx.random.normal((64, 32), key=mx.random.key(0))}
+
+    changed = AdapterContainer.from_directory(fixtures.changed(tmp_path / "a", "embedding", None, other))
+    with pytest.raises(InvalidAdapterError, match=r"embed_tokens\.base_layer\.weight: .* not the base's"):
+        changed.check(model)
+
+
+def test_modules_by_path_make_an_adapter_of_their_own() -> None:
+    model = fixtures.model("llama")
+    read = AdapterContainer.from_directory(fixtures.adapter("patterns"))
+    weights = read.check(model)
+    made = AdapterContainer.from_weights(weights, "blend")
+    made.load(into=model)
+    np.testing.assert_allclose(_logits(model), fixtures.expected("patterns"), atol=TOLERANCE, rtol=0)
+    made.unload(from_=model)
+    assert made.format == "mlx"
+    assert made.digest == AdapterContainer.from_weights(weights, "again").digest
+    path = min(weights)
+    changed = {**weights, path: ModuleWeights(weights[path].lora_a, weights[path].lora_b, None, 9.0)}
+    assert made.digest != AdapterContainer.from_weights(changed, "other scale").digest
+    with pytest.raises(ContainerStateError, match="no config in mlx-lm's format"):
+        _ = made.config
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("model.layers.9.self_attn.q_proj", "the model has no module"),
+        ("model.norm", "a RMSNorm cannot be adapted"),
+        ("model.layers.0.mlp.up_proj", r"lora_b: expected shape \(4, 48\), got \(4, 32\)"),
+    ],
+)
+def test_modules_by_path_that_do_not_fit_are_refused(path: str, part: str) -> None:
+    weights = {path: ModuleWeights(mx.zeros((32, 4)), mx.zeros((4, 32)), None, 1.0)}
+    with pytest.raises(InvalidAdapterError, match=part):
+        AdapterContainer.from_weights(weights, "blend").check(fixtures.model("llama"))
+
+
+def test_what_training_changes_in_a_loaded_folder_is_kept() -> None:
+    model = fixtures.model("llama")
+    container = AdapterContainer.from_directory(fixtures.adapter("dora"))
+    before = container.digest
+    container.load(into=model)
+    assert container.digest == before
+    layer = dict(model.named_modules())["model.layers.0.self_attn.q_proj"]
+    layer.lora_b = layer.lora_b * 2
+    changed = _logits(model)
+    assert container.digest != before
+    container.unload(from_=model)
+    container.load(into=model)
+    np.testing.assert_array_equal(_logits(model), changed)
