@@ -1,0 +1,216 @@
+"""Named blends over the real application: made, served, replaced, brought back, refused."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters_core.blending import BlendOptions
+from server.adapters.blending import Blender
+from server.adapters.errors import AdapterMemoryError
+from tests.adapters.support import House, Site, house, in_memory, read_model
+from tests.models import make_adapter
+
+TERMS = [{"id": "a", "weight": 0.7}, {"id": "b", "weight": -1.2}]
+
+
+async def blend(site: Site, name: str = "mix", status: int = 201, **fields: Any) -> Any:
+    body = {"id": name, "blend": TERMS, **fields}
+    return await site.call("POST", "/v1/adapters", body, status=status)
+
+
+async def likely(site: Site, model: str | None, **fields: Any) -> list[tuple[str, float]]:
+    """The tokens of an answer and their log-probabilities."""
+    reply = await site.chat(model, logprobs=True, **fields)
+    return [(one["token"], one["logprob"]) for one in reply["choices"][0]["logprobs"]["content"]]
+
+
+@pytest.fixture
+async def loaded_site(tiny_site: Site) -> Site:
+    """With what refusals name, so that a refusal changes nothing at all."""
+    for name in ("a", "b", "d"):
+        await tiny_site.call("POST", "/v1/adapters", {"id": name}, status=201)
+    return tiny_site
+
+
+@asynccontextmanager
+async def blending_house(model: Path, root: Path, **options: Any) -> AsyncIterator[tuple[House, Blender]]:
+    async with house(model, root, **options) as started:
+        yield started, Blender(started.service, started.container)
+
+
+async def test_a_linear_blend_answers_as_its_weights(tiny_site: Site) -> None:
+    made = await blend(tiny_site)
+    for model, fields in ((None, {"adapters": TERMS}), ("mix", {})):
+        assert await likely(tiny_site, model, **fields) == [
+            (token, pytest.approx(logprob, abs=1e-5)) for token, logprob in await likely(tiny_site, "mix")
+        ]
+    assert await tiny_site.says("mix") not in {await tiny_site.says(name) for name in ("a", "b", None)}
+
+    assert (made["id"], made["path"], made["type"], made["rank"], made["scale"]) == (
+        "mix",
+        None,
+        "lora",
+        12,
+        1.0,
+    )
+    assert (made["modules"], made["version"], made["state"], made["resident"]) == (9, 1, "ready", True)
+    parts = [await tiny_site.call("GET", f"/v1/adapters/{name}") for name in ("a", "b")]
+    recipe = made["blend"]
+    assert recipe.pop("seconds") > 0
+    assert recipe.pop("worst_module").startswith("model.layers.")
+    assert recipe == {
+        "method": "linear", "density": None, "rank": None, "seed": None,
+        "error_mean": 0.0, "error_worst": 0.0,
+        "parts": [
+            {**term, "version": 1, "digest": part["digest"]} for term, part in zip(TERMS, parts, strict=True)
+        ],
+    }  # fmt: skip
+    assert [part["blend"] for part in parts] == [None, None]
+    models = await tiny_site.call("GET", "/v1/models")
+    assert [(model["id"], model["root"]) for model in models["data"]][-1] == ("mix", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rank"),
+    [
+        ({"method": "svd", "rank": 3}, 3),
+        ({"method": "ties", "density": 0.5}, 8),
+        ({"method": "dare_linear", "density": 0.9, "rank": 6, "seed": 5}, 6),
+        ({"method": "dare_ties", "density": 1}, 8),
+    ],
+)
+async def test_each_method(tiny_site: Site, fields: dict[str, Any], rank: int) -> None:
+    made = await blend(tiny_site, pinned=True, activate=True, **fields)
+    assert (made["pinned"], made["active"], made["rank"]) == (True, True, rank)
+    recipe = made["blend"]
+    assert {name: recipe[name] for name in fields} == fields
+    assert 0 < recipe["error_mean"] <= recipe["error_worst"] < 1
+    assert recipe["seed"] == fields.get("seed", 0 if fields["method"].startswith("dare") else None)
+    again = await blend(tiny_site, "again", **fields)
+    assert again["digest"] == made["digest"]
+    assert await tiny_site.says(None) == await tiny_site.says("again")
+
+
+async def test_replace_and_roll_back(tiny_site: Site) -> None:
+    await blend(tiny_site)
+    first = await tiny_site.says("mix")
+    await tiny_site.refused("POST", "/v1/adapters", {"id": "mix", "blend": TERMS}, 409, "adapter_exists")
+    terms = [{"id": "a", "weight": 1.5}]
+    second = await blend(tiny_site, status=200, replace=True, blend=terms)
+    assert (second["version"], second["blend"]["parts"][0]["weight"]) == (2, 1.5)
+    assert await tiny_site.says("mix") == await tiny_site.says(None, adapters=terms)
+    assert await tiny_site.says("mix@1") == first
+    back = await tiny_site.call("POST", "/v1/adapters/mix/rollback")
+    assert (back["version"], len(back["blend"]["parts"])) == (1, 2)
+    assert await tiny_site.says("mix") == first
+
+
+async def test_a_blend_outlives_its_parts_and_can_be_a_part(tiny_site: Site) -> None:
+    await blend(tiny_site)
+    terms = [{"id": "mix", "weight": 0.5}, {"id": "b", "weight": 0.6}]
+    await blend(tiny_site, "half", blend=terms)
+    halved = [{"id": "a", "weight": 0.35}]
+    assert await likely(tiny_site, "half") == [
+        (token, pytest.approx(logprob, abs=1e-4))
+        for token, logprob in await likely(tiny_site, None, adapters=halved)
+    ]
+    said = await tiny_site.says("mix")
+    for name in ("a", "b"):
+        await tiny_site.call("DELETE", f"/v1/adapters/{name}")
+    assert await tiny_site.says("mix") == said
+    assert (await blend(tiny_site, "more", blend=[{"id": "mix"}]))["modules"] == 9
+    await tiny_site.call("DELETE", "/v1/adapters/mix")
+    assert await tiny_site.ids() == ["half", "more"]
+
+
+async def test_a_folder_that_has_changed_is_not_blended(tiny_site: Site) -> None:
+    await blend(tiny_site)
+    make_adapter(tiny_site.root / "a", read_model(tiny_site.model), seed=9)
+    for terms in (TERMS, [{"id": "mix"}]):
+        body = {"id": "new", "blend": terms}
+        error = await tiny_site.refused("POST", "/v1/adapters", body, 409, "adapter_changed")
+        assert error["param"] == "blend"
+        assert "'a'" in error["message"]
+    await tiny_site.call("POST", "/v1/adapters", {"id": "a", "replace": True})
+    assert (await blend(tiny_site, "new"))["blend"]["parts"][0]["version"] == 2
+
+
+async def test_what_left_memory_comes_back(model_path: Path, equal_root: Path, size_bytes: int) -> None:
+    async with blending_house(model_path, equal_root, memory_bytes=3 * size_bytes) as (tight, blender):
+        made = await blender.blend("mix", [("a", 0.5), ("b", 2.0)], BlendOptions())
+        answer = await tight.answer("mix")
+        digest = made.entry.current.resident.digest
+        for name in ("a", "b", "c"):
+            await tight.answer(name)
+        assert "mix" not in in_memory(tight)
+        assert await tight.answer("mix") == answer
+        assert (made.entry.current.resident.digest, made.entry.current.number) == (digest, 1)
+        with pytest.raises(AdapterMemoryError):
+            await blender.blend("large", [(name, 1.0) for name in "abce"], BlendOptions())
+        assert tight.service.registry.find("large") is None
+        cut = await blender.blend("cut", [(name, 1.0) for name in "abce"], BlendOptions("svd"))
+        assert cut.entry.current.size_bytes == size_bytes
+
+
+REFUSALS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
+    ({"path": "a"}, 400, None, "path"),
+    ({"blend": None, "method": "svd"}, 400, None, "method"),
+    ({"blend": None, "density": 0.5}, 400, None, "density"),
+    ({"blend": []}, 400, None, "blend"),
+    ({"blend": [{"id": "a"}] * 2}, 400, None, "blend"),
+    ({"blend": [{"id": "a"}] * 33}, 400, None, "blend"),
+    ({"blend": [{"id": "a", "weight": 1e9}]}, 400, None, "blend[0].weight"),
+    ({"blend": [{"id": "a", "weight": 0}]}, 400, "not_blendable", "blend"),
+    ({"blend": [{"id": "a", "scale": 2}]}, 400, None, "blend[0].scale"),
+    ({"blend": [{"id": "d"}, {"id": "a"}]}, 400, "not_blendable", "blend"),
+    ({"blend": [{"id": "a"}, {"id": "nobody"}]}, 404, "adapter_not_found", "blend"),
+    ({"blend": [{"id": "default"}]}, 404, "adapter_not_found", "blend"),
+    ({"blend": [{"id": "tiny"}]}, 404, "adapter_not_found", "blend"),
+    ({"blend": [{"id": "a@7"}]}, 404, "model_not_found", "blend"),
+    ({"blend": [{"id": "broken"}]}, 422, "adapter_invalid", None),
+    ({"method": "mean"}, 400, None, "method"),
+    ({"method": "ties"}, 400, "not_blendable", "density"),
+    ({"method": "ties", "density": 0}, 400, "not_blendable", "density"),
+    ({"method": "dare_ties", "density": 1.5}, 400, "not_blendable", "density"),
+    ({"method": "svd", "density": 0.5}, 400, "not_blendable", "density"),
+    ({"method": "svd", "rank": 0}, 400, "not_blendable", "rank"),
+    ({"method": "svd", "rank": 1.5}, 400, None, "rank"),
+    ({"rank": 4}, 400, "not_blendable", "rank"),
+    ({"seed": 4}, 400, "not_blendable", "seed"),
+    ({"id": "tiny"}, 400, "invalid_adapter_id", "id"),
+]
+
+
+async def test_refusals(loaded_site: Site) -> None:
+    for fields, status, code, param in REFUSALS:
+        given = {"id": "mix", "blend": TERMS, **fields}
+        body = {name: value for name, value in given.items() if value is not None}
+        error = await loaded_site.refused("POST", "/v1/adapters", body, status, code)
+        assert error["param"] == param, fields
+
+
+async def test_a_dora_is_named(loaded_site: Site) -> None:
+    body = {"id": "mix", "blend": [{"id": "a"}, {"id": "d"}]}
+    error = await loaded_site.refused("POST", "/v1/adapters", body, 400, "not_blendable")
+    assert len(error["details"]) == 1
+    assert "'d' is a DoRA adapter" in error["message"]
+
+
+async def test_nothing_is_blended_while_one_is_fused(tiny_site: Site) -> None:
+    await tiny_site.call("POST", "/v1/adapters", {"id": "a"}, status=201)
+    await tiny_site.call("POST", "/v1/adapters/a/fuse")
+    body = {"id": "mix", "blend": [{"id": "a"}]}
+    error = await tiny_site.refused("POST", "/v1/adapters", body, 409, "base_is_fused")
+    assert "'mix' cannot be blended" in error["message"]
+
+
+async def test_one_part_at_weight_one_is_the_part(tiny_site: Site) -> None:
+    for method in ("linear", "svd"):
+        await blend(tiny_site, method, blend=[{"id": "b"}], method=method)
+        assert await tiny_site.says(method) == await tiny_site.says("b")
+    assert (await tiny_site.call("GET", "/v1/adapters/svd"))["rank"] == 8
