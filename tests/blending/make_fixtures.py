@@ -6,7 +6,7 @@ and for each case the merged deltas, `CASE.MODULE`, as lora_a lora_b gives them.
 scales and the cases as JSON.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
