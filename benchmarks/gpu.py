@@ -9,10 +9,9 @@ Before anything is timed, the fused kernel is checked against the plain products
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +31,7 @@ from adapters_core.layout import GroupLayout, Projection, group_projections
 from adapters_core.mixed import MixedLinear
 from adapters_core.modules import compute_dtype, weight_shape
 from adapters_core.routing import AdapterRows, ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from benchmarks.gpu_report import GpuProfile, GpuReport, GpuResult
 
 _PROMPT_TOKENS = 32
 _SCALE = 2.0
@@ -58,36 +58,6 @@ SHAPES = {
     "8b-4bit": Shape(4096, 32, 14336, 32, 8, bits=4),
 }
 _VOCABULARY = 128256
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Milliseconds of a decode step, and base ÷ side: medians over the blocks, which took turns."""
-
-    model: str
-    rows: int
-    adapters: int
-    side: str
-    step_ms: float
-    ratio: float
-    lowest: float
-    highest: float
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Where a decode step's time goes, in milliseconds; medians over steps.
-
-    The host builds the graph of a step (`build_ms`), hands it to the GPU (`submit_ms`), and waits for the
-    step before (`wait_ms`): where that is nothing, it is the GPU that waits.
-    """
-
-    model: str
-    rows: int
-    side: str
-    build_ms: float
-    submit_ms: float
-    wait_ms: float
 
 
 class Sides:
@@ -129,7 +99,7 @@ class Sides:
         self.routing.plan = None
         return worst
 
-    def profile(self, name: str, rows: Sequence[RowAdapters], side: str, steps: int) -> Profile:
+    def profile(self, name: str, rows: Sequence[RowAdapters], side: str, steps: int) -> GpuProfile:
         """Decode greedily and time each part."""
         self.use(side)
         caches = [self.routed.new_cache(row) for row in rows]
@@ -147,7 +117,9 @@ class Sides:
             parts.append((built - start, submitted - built, time.perf_counter() - submitted))
             tokens = after
         build, submit, wait = (1e3 * median(part) for part in zip(*parts[_WARM_UP_STEPS:], strict=True))
-        return Profile(name, len(rows), side, build, submit, wait)
+        return GpuProfile(
+            model=name, rows=len(rows), side=side, build_ms=build, submit_ms=submit, wait_ms=wait
+        )
 
 
 class Batch:
@@ -184,11 +156,11 @@ class Batch:
 
 def measure(
     name: str, row_counts: Sequence[int], rank: int, blocks: int, steps: int
-) -> tuple[list[Result], list[Profile]]:
+) -> tuple[list[GpuResult], list[GpuProfile]]:
     """Every side of one model. Raises: RuntimeError if the forms do not agree."""
     sides = Sides(SHAPES[name], max(row_counts), rank)
-    results: list[Result] = []
-    profiles: list[Profile] = []
+    results: list[GpuResult] = []
+    profiles: list[GpuProfile] = []
     for count in row_counts:
         error = sides.error(sides.rows(count, count))
         if error > _TOLERANCE:
@@ -210,7 +182,16 @@ def measure(
             ratios = [one / other for one, other in zip(base, batch.block_seconds, strict=True)]
             step_ms = 1e3 * median(batch.block_seconds)
             results.append(
-                Result(name, count, adapters, side, step_ms, median(ratios), min(ratios), max(ratios))
+                GpuResult(
+                    model=name,
+                    rows=count,
+                    adapters=adapters,
+                    side=side,
+                    step_ms=step_ms,
+                    ratio=median(ratios),
+                    lowest=min(ratios),
+                    highest=max(ratios),
+                )
             )
         for side in ("base", *sides.forms):
             rows = sides.rows(count, 0 if side == "base" else count)
@@ -271,7 +252,7 @@ def _environment() -> dict[str, Any]:
     return {"device": str(info.get("device_name")), "architecture": str(info.get("architecture")), **versions}
 
 
-def _table(results: Sequence[Result]) -> Table:
+def _table(results: Sequence[GpuResult]) -> Table:
     table = Table(title="Decode steps; ratio: base ÷ side, in turn, lowest to highest", title_justify="left")
     for heading in ("model", "rows", "adapters", "side", "ms a step", "ratio", "spread"):
         table.add_column(heading, justify="left" if heading in ("model", "side") else "right")
@@ -281,7 +262,7 @@ def _table(results: Sequence[Result]) -> Table:
     return table
 
 
-def _profile_table(profiles: Sequence[Profile]) -> Table:
+def _profile_table(profiles: Sequence[GpuProfile]) -> Table:
     table = Table(title="Where a step's time goes on the host, ms", title_justify="left")
     for heading in ("model", "rows", "side", "build", "submit", "wait"):
         table.add_column(heading, justify="left" if heading in ("model", "side") else "right")
@@ -306,8 +287,8 @@ def main() -> None:
     if Routing().kernels is None:
         parser.error("MLX has no CUDA GPU here, so that the fused kernel cannot run")
     console = Console(width=110)
-    results: list[Result] = []
-    profiles: list[Profile] = []
+    results: list[GpuResult] = []
+    profiles: list[GpuProfile] = []
     for name in options.models:
         found = measure(name, options.rows, options.rank, options.blocks, options.steps)
         console.print(_table(found[0]), _profile_table(found[1]))
@@ -317,14 +298,14 @@ def main() -> None:
     environment = _environment()
     console.print(environment)
     if options.json:
-        report = {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "environment": environment,
-            "options": {name: value for name, value in vars(options).items() if name != "json"},
-            "results": [asdict(one) for one in results],
-            "profiles": [asdict(one) for one in profiles],
-        }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        report = GpuReport(
+            created=datetime.now(UTC).replace(microsecond=0),
+            environment=environment,
+            options={name: value for name, value in vars(options).items() if name != "json"},
+            results=results,
+            profiles=profiles,
+        )
+        options.json.write_text(report.model_dump_json(indent=2) + "\n")
 
 
 if __name__ == "__main__":
