@@ -11,7 +11,7 @@ stays as it is. Computes nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ from benchmarks.gpu_report import GpuProfile, GpuReport, read_gpu_report
 from benchmarks.report import CaseRecord, FigureRecord, Report, ReportError, read_report
 from benchmarks.tables import cell, conditions, number, reached_word, run_of, span
 
-__all__ = ["PageError", "block", "filled", "main"]
+__all__ = ["PageError", "block", "fill_blocks", "filled", "main", "table"]
 
 _PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 _BLOCK = re.compile(r"(<!-- bench: (?P<name>[a-z-]+) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
@@ -81,6 +81,22 @@ def filled(text: str, reports: Sequence[Report], gpu: GpuReport | None = None) -
     return text, names
 
 
+def fill_blocks(text: str, blocks: Mapping[str, str]) -> str:
+    """The page with the Markdown of `blocks` between the markers of their names.
+
+    Raises: PageError if it has no place for one of them.
+    """
+    missing = blocks.keys() - {found["name"] for found in _BLOCK.finditer(text)}
+    if missing:
+        raise PageError(f"expected a line <!-- bench: NAME --> for each of {sorted(missing)}, found none")
+    return _BLOCK.sub(
+        lambda found: (
+            f"{found[1]}{blocks[found['name']]}\n{found[4]}" if found["name"] in blocks else found[0]
+        ),
+        text,
+    )
+
+
 def block(name: str, reports: Sequence[Report]) -> str | None:
     """The Markdown of a block, None if the reports have nothing for it."""
     if name == "conditions":
@@ -111,10 +127,12 @@ def _gpu(report: GpuReport) -> str:
         )
         for one in report.results
     ]
-    table = _table(("model, side", "rows", "adapters", "ms a step", "base ÷ side", "lowest to highest"), rows)
+    results = table(
+        ("model, side", "rows", "adapters", "ms a step", "base ÷ side", "lowest to highest"), rows
+    )
     parts = [
         f"Run of {report.created:%Y-%m-%d %H:%M} UTC: {_escaped(environment)}; {_escaped(options)}.",
-        table,
+        results,
     ]
     if report.profiles:
         times = [
@@ -123,7 +141,7 @@ def _gpu(report: GpuReport) -> str:
         ]
         parts += [
             "Where a step's time goes on the host, in milliseconds:",
-            _table(("model, side", "rows", "building", "handing over", "waiting"), times),
+            table(("model, side", "rows", "building", "handing over", "waiting"), times),
         ]
     return "\n\n".join(parts)
 
@@ -168,7 +186,7 @@ def _figures(figures: Sequence[FigureRecord]) -> str:
         )
         for figure in figures
     ]
-    return _table(("figure", "median", "lowest to highest", "goal", "reached", "rounds"), rows)
+    return table(("figure", "median", "lowest to highest", "goal", "reached", "rounds"), rows)
 
 
 def _case(case: CaseRecord) -> Iterator[str]:
@@ -177,7 +195,7 @@ def _case(case: CaseRecord) -> Iterator[str]:
         (measure.name, *(cell(measure, column) for column in case.columns), str(len(measure.rounds)))
         for measure in case.measures
     ]
-    yield _table(headings, rows)
+    yield table(headings, rows)
     if plain := [figure for figure in case.figures if figure.goal is None]:
         yield ""
         yield _figures(plain)
@@ -185,7 +203,7 @@ def _case(case: CaseRecord) -> Iterator[str]:
         yield f"\nNote: {_escaped(note)}."
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The first column is words, the others are numbers."""
     lines = [headings, ["---", *("--:" for _ in headings[1:])], *rows]
     return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,9 +85,15 @@ class Client:
 
     def stream_chat(self, body: Mapping[str, Any]) -> Generator[str]:
         """The pieces of the first choice's text, as they come. Closing the iterator cancels the request."""
+        with closing(self.stream("/v1/chat/completions", body)) as events:
+            for event in events:
+                yield _delta(event)
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any]]:
+        """The events of an answer, as they come. Closing the iterator closes the connection."""
         with (
             self._sentences(),
-            self._http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response,
+            self._http.stream("POST", path, json={**body, "stream": True}) as response,
         ):
             if response.is_error:
                 response.read()
@@ -101,7 +107,7 @@ class Client:
                 event = self._parse(data)
                 if "error" in event:
                     raise ClientError(_message(event) or "the server ended the answer with an error.", data)
-                yield _delta(event)
+                yield event
             raise ClientError(f"{self.url} closed the connection before the answer was complete.")
 
     def parse(self, text: str) -> dict[str, Any]:
