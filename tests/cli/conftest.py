@@ -84,7 +84,11 @@ def canned_app(server: CannedServer) -> FastAPI:
         if body["id"] == "broken":
             details = ["tensor a is missing", "tensor b has shape (1, 2), expected (3, 4)"]
             return error(422, "The adapter 'broken' cannot be used.", "adapter_invalid", details)
-        return JSONResponse({**ADAPTER, "id": body["id"]}, 201)
+        if "blend" not in body:
+            return JSONResponse({**ADAPTER, "id": body["id"]}, 201)
+        errors = {"error_mean": 0.125, "error_worst": 0.25} if "rank" in body else {}
+        recipe = {"method": body.get("method", "linear"), **errors}
+        return JSONResponse({**ADAPTER, "id": body["id"], "blend": recipe}, 201)
 
     @app.delete("/v1/adapters/{name}")
     async def unload(name: str) -> dict[str, Any]:
