@@ -125,6 +125,11 @@ class AdapterContainer:
         return self._content.ignored_fields
 
     @property
+    def dropout(self) -> float:
+        """What training drops of the inputs, from 0 to below 1."""
+        return self._content.dropout
+
+    @property
     def config(self) -> AdapterConfig:
         """What the adapter_config.json of an adapter in mlx-lm's format says.
 
@@ -273,9 +278,7 @@ class AdapterContainer:
 
     def _layers(self, model: nn.Module) -> dict[str, AdaptedLayer]:
         weights = self.check(model)
-        config = AdapterConfig(
-            fine_tune_type=self.type, lora_parameters=LoRAParameters(dropout=self._content.dropout)
-        )
+        config = AdapterConfig(fine_tune_type=self.type, lora_parameters=LoRAParameters(dropout=self.dropout))
         return {path: with_weights(module_at(model, path), one, config) for path, one in weights.items()}
 
     def _attach(self, model: nn.Module, layers: dict[str, AdaptedLayer], new: bool = False) -> None:

@@ -40,9 +40,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: something of this name is there, before the block or after it.
+        OSError: the folder cannot be made.
     """
     _refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path.parent.name) from None
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
     try:

@@ -1,16 +1,22 @@
-"""`mlx-graft adapters …`: look after the adapters of a running server. A client; main thread."""
+"""`mlx-graft adapters …`: look after the adapters of a running server. A client; main thread.
+
+`inspect` alone needs no server.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from server.cli.client import ApiKey, ApiKeyFile, Client, ClientError, Url, adapter_path
+from server.cli.fusing import call_with_bar, weighted
+from server.cli.inspect import inspect
 from server.cli.output import adapter_sentence, adapters_table, fail, human_bytes, report_table, say, show
 
-__all__ = ["DEFAULT_URL", "adapters_app"]
+__all__ = ["DEFAULT_URL", "Id", "Json", "adapters_app", "run_call"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -20,14 +26,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON as i
 
 def adapters_app() -> typer.Typer:
     """The group of commands."""
-    app = typer.Typer(help="List, load, unload, swap and fuse the adapters of a running server.")
+    from server.cli.blend import blend  # it needs this module
+
+    app = typer.Typer(help="Look after the adapters of a running server; inspect folders.")
     app.command("list")(list_adapters)
     app.command("load")(load)
+    app.command("blend")(blend)
     app.command("unload")(unload)
     app.command("rollback")(rollback)
     app.command("swap")(swap)
     app.command("fuse")(fuse)
     app.command("unfuse")(unfuse)
+    app.command("inspect")(inspect)
     return app
 
 
@@ -49,7 +59,7 @@ def list_adapters(
         if available:
             say(f"Not loaded: {', '.join(map(str, available))}.")
 
-    _run(url, api_key, api_key_file, json, tell, "GET", "/v1/adapters")
+    run_call(url, api_key, api_key_file, json, tell, "GET", "/v1/adapters")
 
 
 def load(
@@ -77,7 +87,7 @@ def load(
     def tell(adapter: Mapping[str, Any]) -> None:
         say(f"Loaded {id}: {adapter_sentence(adapter)}.")
 
-    _run(url, api_key, api_key_file, json, tell, "POST", "/v1/adapters", body)
+    run_call(url, api_key, api_key_file, json, tell, "POST", "/v1/adapters", body)
 
 
 def unload(
@@ -98,7 +108,7 @@ def unload(
         say(f"Unloaded {id}." + (f" Freed {freed}." if freed else ""))
 
     params = {} if timeout is None else {"timeout_seconds": timeout}
-    _run(url, api_key, api_key_file, json, tell, "DELETE", adapter_path(id), params=params)
+    run_call(url, api_key, api_key_file, json, tell, "DELETE", adapter_path(id), params=params)
 
 
 def rollback(
@@ -113,7 +123,7 @@ def rollback(
     def tell(adapter: Mapping[str, Any]) -> None:
         say(f"Rolled {id} back: {adapter_sentence(adapter)}.")
 
-    _run(url, api_key, api_key_file, json, tell, "POST", f"{adapter_path(id)}/rollback")
+    run_call(url, api_key, api_key_file, json, tell, "POST", f"{adapter_path(id)}/rollback")
 
 
 def swap(
@@ -140,14 +150,23 @@ def swap(
         now, before = swapped.get("active") or "none", swapped.get("previous") or "none"
         say(f"Active: {now} (before: {before}){took}.")
 
-    _run(url, api_key, api_key_file, json, tell, "PUT", "/v1/adapters/active", body)
+    run_call(url, api_key, api_key_file, json, tell, "PUT", "/v1/adapters/active", body)
 
 
 def fuse(
     id: Id,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="auto (the default), requantize or dequantize.", metavar="TEXT"),
+        typer.Option(
+            "--precision", help="auto (the default), requantize, keep or dequantize.", metavar="TEXT"
+        ),
+    ] = None,
+    weight: Annotated[
+        float | None, typer.Option("--weight", help="What its change is multiplied with.", metavar="NUMBER")
+    ] = None,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="Another adapter of a sum; repeatable.", metavar="ID[=WEIGHT]"),
     ] = None,
     unload_others: Annotated[
         bool, typer.Option("--unload-others", help="Unload the other adapters first.")
@@ -166,14 +185,21 @@ def fuse(
     json: Json = False,
 ) -> None:
     """Fuse an adapter into the resident base model, or into a copy of it on disk."""
-    given = {"precision": precision, "unload_others": unload_others or None, "save_to": save_to}
+    given = {
+        "precision": precision,
+        "weight": weight,
+        "adapters": [weighted(text) for text in with_ or ()] or None,
+        "unload_others": unload_others or None,
+        "save_to": save_to,
+    }
     body = {name: value for name, value in given.items() if value is not None}
 
     def tell(report: Mapping[str, Any]) -> None:
         say(f"Fused {id} into {f'the folder {save_to}' if save_to else 'the resident base'}.")
         show(report_table(report))
 
-    _run(url, api_key, api_key_file, json, tell, "POST", adapter_path(id, "fuse"), body)
+    call = None if json or not sys.stderr.isatty() else call_with_bar
+    run_call(url, api_key, api_key_file, json, tell, "POST", adapter_path(id, "fuse"), body, call=call)
 
 
 def unfuse(
@@ -188,10 +214,10 @@ def unfuse(
     def tell(_report: Mapping[str, Any]) -> None:
         say(f"Unfused {id}: the base is what it was.")
 
-    _run(url, api_key, api_key_file, json, tell, "DELETE", adapter_path(id, "fuse"))
+    run_call(url, api_key, api_key_file, json, tell, "DELETE", adapter_path(id, "fuse"))
 
 
-def _run(
+def run_call(
     url: str,
     api_key: str | None,
     api_key_file: Any,
@@ -201,11 +227,15 @@ def _run(
     path: str,
     body: Mapping[str, Any] | None = None,
     params: Mapping[str, float] | None = None,
+    call: Callable[[Client, str, Mapping[str, Any]], str] | None = None,
 ) -> None:
-    """One call; its answer as JSON or as `tell` puts it. An error is a sentence and exit code 1."""
+    """One call, made by `call` if given; its answer as JSON or as `tell` puts it.
+
+    An error is a sentence and exit code 1.
+    """
     try:
         with Client(url, api_key, api_key_file) as client:
-            text = client.call(method, path, body, params)
+            text = call(client, path, body or {}) if call else client.call(method, path, body, params)
             answer = client.parse(text)
     except ClientError as error:
         if json and error.body is not None:

@@ -25,6 +25,8 @@ def make_app(*, with_settings: bool) -> typer.Typer:
     from server.cli.adapters import adapters_app
     from server.cli.bench import bench
     from server.cli.chat import chat
+    from server.cli.compare import compare
+    from server.cli.convert import convert
 
     app = typer.Typer(
         name="mlx-graft",
@@ -36,6 +38,8 @@ def make_app(*, with_settings: bool) -> typer.Typer:
     _add_servers(app, with_settings)
     app.add_typer(adapters_app(), name="adapters", no_args_is_help=True)
     app.command("chat")(chat)
+    app.command("compare")(compare)
+    app.command("convert")(convert)
     app.command("bench")(bench)
     app.command("version")(version)
     return app

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import load_model
 
-__all__ = ["ADAPTERS", "adapter", "base_of", "changed", "expected", "model", "tokens"]
+__all__ = ["ADAPTERS", "adapter", "base_of", "changed", "expected", "model", "model_folder", "tokens"]
 
 _FOLDER = Path(__file__).parent / "fixtures"
 ADAPTERS = sorted(path.name for path in (_FOLDER / "adapters").iterdir())
@@ -21,9 +21,14 @@ ADAPTERS = sorted(path.name for path in (_FOLDER / "adapters").iterdir())
 
 def model(name: str) -> nn.Module:
     """A fresh copy of the model, float32, in eval mode."""
-    found = load_model(_FOLDER / "models" / name)[0]
+    found = load_model(model_folder(name))[0]
     found.eval()
     return found
+
+
+def model_folder(name: str) -> Path:
+    """The model's folder."""
+    return _FOLDER / "models" / name
 
 
 def adapter(name: str) -> Path:

@@ -1,0 +1,123 @@
+"""`mlx-graft convert`: an adapter from mlx-lm's format to PEFT's, or back. No server. Main thread.
+
+A model is needed only where names alone leave something open: embeddings, experts, and PEFT's modules that
+lie elsewhere in MLX models.
+"""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.cli.models import ModelFolder, lazy_model, require_mlx
+from server.cli.output import fail, say
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from adapters_core.module_weights import ModuleWeights
+
+__all__ = ["convert"]
+
+
+class _Form(StrEnum):
+    MLX = "mlx"
+    PEFT = "peft"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What was read, by path in the model."""
+
+    form: str
+    weights: Mapping[str, ModuleWeights]
+    base_name: str | None
+    dropout: float
+    model: nn.Module | None
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder of the adapter.", show_default=False)
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="TARGET", help="Folder to make.", show_default=False),
+    ],
+    to: Annotated[_Form, typer.Option("--to", help="Format to write.", show_default=False)],
+    model: ModelFolder = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Write an adapter in mlx-lm's or PEFT's format. Needs no server."""
+    require_mlx()
+    from adapters_core.errors import InvalidAdapterError, UnsupportedModelError
+    from adapters_core.writing import write_adapter
+
+    if not source.is_dir():
+        fail(f"there is no folder {str(source)!r}.", code=2)
+    try:
+        read = _alone(source) if model is None else _on_model(source, model)
+        if read.form == to:
+            fail(f"{source.name} is in the format {to} already; copy the folder.")
+        write_adapter(
+            target, read.weights, to.value, read.model, base_name=read.base_name, dropout=read.dropout
+        )
+    except InvalidAdapterError as error:
+        fail(f"{source.name} cannot be converted, for {len(error.problems)} reason(s):", *error.problems)
+    except UnsupportedModelError as error:
+        fail(f"{source.name} cannot be converted, for {len(error.reasons)} reason(s):", *error.reasons)
+    except FileExistsError:
+        fail(f"there is a {target.name!r} already; nothing was written. Choose another name.")
+    except OSError as error:
+        fail(f"{target.name!r} cannot be written: {error.strerror or error}. Nothing of it is left.")
+    notes = _notes(read.weights) if to is _Form.MLX else []
+    if json:
+        done = {"target": target.name, "format": to.value, "modules": len(read.weights), "notes": notes}
+        typer.echo(json_format.dumps(done | {"checked": model is not None}))
+        return
+    say(f"Wrote {target.name} in the format {to}: {len(read.weights)} modules.")
+    for note in notes:
+        say(note)
+    if model is None:
+        say("It was not compared with a model; --model does that.")
+
+
+def _alone(source: Path) -> _Source:
+    from adapters_core.errors import InvalidAdapterError
+    from adapters_core.unplaced import read_unplaced
+
+    found = read_unplaced(source)
+    if found.open:
+        problems = [f"{name}: {reason}; name the model with --model" for name, reason in found.open.items()]
+        raise InvalidAdapterError(source.name, problems)
+    return _Source(found.format, found.weights, found.base_name, found.dropout, None)
+
+
+def _on_model(source: Path, folder: Path) -> _Source:
+    from adapters_core.container import AdapterContainer
+
+    container = AdapterContainer.from_directory(source)
+    model = lazy_model(folder)
+    weights = container.check(model)
+    return _Source(container.format, weights, container.base_name, container.dropout, model)
+
+
+def _notes(weights: Mapping[str, ModuleWeights]) -> list[str]:
+    """What mlx-lm's format, with its one rank and scale, made of modules that differ in them."""
+    ranks = sorted({module.rank for module in weights.values()})
+    scales = sorted({module.scale for module in weights.values()})
+    notes = []
+    if len(ranks) > 1:
+        notes.append(f"Ranks differ ({', '.join(map(str, ranks))}): zeros fill factors up to {ranks[-1]}.")
+    if len(scales) > 1:
+        shown = ", ".join(f"{scale:.6g}" for scale in scales)
+        notes.append(
+            f"Scales differ ({shown}): they have gone into B, in float32 where the ratio is no power of two."
+        )
+    return notes

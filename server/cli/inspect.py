@@ -1,0 +1,108 @@
+"""`mlx-graft adapters inspect`: what an adapter's folder holds, and whether it fits a model. No server.
+
+Without a model, mlx-lm is not imported. Main thread.
+"""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from server.cli.models import ModelFolder, lazy_model, require_mlx
+from server.cli.output import fail, human_bytes, report_table, say, show, warn
+
+if TYPE_CHECKING:
+    from adapters_core.report import LoadReport
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="Folder of an adapter.", show_default=False),
+    ],
+    model: ModelFolder = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Show what an adapter's folder holds and, with --model, whether it fits. Needs no server."""
+    require_mlx()
+    from adapters_core.errors import InvalidAdapterError, UnsupportedModelError
+
+    if not path.is_dir():
+        fail(f"there is no folder {str(path)!r}.", code=2)
+    try:
+        report, doubts = _alone(path) if model is None else (_on_model(path, model), {})
+    except InvalidAdapterError as error:
+        _refuse(path, error.problems, json)
+    except UnsupportedModelError as error:
+        _refuse(path, error.reasons, json)
+    if json:
+        typer.echo(json_format.dumps(report.to_values() | {"fits": None if model is None else True}))
+        return
+    show(report_table(_rows(path, report)))
+    for warning in report.warnings:
+        warn(f"warning: {warning}")
+    if model is None:
+        say("Whether it fits a model is seen with --model.")
+    else:
+        say(f"It fits {model.resolve().name}.")
+    for reason, count in _counted(doubts).items():
+        say(f"Of {count} module(s) or tensors only the model can tell more: {reason}.")
+
+
+def _alone(path: Path) -> tuple[LoadReport, dict[str, str]]:
+    from adapters_core.report import LoadReport
+    from adapters_core.unplaced import read_unplaced
+
+    unplaced = read_unplaced(path)
+    return LoadReport.of(unplaced, unplaced.parts), unplaced.open
+
+
+def _on_model(path: Path, folder: Path) -> LoadReport:
+    from adapters_core.container import AdapterContainer
+    from adapters_core.modules import kind_of
+    from adapters_core.report import LoadReport, parts_of
+    from adapters_core.targets import module_at
+
+    container = AdapterContainer.from_directory(path)
+    model = lazy_model(folder)
+    weights = container.check(model)
+    kinds = {path: kind_of(module_at(model, path)) for path in weights}
+    return LoadReport.of(container, parts_of(weights, kinds)).beside([folder.resolve().name])
+
+
+def _refuse(path: Path, problems: tuple[str, ...], json: bool) -> NoReturn:
+    if json:
+        typer.echo(json_format.dumps({"path": path.name, "fits": False, "problems": list(problems)}))
+        raise typer.Exit(1)
+    fail(f"{path.name} cannot be used, for {len(problems)} reason(s):", *problems)
+
+
+def _rows(path: Path, report: LoadReport) -> dict[str, Any]:
+    from adapters_core.report import ranges
+
+    return {
+        "folder": path.resolve().name,
+        "format": report.format,
+        "type": report.type,
+        "modules": report.modules,
+        "kinds": report.kinds or None,
+        "names": report.names,
+        "layers": ranges(report.layers) or None,
+        "ranks": report.ranks,
+        "scales": report.scales,
+        "dtypes": report.dtypes,
+        "tensors": human_bytes(report.tensor_bytes),
+        "base": report.base_name or "not named",
+        "ignored": report.ignored_fields or None,
+        "digest": report.digest,
+    }
+
+
+def _counted(doubts: dict[str, str]) -> dict[str, int]:
+    reasons = list(doubts.values())
+    return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
