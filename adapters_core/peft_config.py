@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
@@ -130,6 +131,21 @@ class PeftFields(BaseModel):
     base_model_name_or_path: Annotated[str, StringConstraints(strict=True)] | None = None
     peft_version: Annotated[str, StringConstraints(strict=True, max_length=128)] | None = None
 
+    @cached_property
+    def target_names(self) -> frozenset[str]:
+        """`target_modules`, if it is a list."""
+        return _as_set(self.target_modules)
+
+    @cached_property
+    def excluded_names(self) -> frozenset[str]:
+        """`exclude_modules`, if it is a list."""
+        return _as_set(self.exclude_modules)
+
+    @cached_property
+    def parameter_names(self) -> frozenset[str]:
+        """`target_parameters`."""
+        return _as_set(self.target_parameters)
+
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
@@ -171,6 +187,10 @@ class PeftConfig:
     def scale(self, rank: int, alpha: float) -> float:
         """The factor of B A: alpha / r, or alpha / √r for rank-stabilised LoRA (arXiv:2312.03732)."""
         return alpha / math.sqrt(rank) if self.fields.use_rslora else alpha / rank
+
+
+def _as_set(names: list[str] | str | None) -> frozenset[str]:
+    return frozenset(names if isinstance(names, list) else ())
 
 
 def _refused(values: Mapping[str, JsonValue]) -> list[str]:

@@ -7,7 +7,6 @@ As in PEFT 0.21: `check_target_module_exists` (peft/tuners/tuners_utils.py) and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 from .peft_config import PeftConfig, PeftFields
 
@@ -32,15 +31,14 @@ def is_target(fields: PeftFields, name: str, *, is_linear: bool, is_head: bool =
         return is_linear and not is_head
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    if name in targets:  # a full path is a target in whatever layer it lies
+    if name in fields.target_names:  # a full path is a target in whatever layer it lies
         return True
-    return _ends_with(name, targets) and _in_layers(fields, name)
+    return _has_end_in(name, fields.target_names) and _in_layers(fields, name)
 
 
 def is_target_parameter(fields: PeftFields, name: str) -> bool:
     """Whether the parameter `name` (its module's path and its own name) is adapted."""
-    targets = fields.target_parameters or []
-    return name in targets or _ends_with(name, targets)
+    return name in fields.parameter_names or _has_end_in(name, fields.parameter_names)
 
 
 def rank_and_scale(config: PeftConfig, name: str) -> tuple[int, float]:
@@ -64,11 +62,12 @@ def _is_excluded(fields: PeftFields, name: str) -> bool:
         return False
     if isinstance(excluded, str):
         return re.fullmatch(excluded, name) is not None
-    return name in excluded or _ends_with(name, excluded)
+    return name in fields.excluded_names or _has_end_in(name, fields.excluded_names)
 
 
-def _ends_with(name: str, keys: Iterable[str]) -> bool:
-    return any(name.endswith(f".{key}") for key in keys)
+def _has_end_in(name: str, keys: frozenset[str]) -> bool:
+    """Whether what follows one of the dots of `name` is among `keys`, of which there may be thousands."""
+    return any(name[dot.end() :] in keys for dot in re.finditer(r"\.", name))
 
 
 def _in_layers(fields: PeftFields, name: str) -> bool:

@@ -8,6 +8,7 @@ the calling thread, so that they can be handed to another one.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ __all__ = [
 WEIGHTS_FILE = "adapters.safetensors"
 PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 1 << 20
+# Where each expert is a module of its own, the names alone take more: 40,000 tensors in 5 MB.
+_MAX_PEFT_HEADER_BYTES = 1 << 24
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _EXPONENT_BF16 = 0x7F80  # all ones: infinite or not a number
 
@@ -53,11 +56,12 @@ def read_weights(directory: str | Path, file_name: str = WEIGHTS_FILE) -> Adapte
     """Read and evaluate the safetensors file of this name in `directory`.
 
     Raises:
-        InvalidAdapterError: the file is missing, not whole, not safetensors, has a header over 1 MiB, or
-            holds tensors that are not float32, float16 or bfloat16, or values that are not finite.
+        InvalidAdapterError: the file is missing, not whole, not safetensors, has a header over 1 MiB (in
+            PEFT's files 16 MiB), or holds tensors that are not float32, float16 or bfloat16, or values that
+            are not finite.
     """
     directory = Path(directory)
-    found, problems = _read(directory / file_name)
+    found, problems = _read(directory / file_name, _max_header_bytes(file_name))
     problems = problems or _not_finite(found)
     if problems:
         raise InvalidAdapterError(directory.name, [f"{file_name}: {problem}" for problem in problems])
@@ -78,9 +82,9 @@ def least_memory_bytes(directory: str | Path, weights_file: str | None = None) -
     names = (WEIGHTS_FILE, PEFT_WEIGHTS_FILE) if weights_file is None else (weights_file,)
     sizes = []
     for name in names:
-        with suppress(OSError):  # reading it will say what is wrong
-            sizes.append((Path(directory) / name).stat().st_size)
-    return max(0, min(sizes, default=0) - MAX_HEADER_BYTES) // 2
+        with suppress(OSError, ValueError, RecursionError):  # reading it will say what is wrong
+            sizes.append(_least_file_bytes(Path(directory) / name))
+    return min(sizes, default=0) // 2
 
 
 def save_weights(path: str | Path, tensors: Mapping[str, mx.array]) -> None:
@@ -139,7 +143,29 @@ def _one_by_one(tensors: list[_Tensor]) -> Iterator[_Tensor]:
         yield tensors.pop()
 
 
-def _read(path: Path) -> tuple[list[_Tensor], list[str]]:
+def _max_header_bytes(file_name: str) -> int:
+    return _MAX_PEFT_HEADER_BYTES if file_name == PEFT_WEIGHTS_FILE else MAX_HEADER_BYTES
+
+
+def _least_file_bytes(path: Path) -> int:
+    """What the factors in the file take; PEFT's may hold weights of the base beside them.
+
+    Raises:
+        OSError, ValueError, RecursionError: the file cannot be read, or is no safetensors file.
+    """
+    if path.name != PEFT_WEIGHTS_FILE:
+        return max(0, path.stat().st_size - MAX_HEADER_BYTES)
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(header_bytes, _MAX_PEFT_HEADER_BYTES)))
+    try:
+        offsets = [entry["data_offsets"] for name, entry in header.items() if ".lora_" in name]
+        return max(0, min(sum(end - start for start, end in offsets), path.stat().st_size))
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("not a safetensors header") from None
+
+
+def _read(path: Path, max_header_bytes: int) -> tuple[list[_Tensor], list[str]]:
     """The file's tensors, or why it cannot be parsed. The file's own bytes are let go of."""
     if not path.is_file():
         return [], ["expected a file of this name, there is none"]
@@ -147,7 +173,7 @@ def _read(path: Path) -> tuple[list[_Tensor], list[str]]:
         with path.open("rb") as file:
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) == 8 and header_bytes <= MAX_HEADER_BYTES:
+            if len(prefix) == 8 and header_bytes <= max_header_bytes:
                 file.seek(0)
                 return _parse(file.read())
     except OSError as error:
@@ -155,7 +181,7 @@ def _read(path: Path) -> tuple[list[_Tensor], list[str]]:
     if len(prefix) < 8:
         return [], [f"expected a safetensors file, got {len(prefix)} byte(s)"]
     problem = (
-        f"expected a safetensors header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}; "
+        f"expected a safetensors header of at most {max_header_bytes} bytes, got {header_bytes}; "
         "the file is damaged or not safetensors"
     )
     return [], [problem]
