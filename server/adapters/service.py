@@ -34,6 +34,7 @@ from .looks import unchanged_seconds
 from .names import checkpoint_of, parse_name
 from .pager import Accept, Pager
 from .registry import Entry, Pin, Registry, Terms, Version
+from .reports import log_warnings
 from .residency import Residency
 from .source import Made
 from .watching import Watcher
@@ -367,6 +368,7 @@ class AdapterService:
         self._on_load(version.load_seconds)
         digest = version.resident.digest
         _log.info("adapter_loaded", adapter=adapter_id, version=version.number, digest=digest)
+        log_warnings(adapter_id, version, self.registry, self.info)
         entry = self.registry.publish(adapter_id, version, pinned)
         if activate:
             self.registry.activate(adapter_id)

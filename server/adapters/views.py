@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .registry import Entry, Registry
+from server.engine.model import ModelInfo
 
-__all__ = ["adapter_object", "base_model_object", "model_object"]
+from .registry import Entry, Registry
+from .reports import report_on
+from .source import Made
+
+__all__ = ["adapter_in_full", "adapter_object", "base_model_object", "model_object"]
 
 
 def adapter_object(entry: Entry, registry: Registry) -> dict[str, Any]:
@@ -18,8 +22,9 @@ def adapter_object(entry: Entry, registry: Registry) -> dict[str, Any]:
         "object": "adapter",
         "created": int(version.created),
         "base": registry.base,
-        "path": version.folder.shown,
-        "format": "mlx",
+        "path": version.source.shown,
+        "blend": dict(version.source.recipe) if isinstance(version.source, Made) else None,
+        "format": resident.format,
         "type": resident.type,
         "rank": resident.rank,
         "scale": resident.scale,
@@ -27,6 +32,8 @@ def adapter_object(entry: Entry, registry: Registry) -> dict[str, Any]:
         "bytes": resident.size_bytes,
         "digest": resident.digest,
         "version": version.number,
+        "versions": _versions(entry),
+        "checkpoints": list(entry.checkpoints),
         "state": entry.state,
         "resident": version.in_memory or entry.state == "fused",
         "pinned": entry.pinned,
@@ -36,6 +43,27 @@ def adapter_object(entry: Entry, registry: Registry) -> dict[str, Any]:
         "last_used": None if entry.last_used is None else int(entry.last_used),
         "load_seconds": round(version.load_seconds, 6),
     }
+
+
+def adapter_in_full(entry: Entry, registry: Registry, info: ModelInfo) -> dict[str, Any]:
+    """As `adapter_object`, with the report on what was loaded."""
+    report = report_on(entry.current, registry, info)
+    return adapter_object(entry, registry) | {"report": None if report is None else report.to_values()}
+
+
+def _versions(entry: Entry) -> list[dict[str, Any]]:
+    """Those that live, the oldest first."""
+    states = dict.fromkeys(entry.retired, "finishing")
+    states |= dict.fromkeys(entry.named, "previous") | {entry.current: "current"}
+    return [
+        {
+            "version": version.number,
+            "digest": version.resident.digest,
+            "created": int(version.created),
+            "state": state,
+        }
+        for version, state in sorted(states.items(), key=lambda item: item[0].number)
+    ]
 
 
 def base_model_object(registry: Registry, root: str, created: float, context_tokens: int) -> dict[str, Any]:
@@ -48,10 +76,10 @@ def base_model_object(registry: Registry, root: str, created: float, context_tok
 def model_object(entry: Entry, registry: Registry) -> dict[str, Any]:
     """An adapter as a model that descends from the base."""
     version = entry.current
-    return _model(entry.id, version.created, version.folder.shown, registry.base, state=entry.state)
+    return _model(entry.id, version.created, version.source.shown, registry.base, state=entry.state)
 
 
-def _model(name: str, created: float, root: str, parent: str | None, **more: Any) -> dict[str, Any]:
+def _model(name: str, created: float, root: str | None, parent: str | None, **more: Any) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",

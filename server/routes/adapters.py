@@ -1,4 +1,4 @@
-"""`/v1/adapters`: list, load, replace, unload, swap, fuse, unfuse. Runs on the event loop."""
+"""`/v1/adapters`: list, load, replace, roll back, unload, swap. Runs on the event loop."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.adapters.fusing import FuseResult, Precision
+from server.adapters.blending import Blender
 from server.adapters.service import AdapterService
-from server.adapters.views import adapter_object
+from server.adapters.views import adapter_in_full, adapter_object
 from server.json_body import JsonRoute
-from server.routes.dependencies import adapter_service
+from server.routes.blending import BlendFields
+from server.routes.dependencies import adapter_service, blender
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/adapters", tags=["Adapters"], route_class=JsonRoute)
 
 Service = Annotated[AdapterService, Depends(adapter_service)]
+Blends = Annotated[Blender, Depends(blender)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
@@ -26,8 +28,8 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class LoadBody(_Body):
-    """Which adapter is loaded, and how."""
+class LoadBody(BlendFields):
+    """Which adapter is loaded, or blended of others, and how."""
 
     id: Text
     """Name under which requests use it: letters, digits, '.', '_', '-'; not the base's name."""
@@ -50,17 +52,6 @@ class SwapBody(_Body):
     """Unload what was active before."""
 
 
-class FuseBody(_Body):
-    """How an adapter is fused."""
-
-    precision: Precision = "auto"
-    """How quantised layers are kept: quantised, dense, or quantised where that loses little."""
-    unload_others: bool = False
-    """Unload the other adapters, which cannot be used while one is fused."""
-    save_to: Text | None = None
-    """Write a complete model folder of this name under the models root, and leave the resident base alone."""
-
-
 @router.get("")
 async def list_adapters(service: Service) -> dict[str, Any]:
     """The adapters that are loaded, and the ids of those that could be."""
@@ -72,17 +63,22 @@ async def list_adapters(service: Service) -> dict[str, Any]:
         "resident_bytes": listing.resident_bytes,
         "memory_limit_bytes": service.residency.limit_bytes,
         "available": listing.available,
+        "checkpoints": listing.checkpoints,
     }
 
 
 @router.post("", status_code=201, responses={200: {"description": "A new version of a loaded adapter"}})
-async def load_adapter(body: LoadBody, service: Service, response: Response) -> dict[str, Any]:
-    """Load an adapter, or a new version of one."""
-    loaded = await service.load(
-        body.id, body.path, pinned=body.pinned, activate=body.activate, replace=body.replace
-    )
+async def load_adapter(
+    body: LoadBody, service: Service, blends: Blends, response: Response
+) -> dict[str, Any]:
+    """Load an adapter from its folder, or blend one of others; or a new version of one."""
+    wishes: Any = {"pinned": body.pinned, "activate": body.activate, "replace": body.replace}
+    if body.blend is None:
+        loaded = await service.load(body.id, body.path, **wishes)
+    else:
+        loaded = await blends.blend(body.id, body.terms, body.options, **wishes)
     response.status_code = 201 if loaded.created else 200
-    return adapter_object(loaded.entry, service.registry)
+    return adapter_in_full(loaded.entry, service.registry, service.info)
 
 
 @router.put("/active")
@@ -98,8 +94,10 @@ async def swap_adapter(body: SwapBody, service: Service) -> dict[str, Any]:
 
 @router.get("/{id}")
 async def get_adapter(id: str, service: Service) -> dict[str, Any]:
-    """One adapter."""
-    return adapter_object(service.registry.get(id), service.registry)
+    """One adapter, with the report on what was loaded."""
+    entry = service.registry.get(id)
+    await service.look_for_checkpoints(entry)
+    return adapter_in_full(entry, service.registry, service.info)
 
 
 @router.delete("/{id}")
@@ -113,32 +111,7 @@ async def unload_adapter(
     return adapter_object(entry, service.registry) | {"freed_bytes": freed_bytes}
 
 
-@router.post("/{id}/fuse")
-async def fuse_adapter(id: str, service: Service, body: FuseBody | None = None) -> dict[str, Any]:
-    """Fuse an adapter into the resident base, or into a copy of it on disk."""
-    body = body or FuseBody()
-    if body.save_to is not None:
-        return _report(await service.save_fused(id, body.precision, body.save_to))
-    return _report(await service.fuse(id, body.precision, body.unload_others))
-
-
-@router.delete("/{id}/fuse")
-async def unfuse_adapter(id: str, service: Service) -> dict[str, Any]:
-    """Make the base, bit for bit, what it was before an adapter was fused into it."""
-    return adapter_object(await service.unfuse(id), service.registry)
-
-
-def _report(result: FuseResult) -> dict[str, Any]:
-    """`precision` counts layers by what became of them; the errors are relative ones of the fused change."""
-    report = result.report
-    return {
-        "id": result.id,
-        "object": "adapter.fusion",
-        "modules": report.modules,
-        "precision": report.precision,
-        "error_mean": report.error_mean,
-        "error_worst": report.error_worst,
-        "worst_module": report.worst_module,
-        "seconds": round(result.seconds, 6),
-        "saved_to": result.saved_to,
-    }
+@router.post("/{id}/rollback")
+async def roll_back_adapter(id: str, service: Service) -> dict[str, Any]:
+    """Make an adapter's previous version the current one; requests in flight finish on theirs."""
+    return adapter_object(await service.roll_back(id), service.registry)

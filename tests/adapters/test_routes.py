@@ -18,7 +18,7 @@ from tests.models import adapter_tensors, adapter_values, make_adapter, write_ad
 FIELDS = {
     "id", "object", "created", "base", "path", "format", "type", "rank", "scale", "modules", "bytes",
     "digest", "version", "state", "resident", "pinned", "active", "in_flight", "requests", "last_used",
-    "load_seconds", "versions", "blend",
+    "load_seconds", "checkpoints", "versions", "blend",
 }  # fmt: skip
 
 
@@ -33,11 +33,11 @@ async def test_the_whole_life(tiny_site: Site) -> None:
     assert listing["memory_limit_bytes"] > 0
     assert {**listing, "available": [], "memory_limit_bytes": 1} == {
         "object": "list", "data": [], "active": None, "resident_bytes": 0, "memory_limit_bytes": 1,
-        "available": [],
+        "available": [], "checkpoints": {},
     }  # fmt: skip
 
     adapter = await load(tiny_site, "a")
-    assert set(adapter) == FIELDS
+    assert set(adapter) == {*FIELDS, "report"}
     told = ("id", "object", "base", "path", "format", "type", "rank", "scale", "modules", "version", "state")
     assert [adapter[name] for name in told] == [
         "a",
