@@ -15,6 +15,7 @@ from adapters_core.blending import BlendOptions, BlendPart, BlendReport, blend
 from adapters_core.container import AdapterContainer
 
 from .errors import BlendPartChangedError
+from .loading import read_folder
 from .source import Made, Source, folder_of
 
 __all__ = ["Blended", "Part", "make_blend", "read_source"]
@@ -59,7 +60,7 @@ def read_source(source: Source, model: nn.Module, name: str) -> AdapterContainer
     """What a version came from, read or made again; whoever asks compares digests. Raises as `make_blend`."""
     if isinstance(source, Blended):
         return make_blend(source.parts, source.options, model, name)[0]
-    return AdapterContainer.from_directory(folder_of(source).path)
+    return read_folder(folder_of(source))
 
 
 def _read_part(part: Part, model: nn.Module) -> AdapterContainer:

@@ -38,6 +38,7 @@ from .errors import (
 )
 from .fusing_work import FuseProgress, Merged, Stage, Tell, merge, no_tell
 from .gate import Gate
+from .loading import read_folder
 from .probes import probe_rows
 from .registry import Entry, Registry, Terms, Version
 from .residency import Residency
@@ -300,7 +301,7 @@ def _read_again(chosen: _Sum) -> list[AdapterContainer]:
     """The adapters as they were loaded, from their folders. Runs on a worker thread."""
     adapters = []
     for entry, version in zip(chosen.entries, chosen.versions, strict=True):
-        adapter = AdapterContainer.from_directory(version.folder.path)
+        adapter = read_folder(version.folder)
         if adapter.digest != version.resident.digest:
             raise AdapterChangedError(entry.id)
         adapters.append(adapter)
