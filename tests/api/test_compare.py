@@ -394,6 +394,10 @@ async def test_versions_do_not_change_under_it(service: Service, adapters_root: 
         echo, loud = after["answers"][1], after["answers"][2]
         assert echo["message"] == loud["message"]
         assert echo["mean_logprobs"] == pytest.approx(loud["mean_logprobs"], abs=1e-4)
+        old, new = (await compare(service, "sing", ["echo@1", "echo@2"], max_tokens=60))["answers"]
+        assert old["message"] == before["answers"][1]["message"]
+        assert new["message"] == echo["message"]
+        assert (old["model"], new["model"]) == ("echo@1", "echo@2")
     finally:
         (adapters_root / "echo" / "adapters.safetensors").write_bytes(tensors)
         await service.client.post("/v1/adapters", json={"id": "echo", "replace": True})
