@@ -8,20 +8,19 @@ no names, versions or requests: whoever removes a resident makes sure that no ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .container import AdapterContainer
 from .errors import ContainerStateError, UnsupportedModelError
-from .layout import Factors, GroupLayout, Layout, Projection, bucket_rank, group_projections
+from .laying_out import float_dtype, group_modules, lay_out
+from .layout import GroupLayout, Layout
 from .mixed import MixedLinear, ProjectionGroup
 from .mixed_embedding import MixedEmbedding, TiedHead
 from .mixed_experts import ExpertGroups, MixedExperts, routes_rows, switch_layers
 from .module_weights import ModuleWeights
-from .modules import ModuleKind, compute_dtype, dense_weight, kind_of, weight_shape
+from .modules import ModuleKind, kind_of
 from .report import LoadReport, parts_of
 from .routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
 from .stacks import Shelf
@@ -56,7 +55,7 @@ class AdapterBank:
     def __init__(self, model: nn.Module, routing: Routing) -> None:
         self._model = model
         self._routing = routing
-        self._float_dtype = _float_dtype(model)
+        self._float_dtype = float_dtype(model)
         self._groups: dict[str, ProjectionGroup] = {}
         self._wrappers: dict[str, Mixed] = {}
         self._shelves: dict[frozenset[tuple[str, GroupLayout]], Shelf] = {}
@@ -79,32 +78,20 @@ class AdapterBank:
             UnsupportedModelError: it adapts modules that cannot be served in mixed batches; all are named.
         """
         weights = container.check(self._model)
-        default = self._float_dtype
         modules = {path: module_at(self._model, path) for path in weights}
         self._require_served(modules)
-        names = _group(modules)
-        groups = {name: _lay_out(paths, weights, modules, default) for name, paths in names.items()}
-        largest = max((module.scale for module in weights.values()), key=abs)
-        # A product with the scale less in each forward; in float32, what B loses by it does not show.
-        scale = 1.0 if all(group.dtype == mx.float32 for group in groups.values()) else largest
-        rows = {
-            name: groups[name].pack(
-                {path: _factors(modules[path], weights[path], scale, default) for path in paths}
-            )
-            for name, paths in names.items()
-        }
-        mx.eval(rows)
+        laid_out = lay_out(weights, modules, self._float_dtype)
         resident = ResidentAdapter(
             digest=container.digest,
             type=container.type.value,
             rank=max(module.lora_a.shape[1] for module in weights.values()),
-            scale=largest,
+            scale=max((module.scale for module in weights.values()), key=abs),
             paths=tuple(sorted(weights)),
-            size_bytes=sum(row.nbytes for row in rows.values()),
+            size_bytes=sum(row.nbytes for row in laid_out.rows.values()),
             format=container.format,
             report=_report(container, weights, modules),
         )
-        return PreparedAdapter(resident, scale, groups, rows)
+        return PreparedAdapter(resident, laid_out.scale, laid_out.groups, laid_out.rows)
 
     def add(self, adapter: PreparedAdapter | AdapterContainer) -> ResidentAdapter:
         """Make `adapter` available to rows; a container is prepared first.
@@ -194,7 +181,7 @@ class AdapterBank:
                 return MixedEmbedding(place, module, owner)
             case _:
                 layers = {f"{place}.{name}": layer for name, layer in switch_layers(module).items()}
-                names = {path: name for name, paths in _group(layers).items() for path in paths}
+                names = {path: name for name, paths in group_modules(layers).items() for path in paths}
                 return MixedExperts(place, module, ExpertGroups(self._routing, names, self._groups))
 
     def _require_served(self, modules: dict[str, nn.Module]) -> None:
@@ -235,67 +222,6 @@ def _report(
     )
 
 
-def _group(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """The paths of `modules` by the name of their group."""
-    return group_projections({path: weight_shape(module)[-1] for path, module in modules.items()})
-
-
 def _as_linear(module: nn.Module) -> nn.Module:
     """The linear layer that a group computes the base output with."""
     return TiedHead(module) if kind_of(module) is ModuleKind.EMBEDDING else module
-
-
-def _lay_out(
-    paths: list[str], weights: dict[str, ModuleWeights], modules: dict[str, nn.Module], default: mx.Dtype
-) -> GroupLayout:
-    """A dtype that holds the file's and the layers', and the ranks in their buckets."""
-    numbers = [mx.zeros(1, compute_dtype(modules[path], default)) for path in paths]
-    numbers += [mx.zeros(1, weights[path].lora_a.dtype) for path in paths]
-    dtype = sum(numbers[1:], numbers[0]).dtype
-    projections = []
-    for path in paths:
-        out_size, in_size = weight_shape(modules[path])[-2:]
-        projections.append(Projection(path, bucket_rank(weights[path].lora_a.shape[1]), in_size, out_size))
-    experts = None
-    if kind_of(modules[paths[0]]) is ModuleKind.SWITCH:
-        experts = weight_shape(modules[paths[0]])[0]
-        # Their products know no other type on a CPU, and a whole stack would be converted for each.
-        dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else dtype
-    return GroupLayout(
-        tuple(projections),
-        is_dora=weights[paths[0]].magnitude is not None,
-        dtype=dtype,
-        experts=experts,
-        has_bias=any(weights[path].bias is not None for path in paths),
-    )
-
-
-def _factors(module: nn.Module, weights: ModuleWeights, scale: float, default: mx.Dtype) -> Factors:
-    """A and B such that `scale`·B A is the delta; for DoRA, m / ‖W + s·B A‖ as (out,).
-
-    An embedding's are those of the linear layer that it is for a tied head.
-    """
-    match kind_of(module):
-        case ModuleKind.EMBEDDING:
-            a, b = weights.lora_b, weights.lora_a.T
-        case ModuleKind.SWITCH:
-            a, b = weights.lora_a, weights.lora_b.swapaxes(-1, -2)
-        case _:
-            a, b = weights.lora_a.T, weights.lora_b
-    factor, bias = None, weights.bias
-    if weights.magnitude is not None:
-        base = dense_weight(module).astype(mx.float32)
-        delta = (weights.scale * b.T.astype(mx.float32)) @ a.astype(mx.float32)
-        norm = mx.linalg.norm(base + delta, axis=1)
-        factor = (weights.magnitude.astype(mx.float32) / norm).astype(compute_dtype(module, default))
-    if weights.scale != scale:
-        rest = weights.scale / scale
-        b, bias = b * rest, None if bias is None else bias * rest
-    return Factors(a, b, factor, bias)
-
-
-def _float_dtype(model: nn.Module) -> mx.Dtype:
-    for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())):
-        if mx.issubdtype(array.dtype, mx.floating):
-            return array.dtype
-    return mx.float32

@@ -14,13 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .adapted_layer import AdaptedLayer, DoRALayer
-from .builders import dense_like as dense_linear
-from .builders import quantized_like
 from .config import AdapterConfig, FineTuneType
 from .embedding_layers import DoRAEmbedding, LoRAEmbedding
 from .linear_layers import DoRALinear, LoRALinear, QDoRALinear, QLoRALinear
 from .module_weights import ModuleWeights
-from .modules import ModuleKind, compute_dtype, dense_weight, factor_shapes, is_quantized, kind_of
+from .modules import ModuleKind, factor_shapes, is_quantized, kind_of
 from .switch_layers import LoRASwitchLinear
 
 __all__ = [
@@ -35,10 +33,6 @@ __all__ = [
     "QDoRALinear",
     "QLoRALinear",
     "adapted",
-    "compute_dtype",
-    "dense_linear",
-    "dense_weight",
-    "quantized_like",
     "with_weights",
 ]
 

@@ -13,7 +13,9 @@ from mlx_lm.tuner.utils import load_adapters
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
+from adapters_core.modules import ModuleKind, kind_of
 from adapters_core.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from adapters_core.targets import named_base_modules
 
 
 class Resident:
@@ -46,6 +48,11 @@ def alone(model: nn.Module, folder: Path | None, inputs: mx.array, steps: int = 
     model.eval()
     cache = make_prompt_cache(model)
     return _continued(lambda tokens: model(tokens, cache=cache), inputs, steps)
+
+
+def paths_of(model: nn.Module, kind: ModuleKind) -> list[str]:
+    """The paths of all modules of one kind."""
+    return [path for path, module in named_base_modules(model) if kind_of(module) is kind]
 
 
 def _continued(forward, inputs: mx.array, steps: int) -> np.ndarray:

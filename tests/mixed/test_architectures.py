@@ -5,23 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
-from adapters_core.modules import ModuleKind, kind_of
+from adapters_core.container import AdapterContainer
+from adapters_core.modules import ModuleKind
 from adapters_core.routing import RowAdapters
 from adapters_core.targets import default_keys, named_base_modules
 from tests.mixed.architectures import ARCHITECTURES, tiny
-from tests.mixed.resident import Resident, alone, only
-from tests.models import make_adapter, relative_error, snapshot, tokens
+from tests.mixed.resident import Resident, alone, only, paths_of
+from tests.models import (
+    make_adapter,
+    relative_error,
+    snapshot,
+    tokens,
+)
 
 PROMPT, STEPS = 12, 3
-QUANTISED = [(4, "affine"), (3, "affine")]
-
-
-def paths_of(model: nn.Module, kind: ModuleKind) -> list[str]:
-    return [path for path, module in named_base_modules(model) if kind_of(module) is kind]
 
 
 def recipes(model: nn.Module) -> list[dict[str, Any]]:
@@ -49,19 +51,19 @@ def folders_for(model: nn.Module, root: Path) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_mixed_rows_equal_one_at_a_time_and_mlx_lm(name: str, tmp_path: Path) -> None:
-    folders = folders_for(tiny(name), tmp_path)
-    model = tiny(name)
+def check_rows(name: str, bits: int | None, root: Path, expect: Any) -> None:
+    """Mixed rows and one at a time give what `expect(folder, inputs)` does; the model is then as before."""
+    folders = folders_for(tiny(name, bits), root)
+    model = tiny(name, bits)
     before = snapshot(model)
     resident = Resident(model)
     rows: list[RowAdapters] = [(), *(only(resident.add(folder)) for folder in folders), ()]
     inputs = tokens(len(rows), PROMPT)
     mixed = resident.logits(inputs, rows, STEPS)
-    base = alone(tiny(name), None, inputs, STEPS)
+    base = alone(tiny(name, bits), None, inputs, STEPS)
     for row, folder in enumerate([None, *folders, None]):
         mine = inputs[row : row + 1]
-        expected = base[row] if folder is None else alone(tiny(name), folder, mine, STEPS)[0]
+        expected = base[row] if folder is None else expect(folder, mine)[0]
         own = resident.logits(mine, rows[row : row + 1], STEPS)[0]
         assert relative_error(mixed[row], expected) < 1e-4
         assert relative_error(own, expected) < 1e-4
@@ -69,3 +71,52 @@ def test_mixed_rows_equal_one_at_a_time_and_mlx_lm(name: str, tmp_path: Path) ->
         assert folder is None or relative_error(expected, base[row]) > 1e-2, "no effect to be checked"
     resident.bank.close()
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_mixed_rows_equal_one_at_a_time_and_mlx_lm(name: str, tmp_path: Path) -> None:
+    check_rows(name, None, tmp_path, lambda folder, inputs: alone(tiny(name), folder, inputs, STEPS))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("qwen3, tied head", 3), ("mixtral, tied head", 4), ("qwen3_next, recurrent, experts", 6)],
+)
+def test_mixed_rows_over_quantised_bases_equal_one_at_a_time(name: str, bits: int, tmp_path: Path) -> None:
+    # mlx-lm errs in DoRA of quantised embeddings, and at 3 bits; our own layers have tests of their own.
+    def expect(folder: Path, inputs: mx.array) -> np.ndarray:
+        model = tiny(name, bits)
+        AdapterContainer.from_directory(folder).load(into=model)
+        return alone(model, None, inputs, STEPS)
+
+    check_rows(name, bits, tmp_path, expect)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *((name, None) for name in ARCHITECTURES),
+        ("qwen3, tied head", 4),
+        ("olmoe, flat tokens and biases", 4),
+    ],
+)
+def test_loading_is_undone_to_the_bit_and_saving_loses_nothing(
+    name: str, bits: int | None, tmp_path: Path
+) -> None:
+    model, inputs = tiny(name, bits), tokens(2, 8)
+    before, base = snapshot(model), np.array(model(inputs))
+    for number, folder in enumerate(folders_for(model, tmp_path)):
+        container = AdapterContainer.from_directory(folder)
+        container.load(into=model)
+        adapted = np.array(model(inputs))
+        container.unload(from_=model)
+        assert snapshot(model) == before
+        assert np.array_equal(np.array(model(inputs)), base)
+        container.save(tmp_path / f"saved {number}")
+        again = AdapterContainer.from_directory(tmp_path / f"saved {number}")
+        assert again.digest == container.digest
+        again.load(into=model)
+        assert np.array_equal(np.array(model(inputs)), adapted)
+        again.unload(from_=model)
+        if bits is None:
+            assert relative_error(alone(tiny(name), folder, inputs), adapted) < 1e-4
