@@ -36,11 +36,13 @@ class AdaptedLayer(nn.Module):
         self.lora_b = weights.lora_b
         if weights.bias is not None:
             self.lora_bias = weights.bias
+        self.lookup_only = weights.lookup_only
 
     @property
     def weights(self) -> ModuleWeights:
         """The factors as they are now."""
-        return ModuleWeights(self.lora_a, self.lora_b, self.get("m"), self.scale, self.get("lora_bias"))
+        bias = self.get("lora_bias")
+        return ModuleWeights(self.lora_a, self.lora_b, self.get("m"), self.scale, bias, self.lookup_only)
 
     def reverted(self) -> nn.Module:
         """The base module, the very one that was adapted."""

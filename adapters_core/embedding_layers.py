@@ -57,7 +57,8 @@ class LoRAEmbedding(_AdaptedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x (…, dims) → (…, num_embeddings)."""
-        return self.embedding.as_linear(x) + self._head_update(x)
+        y = self.embedding.as_linear(x)
+        return y if self.lookup_only else y + self._head_update(x)
 
 
 class DoRAEmbedding(_AdaptedEmbedding, DoRALayer):

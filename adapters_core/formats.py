@@ -107,8 +107,10 @@ class ModulesFormat:
 
     @property
     def meaning(self) -> JsonValue:
-        """The scale of each module."""
-        return ["modules", {path: self.weights[path].scale for path in sorted(self.weights)}]
+        """The scale of each module, and which embeddings are adapted for look-ups alone."""
+        scales: dict[str, JsonValue] = {path: self.weights[path].scale for path in sorted(self.weights)}
+        apart: list[JsonValue] = [path for path in sorted(self.weights) if self.weights[path].lookup_only]
+        return ["modules", scales, apart]
 
     def on(self, model: nn.Module) -> Mapped:
         """Every module has to exist and to have the shapes of its weights."""

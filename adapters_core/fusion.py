@@ -97,10 +97,20 @@ def fuse_layers(
 
     Raises:
         ValueError: there is no such precision.
-        InvalidAdapterError: weights that are not finite once merged; all are named, with `source`.
+        InvalidAdapterError: weights that are not finite once merged, or an embedding that is adapted for
+            look-ups alone; all are named, with `source`.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"expected precision to be one of {get_args(Precision)}, got {precision!r}")
+    if precision != "keep" and (apart := [path for path, layer in layers.items() if layer.lookup_only]):
+        raise InvalidAdapterError(
+            source,
+            [
+                f"{path}: the look-up is adapted and the head that is tied to it is not; one weight cannot "
+                'hold both. Only precision "keep" can fuse it'
+                for path in apart
+            ],
+        )
     fused: dict[str, _Fused] = {}
     for path, layer in layers.items():
         fused[path] = _fuse(layer, precision, threshold)

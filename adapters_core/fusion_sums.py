@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .adapted_layer import AdaptedLayer
+from .config import AdapterConfig
 from .container import AdapterContainer
 from .errors import BlendError
 from .layers import with_weights
@@ -32,7 +33,7 @@ def summed_layers(
         BlendError: as `summed`.
     """
     weights = summed([(container.check(model), weight) for container, weight in terms])
-    config = terms[0][0].config
+    config = AdapterConfig(fine_tune_type=terms[0][0].type)
     return {path: with_weights(module_at(model, path), one, config) for path, one in weights.items()}
 
 
@@ -51,6 +52,8 @@ def summed(terms: Sequence[tuple[Mapping[str, ModuleWeights], float]]) -> dict[s
         for path, one in weights.items():
             if one.magnitude is not None:
                 raise BlendError("a DoRA adapter can only be fused alone and at weight 1: it is not linear")
+            if one.lookup_only:
+                raise BlendError(f"{path} is adapted for look-ups alone, which can only be fused by itself")
             parts.setdefault(path, []).append((one, weight * one.scale))
     return {path: _concatenated(found) for path, found in parts.items()}
 

@@ -69,7 +69,8 @@ class Projection:
 class GroupLayout:
     """The row of a group: its projections in order, and the dtype of all its numbers.
 
-    `experts` is how many there are, each with factors of its own; None for layers that have none.
+    `experts` is how many there are, each with factors of its own; None for layers that have none. With
+    `lookup_only`, an embedding's factors are for look-ups and not for the head that is tied to it.
     """
 
     projections: tuple[Projection, ...]
@@ -77,6 +78,7 @@ class GroupLayout:
     dtype: mx.Dtype
     experts: int | None = None
     has_bias: bool = False
+    lookup_only: bool = False
 
     @property
     def in_size(self) -> int:

@@ -77,7 +77,7 @@ class ProjectionGroup:
             UnsupportedModelError: axis 0 of x is not the rows of the batch; `path` is the layer that got it.
         """
         work = plan.work(self, self._lay_out)
-        if not work.steps:
+        if not work.products:
             return {}
         shape = x.shape
         has_rows = shape[0] == plan.batch_size and len(shape) >= 2
@@ -87,7 +87,7 @@ class ProjectionGroup:
             calls = work.calls_for(x.dtype, self.routing.kernels, self.bases)
             if calls is not None:
                 return run_calls(x, calls)
-        return Products(x, work.steps, plan.batch_size, self.routing.on_cuda)
+        return Products(x, work.products, plan.batch_size, self.routing.on_cuda)
 
     def _lay_out(self, plan: BatchPlan) -> Work:
         found = ((one, self.stacks.get(one.layout)) for one in plan.passes)
@@ -95,10 +95,14 @@ class ProjectionGroup:
 
 
 class Work:
-    """What one group does for one batch: laid out once, used in every forward until the batch changes."""
+    """What one group does for one batch: laid out once, used in every forward until the batch changes.
+
+    `products` are the `steps` that linear layers take, which are all but those for look-ups alone.
+    """
 
     def __init__(self, steps: tuple[tuple[Pass, Stack], ...]) -> None:
         self.steps = steps
+        self.products = tuple(step for step in steps if not step[1].layout.lookup_only)
         self._calls: dict[mx.Dtype, tuple[Call, ...] | None] = {}
 
     def calls_for(
@@ -106,7 +110,7 @@ class Work:
     ) -> tuple[Call, ...] | None:
         """The kernel calls for inputs of `dtype`; None where the kernel cannot compute them."""
         if dtype not in self._calls:
-            self._calls[dtype] = plan_calls(self.steps, dtype, kernels, bases)
+            self._calls[dtype] = plan_calls(self.products, dtype, kernels, bases)
         return self._calls[dtype]
 
 

@@ -20,6 +20,7 @@ class ModuleWeights:
     | switch     | (experts, r, in)    | (experts, out, r) | -                 |
 
     `magnitude` is there for DoRA. `bias` (out,) adds to B A x before the scale, where the adapter has one.
+    `lookup_only` is for embeddings: a head that is tied to it stays the base's, as PEFT leaves it.
     """
 
     lora_a: mx.array
@@ -27,6 +28,7 @@ class ModuleWeights:
     magnitude: mx.array | None
     scale: float
     bias: mx.array | None = None
+    lookup_only: bool = False
 
     @property
     def rank(self) -> int:

@@ -129,17 +129,15 @@ class _Mapping:
             reason = "PEFT's DoRA of an embedding has a magnitude for each feature, which no layer here has"
         elif self._config.fields.lora_bias:
             reason = "lora_bias of an embedding is not supported"
-        elif self._head_is_tied and not self._config.fields.ensure_weight_tying:
-            reason = (
-                "the head is tied to this embedding, and without ensure_weight_tying PEFT adapts the look-up "
-                "but not the head, which is not supported"
-            )
         expected = {Leaf.EMBEDDING_A: (rank, count), Leaf.EMBEDDING_B: (dims, rank)}
         if problems := factors.refused(reason) if reason else factors.problems(expected, rank):
             self._problems += problems
             return None
         lora_a = mx.contiguous(factors.tensors[Leaf.EMBEDDING_A].T)
-        return ModuleWeights(lora_a, mx.contiguous(factors.tensors[Leaf.EMBEDDING_B].T), None, scale)
+        lora_b = mx.contiguous(factors.tensors[Leaf.EMBEDDING_B].T)
+        # To PEFT, a tied head is a linear layer that shares the weight and not the adapter.
+        lookup_only = self._head_is_tied and not self._config.fields.ensure_weight_tying
+        return ModuleWeights(lora_a, lora_b, None, scale, lookup_only=lookup_only)
 
     @property
     def _head_is_tied(self) -> bool:

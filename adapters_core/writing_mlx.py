@@ -77,6 +77,12 @@ def _problems(weights: Mapping[str, ModuleWeights]) -> list[str]:
         for path, module in weights.items()
         if module.bias is not None
     ]
+    problems += [
+        f"module {path}: its look-up is adapted and the head that is tied to it is not, which mlx-lm's "
+        "format cannot say"
+        for path, module in weights.items()
+        if module.lookup_only
+    ]
     bare = [path for path, module in weights.items() if module.magnitude is None]
     if len(bare) < len(weights):
         problems += [

@@ -74,7 +74,7 @@ def peft_files(
         "use_dora": any(module.magnitude is not None for module in weights.values()),
         "use_rslora": False,
         # mlx-lm adapts a head that is tied to the embedding with it; elsewhere the field has no effect.
-        "ensure_weight_tying": bool(embeddings),
+        "ensure_weight_tying": bool(embeddings) and not any(one.lookup_only for one in weights.values()),
         **_ranks_and_alphas(weights),
     }
     return AdapterFiles(config, tensors, PEFT_WEIGHTS_FILE)

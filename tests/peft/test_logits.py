@@ -13,7 +13,7 @@ from adapters_core.routing import RoutedModel, Routing, make_row
 from tests.models import snapshot
 from tests.peft import fixtures
 
-_REFUSED = {"embedding-dora", "lookup-only"}
+_REFUSED = {"embedding-dora"}
 SERVED = [name for name in fixtures.ADAPTERS if name not in _REFUSED]
 TOLERANCE = 1e-4
 
