@@ -87,14 +87,14 @@ class BlendOptions:
 class BlendReport:
     """What the rank of a blend leaves out of the merged deltas, as ‖left out‖ / ‖delta‖ for each module.
 
-    `rank` is the largest of all modules. For linear the errors are 0.
+    `rank` is the largest of all modules. For linear the errors are 0, and no module is the worst.
     """
 
     modules: int
     rank: int
     error_mean: float
     error_worst: float
-    worst_module: str
+    worst_module: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def blend(parts: Sequence[BlendPart], options: BlendOptions) -> Blend:
         rank=max(_rank(module.weights) for module in merged.values()),
         error_mean=math.fsum(errors.values()) / len(errors),
         error_worst=errors[worst],
-        worst_module=worst,
+        worst_module=worst if errors[worst] > 0 else None,
     )
     return Blend({path: module.weights for path, module in merged.items()}, report)
 
@@ -184,6 +184,11 @@ def _problems_of_part(part: BlendPart, method: BlendMethod) -> list[str]:
         problems.append(
             f"blend: {part.name!r} is a DoRA adapter, whose magnitudes rescale the base: its effect is not a "
             "delta that could be added (arXiv:2402.09353)"
+        )
+    if any(module.lookup_only for module in modules):
+        problems.append(
+            f"blend: {part.name!r} adapts an embedding for look-ups alone and leaves the head that is tied "
+            "to it; a blend cannot hold both kinds"
         )
     if method in _WITH_DENSITY and any(module.bias is not None for module in modules):
         problems.append(
