@@ -1,4 +1,4 @@
-"""PEFT folders under an adapters root: found, guarded against links, and weighed before they are read."""
+"""PEFT folders under an adapters root: found, guarded against links, weighed before they are read, served."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import pytest
 
 from adapters_core.container import AdapterContainer
 from adapters_core.weights import PEFT_WEIGHTS_FILE, least_memory_bytes, read_weights
+from adapters_core.writing_peft import peft_files
 from server.adapters.errors import PathNotAllowedError
 from server.adapters.folder import AdapterFolders
+from tests.adapters.support import read_model, site, write_model
+from tests.models import make_adapter
 from tests.peft import fixtures
 
 
@@ -52,3 +55,20 @@ def test_a_file_with_a_module_for_each_of_many_experts_is_read(tmp_path: Path) -
     with file.open("rb") as opened:
         assert int.from_bytes(opened.read(8), "little") > 1 << 20
     assert len(read_weights(tmp_path, PEFT_WEIGHTS_FILE).tensors) == len(names)
+
+
+async def test_the_same_adapter_in_both_formats_answers_the_same_over_http(tmp_path: Path) -> None:
+    model_path = write_model(tmp_path / "models" / "tiny")
+    model = read_model(model_path)
+    root = tmp_path / "adapters"
+    for kind in ("lora", "dora"):
+        folder = make_adapter(root / kind, model, kind)
+        weights = AdapterContainer.from_directory(folder).check(model)
+        peft_files(weights, kind, (), base_name="tiny/other").write(root / f"{kind}-peft")
+    async with site(model_path, root) as started:
+        base = await started.says(None)
+        for kind in ("lora", "dora"):
+            assert await started.says(kind) == await started.says(f"{kind}-peft") != base
+        shown = await started.call("GET", "/v1/adapters/dora-peft")
+        assert (shown["format"], shown["type"], shown["version"]) == ("peft", "dora", 1)
+        assert (await started.call("GET", "/v1/adapters/dora"))["format"] == "mlx"
