@@ -27,6 +27,7 @@ from server.engine.container import ModelContainer, ModelContext
 from server.engine.model import ModelInfo
 
 from .aside import run_aside
+from .blended import read_source
 from .errors import (
     AdapterBusyError,
     AdapterChangedError,
@@ -38,7 +39,6 @@ from .errors import (
 )
 from .fusing_work import FuseProgress, Merged, Stage, Tell, merge, no_tell
 from .gate import Gate
-from .loading import read_folder
 from .probes import probe_rows
 from .registry import Entry, Registry, Terms, Version
 from .residency import Residency
@@ -90,6 +90,15 @@ class _Sum:
     @property
     def terms(self) -> Terms:
         return [(entry.id, weight) for entry, weight in zip(self.entries, self.weights, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Adapters that were read again, what came of merging them, and the copy of the module tree for that."""
+
+    adapters: list[AdapterContainer]
+    merged: Merged
+    model: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +155,14 @@ class Fuser:
         started = time.perf_counter()
         async with self._gate.shared():
             chosen = self._ready(terms, unload_others)
-            adapters = await run_aside(_read_again, chosen)
-            merged, _ = await self._merge(chosen, adapters, precision, tell)
+            work = await self._work(chosen, precision, tell)
         async with self._gate.alone():
             self._require_unchanged(chosen, self._ready(terms, unload_others))
             await self._idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
-            adapter = adapters[0] if chosen.is_alone else None
-            fused = _Fused(chosen.entries, adapter, merged.modules, _mark(chosen, precision, self._threshold))
+            adapter = work.adapters[0] if chosen.is_alone else None
+            fused = _Fused(
+                chosen.entries, adapter, work.merged.modules, _mark(chosen, precision, self._threshold)
+            )
             try:
                 await self._container.update(lambda context: _install(context, fused), drain=True)
             except BaseException:
@@ -166,7 +176,7 @@ class Fuser:
             for entry in chosen.entries:
                 entry.retired = []
             self._registry.start_fused(chosen.entries, is_sum=not chosen.is_alone)
-        return self._result("adapter_fused", chosen, merged, started)
+        return self._result("adapter_fused", chosen, work.merged, started)
 
     async def save(self, terms: Terms, precision: Precision, name: str, tell: Tell = no_tell) -> FuseResult:
         """Write the base with the terms merged in to a new model folder; the resident base is not touched.
@@ -185,11 +195,10 @@ class Fuser:
         async with self._gate.shared():
             chosen = self._ready(terms, unload_others=True)
             draft = await asyncio.to_thread(self._models.draft, name)
-            adapters = await run_aside(_read_again, chosen)
-            merged, copy = await self._merge(chosen, adapters, precision, tell)
-            replace_modules(copy, merged.modules)
-            await self._write(draft, copy, chosen.entries[0].id, tell)
-        return self._result("fused_model_saved", chosen, merged, started, name)
+            work = await self._work(chosen, precision, tell)
+            replace_modules(work.model, work.merged.modules)
+            await self._write(draft, work.model, chosen.entries[0].id, tell)
+        return self._result("fused_model_saved", chosen, work.merged, started, name)
 
     async def unfuse(self, adapter_id: str, timeout_seconds: float) -> Entry:
         """Put the base's own layers back, the very ones, and the adapter into the bank.
@@ -244,29 +253,31 @@ class Fuser:
             if version is not current:
                 raise AdapterChangedError(entry.id)
 
-    async def _merge(
-        self, chosen: _Sum, adapters: list[AdapterContainer], precision: Precision, tell: Tell
-    ) -> tuple[Merged, Any]:
-        """The merged layers, and the copy of the module tree that they were made for, itself unchanged."""
+    async def _work(self, chosen: _Sum, precision: Precision, tell: Tell) -> _Work:
+        """Read, merge and compare; nothing that is served changes."""
         name = chosen.entries[0].id
-        copy, rows = await self._container.perform(
+        model, rows = await self._container.perform(
             lambda context: (
                 bare_copy(context.model),
                 probe_rows(context.tokenizer, self._info.context_tokens),
             )
         )
+        adapters = await run_aside(_read_again, chosen, model)
         terms = list(zip(adapters, chosen.weights, strict=True))
         tell = _on_loop(tell, name)
-        merged = await run_aside(merge, copy, terms, precision, self._threshold, rows, name, tell)
-        return merged, copy
+        merged = await run_aside(merge, model, terms, precision, self._threshold, rows, name, tell)
+        return _Work(adapters, merged, model)
 
     async def _write(self, draft: ModelDraft, model: Any, adapter_id: str, tell: Tell) -> None:
         """Write a model folder, and look now and then how much of it there is."""
         tell = _on_loop(tell, adapter_id)
-        total_bytes = draft.expected_bytes(model)
+        total_bytes, written_bytes = draft.expected_bytes(model), 0
         writing = asyncio.ensure_future(run_aside(draft.write, model, self._info))
         while not writing.done():
-            tell(FuseProgress("writing", await asyncio.to_thread(draft.written_bytes), total_bytes))
+            found_bytes = await asyncio.to_thread(draft.written_bytes)
+            # Files have headers, which the total leaves out; and in the end the folder has another name.
+            written_bytes = max(written_bytes, min(found_bytes, total_bytes))
+            tell(FuseProgress("writing", written_bytes, total_bytes))
             await asyncio.wait({writing}, timeout=_LOOK_SECONDS)
         await writing
         tell(FuseProgress("writing", total_bytes, total_bytes))
@@ -297,11 +308,11 @@ class Fuser:
                 self._residency.drop(version)
 
 
-def _read_again(chosen: _Sum) -> list[AdapterContainer]:
-    """The adapters as they were loaded, from their folders. Runs on a worker thread."""
+def _read_again(chosen: _Sum, model: nn.Module) -> list[AdapterContainer]:
+    """The adapters as they were loaded, from where they came. Runs on a worker thread."""
     adapters = []
     for entry, version in zip(chosen.entries, chosen.versions, strict=True):
-        adapter = read_folder(version.folder)
+        adapter = read_source(version.source, model, entry.id)
         if adapter.digest != version.resident.digest:
             raise AdapterChangedError(entry.id)
         adapters.append(adapter)

@@ -12,6 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,7 +88,9 @@ class ModelDraft:
 
     def written_bytes(self) -> int:
         """Bytes of the weights that are in the folder by now; any thread may ask."""
-        return sum(file.stat().st_size for file in self._temporary.glob("*.safetensors"))
+        with suppress(OSError):  # it is renamed or removed meanwhile
+            return sum(file.stat().st_size for file in self._temporary.glob("*.safetensors"))
+        return 0
 
     def write(self, model: nn.Module, info: ModelInfo) -> None:
         """Save `model`, with the tokenizer and config of `info`, as a folder that mlx-lm loads.
@@ -139,18 +142,27 @@ def _weights(model: nn.Module) -> dict[str, mx.array]:
 
 
 def bare_copy(model: nn.Module) -> Any:
-    """A copy of the module tree that shares all arrays, with what stands in for base modules taken off."""
+    """A copy of the module tree that shares all arrays, with what stands in for base modules taken off.
+
+    A module that hangs in several places does so in the copy too.
+    """
+    return _copied(model, {})
+
+
+def _copied(model: Any, copies: dict[int, Any]) -> Any:
     if isinstance(model, list):
-        return [bare_copy(child) for child in model]
+        return [_copied(child, copies) for child in model]
     if isinstance(model, tuple):
-        return tuple(bare_copy(child) for child in model)
+        return tuple(_copied(child, copies) for child in model)
     if not isinstance(model, dict):
         return model
     if isinstance(model, Wrapper):
         model = model.reverted()
-    twin = copy.copy(model)
+    if id(model) in copies:
+        return copies[id(model)]
+    twin = copies[id(model)] = copy.copy(model)
     for key, child in model.items():
-        twin[key] = bare_copy(child)
+        twin[key] = _copied(child, copies)
     return twin
 
 

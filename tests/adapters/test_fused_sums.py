@@ -165,3 +165,13 @@ async def test_sums_over_http(tiny_site: Site) -> None:
         ({"precision": "keep", "save_to": "x"}, 400, "not_mergeable"),
     ):
         await tiny_site.refused("POST", fuse, body, status, code)
+
+
+async def test_a_named_blend_is_made_again_and_fused(tiny_site: Site) -> None:
+    parts = [{"id": "a", "weight": 0.5}, {"id": "b", "weight": 0.5}]
+    await tiny_site.call("POST", "/v1/adapters", {"id": "mix", "blend": parts}, status=201)
+    mixed, base = await tiny_site.says("mix"), await tiny_site.says(BASE)
+    await tiny_site.call("POST", "/v1/adapters/mix/fuse", {"unload_others": True})
+    assert await tiny_site.says(BASE) == await tiny_site.says("mix") == mixed
+    await tiny_site.call("DELETE", "/v1/adapters/mix/fuse")
+    assert (await tiny_site.says(BASE), await tiny_site.says("mix")) == (base, mixed)

@@ -346,6 +346,9 @@ def test_a_bare_copy_shares_arrays_and_no_modules() -> None:
     assert ours.keys() == theirs.keys()
     assert all(ours[path] is theirs[path] for path in ours)
     np.testing.assert_array_equal(logits(copy), logits(model))
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    shared = bare_copy(model)
+    assert shared.model.layers[1].mlp is shared.model.layers[0].mlp
 
 
 def test_a_model_without_quantised_layers_is_described_as_such() -> None:
