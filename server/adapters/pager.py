@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -59,7 +59,7 @@ Accept = Callable[[PreparedAdapter], Awaitable[None]]
 """Raises if what was read is not to be loaded after all."""
 
 Start = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
-_Taken = tuple[Pin, tuple[Version, ...], list["asyncio.Task[None]"]]
+_Taken = tuple[list[Pin], tuple[Version, ...], list["asyncio.Task[None]"]]
 
 
 class Pager:
@@ -108,8 +108,10 @@ class Pager:
         """Nobody waits for room any more; call it when no requests come."""
         self._line.close()
 
-    async def pin(self, model: str | None, adapters: Terms | None) -> Pin:
-        """Keep what a request names, all of it in memory; those who want the same share its load.
+    async def pin(self, names: Sequence[tuple[str | None, Terms | None]]) -> list[Pin]:
+        """Keep what a request names, in memory, all as of one instant; who wants the same shares its load.
+
+        `names` are (model, adapters), each of which gets a pin. While it waits for room it keeps none.
 
         Raises:
             As `Registry.resolve`, at the time when it is the request's turn.
@@ -120,8 +122,8 @@ class Pager:
         """
         is_counted = False
         while True:
-            pin, versions, loads = await self._line.in_turn(
-                partial(self._take, model, adapters, is_counted), self._wait_seconds
+            pins, versions, loads = await self._line.in_turn(
+                partial(self._take, names, is_counted), self._wait_seconds
             )
             is_counted = True
             try:
@@ -131,11 +133,11 @@ class Pager:
                     for load in loads:
                         load.result()
                 if all(version.in_memory for version in versions):
-                    return pin
+                    return pins
             except BaseException:
-                pin.release()
+                _release(pins)
                 raise
-            pin.release()  # a folder held something new, which is the adapter's next version now
+            _release(pins)  # a folder held something new, which is the adapter's next version now
 
     @contextmanager
     def waiting_for_load(self) -> Iterator[None]:
@@ -290,20 +292,25 @@ class Pager:
         return self._awaiting_loads >= self._max_waiting
 
     def _take(
-        self, model: str | None, adapters: Terms | None, is_counted: bool, is_next: bool
+        self, names: Sequence[tuple[str | None, Terms | None]], is_counted: bool, is_next: bool
     ) -> _Taken | None:
-        resolved = self._registry.resolve(model, adapters)
-        versions = resolved.versions if self._registry.fused is None else ()
+        resolved = [self._registry.resolve(model, adapters) for model, adapters in names]
+        entries = {
+            version: entry
+            for each in resolved
+            for version, entry in zip(each.versions, each.entries, strict=True)
+        }
+        versions = tuple(entries) if self._registry.fused is None else ()
         if self._is_crowded and not all(version.in_memory for version in versions):
             return None
         reservations = self._residency.take(versions, is_next)
         if reservations is None:
             return None
-        pin = self._registry.keep(resolved, is_counted)
-        for entry, version, reservation in zip(resolved.entries, versions, reservations, strict=False):
+        pins = [self._registry.keep(each, is_counted) for each in resolved]
+        for version, reservation in zip(versions, reservations, strict=True):
             if reservation is not None:
-                self._start_reload(entry, version, reservation)
-        return pin, versions, [self._loads[version] for version in versions if version in self._loads]
+                self._start_reload(entries[version], version, reservation)
+        return pins, versions, [self._loads[version] for version in versions if version in self._loads]
 
     def _start_reload(self, entry: Entry | None, version: Version, reservation: Reservation) -> None:
         self._gate.enter()
@@ -502,3 +509,8 @@ class Pager:
 
 def _next_number(entry: Entry | None) -> int:
     return 1 if entry is None else entry.newest.number + 1
+
+
+def _release(pins: Sequence[Pin]) -> None:
+    for pin in pins:
+        pin.release()

@@ -182,12 +182,18 @@ class AdapterService:
             AdapterMemoryError, AdapterMemoryBusyError: there is no room, now or ever.
             AdapterNotFoundError, PathNotAllowedError, InvalidAdapterError: an adapter that was to be loaded.
         """
-        for text, _ in self.registry.terms(model, adapters):
-            name = parse_name(text, self.registry.base)
-            # What is not registered has no versions that could be asked for.
-            if name is not None and name.version is None and self.registry.find(name.entry) is None:
-                await self._load_on_demand(name.entry)
-        return await self._pager.pin(model, adapters)
+        await self._load_what_is_named(model, adapters)
+        (pin,) = await self._pager.pin([(model, adapters)])
+        return pin
+
+    async def resolve_together(self, models: Sequence[str]) -> list[Pin]:
+        """What each of `models` computes with, all as of one instant, in their order.
+
+        Raises: as `resolve`; then none is kept.
+        """
+        for model in models:
+            await self._load_what_is_named(model, None)
+        return await self._pager.pin([(model, None) for model in models])
 
     async def list(self) -> Listing:
         """All adapters, loaded and not."""
@@ -382,6 +388,13 @@ class AdapterService:
             )
             _log.info("adapter_rolled_back", adapter=adapter_id, version=entry.current.number)
             return entry
+
+    async def _load_what_is_named(self, model: str | None, adapters: Terms | None) -> None:
+        for text, _ in self.registry.terms(model, adapters):
+            name = parse_name(text, self.registry.base)
+            # What is not registered has no versions that could be asked for.
+            if name is not None and name.version is None and self.registry.find(name.entry) is None:
+                await self._load_on_demand(name.entry)
 
     async def _load_on_demand(self, adapter_id: str) -> None:
         """Load the adapter if it may be; those who want it at the same time wait for one load."""

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from server.adapters.errors import LifeCycleError
-from server.adapters.service import AdapterService
-from server.adapters.together import resolve_together
 from server.engine.messages import SamplingParams
 from server.engine.sampling import draw_seed
 from server.openai.choice import Choice, Piece
 from server.openai.collect import joined
 from server.openai.comparison import AnswerScores, Comparison, ScoringSubmitter
 from server.openai.comparison_reply import CompareReply
-from server.openai.pins import SharedPin
+from server.openai.pins import RowPin, SharedPin
 from server.openai.run import EventSource, Run
 from server.openai.sampling import sampling_params
 from server.openai.service import TextService
 from server.openai.wire import CompareRequest
 
-__all__ = ["Compared", "ComparisonService"]
+__all__ = ["Compared", "ComparisonService", "TogetherResolver"]
+
+
+class TogetherResolver(Protocol):
+    """What is needed of the adapters' life cycle."""
+
+    async def resolve_together(self, models: Sequence[str]) -> Sequence[RowPin]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class Compared:
 class ComparisonService:
     """Compares models with the prompts, the texts and the limits of `texts`."""
 
-    def __init__(self, engine: ScoringSubmitter, adapters: AdapterService, texts: TextService) -> None:
+    def __init__(self, engine: ScoringSubmitter, adapters: TogetherResolver, texts: TextService) -> None:
         self._engine = engine
         self._adapters = adapters
         self._texts = texts
@@ -84,9 +88,9 @@ class ComparisonService:
         )
         return Compared(Comparison(self._engine, run, prompt, pins), reply)
 
-    async def _resolve(self, models: Sequence[str]) -> Sequence[Any]:
+    async def _resolve(self, models: Sequence[str]) -> Sequence[RowPin]:
         try:
-            return await resolve_together(self._adapters, models)
+            return await self._adapters.resolve_together(models)
         except LifeCycleError as error:
             if error.param == "model":  # as it is called elsewhere
                 error.param = "models"

@@ -403,6 +403,38 @@ async def test_versions_do_not_change_under_it(service: Service, adapters_root: 
         await service.client.post("/v1/adapters", json={"id": "echo", "replace": True})
 
 
+async def test_models_share_memory_or_take_turns_and_never_wait_for_each_other(
+    parrot: LoadedModel, adapters_root: Path, service: Service
+) -> None:
+    """Each of these comparisons needs all the memory that there is; half of it would be of no use to it."""
+    await compare(service, "hello", list(SIZES))
+    listed = (await service.client.get("/v1/adapters")).json()["data"]
+    room = 2 * max(adapter["bytes"] for adapter in listed)
+    async with serving(parrot, adapters_dir=adapters_root, adapter_memory_bytes=room) as small:
+        pairs = [["echo", "loud"], ["loud", "other"], ["other", "echo"]] * 2
+        answers = await asyncio.gather(*(compare(small, "hello", pair) for pair in pairs))
+        assert [answer["models"] for answer in answers] == pairs
+        reply = await small.client.post(COMPARE, json=body("hello", list(SIZES)))
+        assert (reply.status_code, reply.json()["error"]["code"]) == (507, "adapter_memory_exceeded")
+        await idle(small)
+        assert registry_of(small).in_flight == 0
+
+
+async def test_a_fuse_waits_for_it_and_it_for_the_fuse(parrot: LoadedModel, adapters_root: Path) -> None:
+    async with serving(parrot, adapters_dir=adapters_root) as service:
+        await compare(service, "hello", ["parrot", "echo"])
+        running = asyncio.create_task(compare(service, "sing", ["parrot", "echo"], max_tokens=60))
+        await until(service, lambda stats: stats.running_rows)
+        fuse = asyncio.create_task(service.client.post("/v1/adapters/echo/fuse", json={}))
+        await until(service, lambda stats: stats.completion_tokens > 30)
+        later = asyncio.create_task(compare(service, "hello", ["parrot", "echo"]))
+        apart, fused = (await running)["answers"], (await later)["answers"]
+        assert (await fuse).status_code == 200
+        assert abs(apart[1]["mean_differences"][0]) > 0.01
+        assert fused[0]["mean_logprobs"] == pytest.approx(fused[1]["mean_logprobs"], abs=1e-4)
+        assert fused[0]["mean_differences"] == pytest.approx([0, 0], abs=1e-4)
+
+
 async def test_a_full_server_is_a_503_and_a_running_comparison_is_scored_all_the_same(
     parrot: LoadedModel,
 ) -> None:
