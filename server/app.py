@@ -118,6 +118,8 @@ def _make_adapters(settings: Settings, engine: Engine, info: ModelInfo, metrics:
         fuse_threshold=settings.fuse_threshold,
         kept_dir=settings.cache_dir / "versions",
         kept_bytes=settings.kept_versions_bytes,
+        watched_dir=root if settings.watch else None,
+        settle_seconds=settings.watch_settle_seconds,
     )
     folders = AdapterFolders(root, configured_folders(settings.adapters, root))
     base = settings.served_model_name or info.model_id
