@@ -31,6 +31,7 @@ _Pattern = Annotated[str, StringConstraints(strict=True, min_length=1, max_lengt
 _Rank = Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)]
 _Alpha = Annotated[float, Field(ge=-_MAX_ALPHA, le=_MAX_ALPHA, allow_inf_nan=False, strict=True)]
 _Index = Annotated[int, Field(ge=0, le=_MAX_INDEX, strict=True)]
+_Tokens = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 _Names = Annotated[list[_Name], Field(max_length=_MAX_NAMES)]
 
 # What each field has to be, for the messages.
@@ -45,6 +46,7 @@ _EXPECTED = {
     "layers_pattern": "null, a name, or a list of names",
     "rank_pattern": f"an object of module names or regular expressions with ranks from 1 to {MAX_RANK}",
     "alpha_pattern": "an object of module names or regular expressions with finite numbers",
+    "trainable_token_indices": "null, a list of tokens, or an object of module names with such lists",
     "bias": '"none", "all" or "lora_only"',
     "lora_dropout": "a number from 0 to below 1",
     "base_model_name_or_path": "null or a string",
@@ -93,10 +95,6 @@ _REFUSED = {
         "whole modules were trained and stand in the file in place of the base's, which all rows of a batch "
         "share"
     ),
-    "trainable_token_indices": (
-        "embeddings of single tokens were trained and stand in for the base's, which all rows of a batch "
-        "share"
-    ),
     "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
     "use_qalora": "its inputs are averaged in groups (QALoRA)",
 }
@@ -127,6 +125,7 @@ class PeftFields(BaseModel):
     layers_pattern: _Names | _Pattern | None = None
     rank_pattern: dict[_Pattern, _Rank] | None = None
     alpha_pattern: dict[_Pattern, _Alpha] | None = None
+    trainable_token_indices: _Tokens | dict[_Name, _Tokens] | None = None
     ensure_weight_tying: bool | None = Field(default=None, strict=True)
     base_model_name_or_path: Annotated[str, StringConstraints(strict=True)] | None = None
     peft_version: Annotated[str, StringConstraints(strict=True, max_length=128)] | None = None
@@ -229,7 +228,7 @@ def _contradictions(fields: PeftFields) -> list[str]:
     """What PEFT refuses too, regular expressions that cannot be used, and targets that are missing."""
     problems = []
     modules, parameters = fields.target_modules, fields.target_parameters
-    if not modules and not parameters:
+    if not modules and not parameters and not fields.trainable_token_indices:
         problems.append("target_modules: expected the names of the adapted modules, there are none")
     if isinstance(modules, str):
         for name in ("layers_to_transform", "layers_pattern"):
@@ -237,6 +236,8 @@ def _contradictions(fields: PeftFields) -> list[str]:
                 problems.append(f"{name}: cannot be used with target_modules as a regular expression")
     elif fields.layers_pattern and fields.layers_to_transform is None:
         problems.append("layers_pattern: cannot be used without layers_to_transform")
+    if fields.trainable_token_indices and fields.use_dora:
+        problems.append("trainable_token_indices: cannot be served with use_dora")
     if fields.lora_bias and fields.use_dora:
         problems.append("lora_bias: cannot be used with use_dora")
     if parameters:

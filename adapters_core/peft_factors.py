@@ -89,6 +89,8 @@ def sort_tensors(tensors: Mapping[str, mx.array]) -> Contents:
 def _not_wanted(leaf: Leaf) -> str:
     if leaf is Leaf.MAGNITUDE:
         return f"a magnitude, but {CONFIG_FILE} does not say use_dora"
+    if leaf is Leaf.TOKENS:
+        return f"rows of single tokens, and {CONFIG_FILE} has none for this module (trainable_token_indices)"
     if leaf is Leaf.BIAS:
         return f"a bias of the adapter, but {CONFIG_FILE} does not say lora_bias"
     return "not a factor of a module of this kind"

@@ -24,6 +24,7 @@ from .peft_factors import Contents, Factors, sort_tensors
 from .peft_names import Leaf
 from .peft_paths import find_rule
 from .peft_targets import all_linear, is_target, rank_and_scale
+from .peft_tokens import token_indices, token_weights
 from .targets import named_base_modules
 
 __all__ = ["map_onto"]
@@ -93,6 +94,11 @@ class _Mapping:
             return
         self._seen.add(path)
         module = self._modules[path]
+        if Leaf.TOKENS in factors.tensors and (indices := token_indices(self._config, factors.path)):
+            weights, problems = token_weights(factors, indices, module)
+            self._weights |= {} if weights is None else {path: weights}
+            self._problems += problems
+            return
         if not self._is_target(factors.path, module):
             self._problems += factors.refused(self._leaves_out(factors.path))
             return
@@ -180,7 +186,9 @@ class _Mapping:
         for path, module in self._modules.items():
             name = self._rule.to_peft(path)
             is_single = kind_of(module) is not ModuleKind.SWITCH
-            if path in self._seen or name is None or not (is_single and self._is_target(name, module)):
+            if path in self._seen or name is None or not is_single:
+                continue
+            if not self._is_target(name, module) and not token_indices(self._config, name):
                 continue
             # What is a linear layer here need not be one in the model that was trained (a router's gate).
             if all_linear(self._config.fields) and _any_layer(path) not in adapted:

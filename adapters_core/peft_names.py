@@ -21,7 +21,8 @@ _NAME = re.compile(
     r"(?P<path>.+?)"
     r"\.(?:(?P<factor>lora_[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)"
     r"|(?P<embedding>lora_embedding_[AB])(?:\.[^.]+)?"
-    r"|(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?"
+    r"|(?P<tokens>token_adapter\.trainable_tokens_delta)(?:\.[^.]+)?)"
 )
 _NESTED = ".base_layer"
 # Buffers of training methods whose forward is plain LoRA's.
@@ -37,6 +38,7 @@ class Leaf(StrEnum):
     EMBEDDING_A = "lora_embedding_A"
     EMBEDDING_B = "lora_embedding_B"
     MAGNITUDE = "lora_magnitude_vector"
+    TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def parse_name(name: str) -> TensorName | None:
         return None
     if found["kind"] == "bias" and found["factor"] == "lora_A":
         return None
-    leaf = Leaf(found["factor"] or found["embedding"] or Leaf.MAGNITUDE)
+    leaf = Leaf(found["factor"] or found["embedding"] or found["tokens"] or Leaf.MAGNITUDE)
     if found["kind"] == "bias":
         leaf = Leaf.BIAS
     path, depth = found["path"], 0
@@ -82,8 +84,6 @@ def not_a_factor(name: str) -> str | None:
     """Why a tensor that is no factor is not wanted; None for what may be a copy of a base's weight."""
     if ".modules_to_save." in name or ".original_module." in name:
         return "weights of a whole module (modules_to_save), which all rows of a batch share"
-    if "trainable_tokens" in name:
-        return "embeddings of single tokens (trainable_token_indices), which all rows of a batch share"
     if name.endswith(".bias"):
         return 'a bias of the base that was trained (bias is "all" or "lora_only"), which all rows share'
     if ".lora_diag" in name:

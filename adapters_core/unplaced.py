@@ -155,6 +155,10 @@ def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
     )
     for (path, depth), factors in contents.factors.items():
         rank, scale = rank_and_scale(config, path)
+        if Leaf.TOKENS in factors.tensors:
+            found.open[path] = "the rows of trained tokens are seen beside those of the base"
+            found.parts[path] = _part_of(factors, factors.tensors[Leaf.TOKENS].shape[0], 1.0)
+            continue
         if depth or _EXPERTS.search(path):
             key = f"{path}.{depth}.experts" if depth else path
             found.open[path] = "how experts lie depends on the model"

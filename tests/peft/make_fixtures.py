@@ -160,6 +160,19 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True},
     ),
     "lookup-only": ("qwen3", {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "v_proj"]}),
+    "tokens": (
+        "llama",
+        {"r": 2, "lora_alpha": 4, "target_modules": QV, "trainable_token_indices": [5, 9, 63]},
+    ),
+    "tokens-tied": (
+        "qwen3",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": QV,
+            "trainable_token_indices": {"embed_tokens": [9, 5, 33]},
+        },
+    ),
     "embedding-dora": (
         "llama",
         {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["embed_tokens"]},
@@ -224,7 +237,8 @@ def _make_adapter(
     folder: Path, name: str, base: str, fields: dict[str, Any], seed: int, tokens: torch.Tensor
 ) -> None:
     model = get_peft_model(_load(folder, base), LoraConfig(task_type="CAUSAL_LM", **fields)).eval()
-    factors = [(name, value) for name, value in model.named_parameters() if "lora_" in name]
+    trained = ("lora_", "trainable_tokens_delta")
+    factors = [item for item in model.named_parameters() if any(part in item[0] for part in trained)]
     _randomize([(name, value) for name, value in factors if "magnitude" not in name], 100 + seed, 0.2)
     generator = torch.Generator().manual_seed(200 + seed)
     with torch.no_grad():

@@ -38,8 +38,8 @@ def _problems(folder: Path, model: str | None = None) -> list[str]:
     ("field", "value", "reason"),
     [
         ("modules_to_save", ["lm_head"], "all rows of a batch share"),
-        ("trainable_token_indices", [1, 2], "embeddings of single tokens"),
-        ("trainable_token_indices", {"embed_tokens": [1]}, "embeddings of single tokens"),
+        ("trainable_token_indices", [-1], "a list of tokens"),
+        ("trainable_token_indices", {"embed_tokens": 1}, "a list of tokens"),
         ("layer_replication", [[0, 2], [1, 2]], "layers were repeated"),
         ("alora_invocation_tokens", [5, 7], "aLoRA"),
         ("use_qalora", True, "QALoRA"),
@@ -89,6 +89,7 @@ def test_a_field_that_cannot_be_followed_is_refused_by_name(
     ("fields", "named", "reason"),
     [
         ({"target_modules": "q", "layers_to_transform": 1}, "layers_to_transform", "regular expression"),
+        ({"use_dora": True, "trainable_token_indices": [1]}, "trainable_token_indices", "with use_dora"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias", "cannot be used with use_dora"),
         ({"target_parameters": ["x"], "use_dora": True}, "use_dora", "target_parameters"),
         ({"target_parameters": ["x"], "lora_bias": True}, "lora_bias", "target_parameters"),
@@ -228,6 +229,16 @@ def _without(*names: str) -> Callable[[Tensors], Tensors]:
             _with("strange", mx.ones(3)),
             ["tensor strange: not expected"],
         ),
+        ("tokens", {"trainable_token_indices": None}, None, ["leaves module model.embed_tokens out"]),
+        (
+            "tokens",
+            {"trainable_token_indices": [1, 2]},
+            None,
+            ["expected shape (2, 32) (rank 2)"],
+        ),
+        ("tokens", {"trainable_token_indices": [1, 2, 64]}, None, ["expected different tokens below 64"]),
+        ("tokens", {"trainable_token_indices": [1, 2, 2]}, None, ["expected different tokens below 64"]),
+        ("plain", {"trainable_token_indices": [1]}, None, ["module model.embed_tokens: expected tensors"]),
         ("embedding-dora", {}, None, ["a magnitude for each feature"]),
         (
             "tied",
