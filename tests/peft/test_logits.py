@@ -52,3 +52,13 @@ def test_rows_with_different_folders_in_one_batch_equal_peft(base: str) -> None:
         wanted = [plain[number], *(fixtures.expected(name)[number] for name in names)]
         for row, logits in zip(mixed, wanted, strict=True):
             np.testing.assert_allclose(row, logits, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["patterns", "dora", "bias", "embedding", "tied", "tokens", "experts-qwen3"])
+def test_a_fused_folder_equals_peft_and_can_be_undone(name: str) -> None:
+    model = fixtures.model(fixtures.base_of(name))
+    before = snapshot(model)
+    fusion = AdapterContainer.from_directory(fixtures.adapter(name)).fuse(with_=model)
+    np.testing.assert_allclose(_logits(model), fixtures.expected(name), atol=TOLERANCE, rtol=0)
+    fusion.undo()
+    assert snapshot(model) == before
