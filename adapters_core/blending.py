@@ -69,7 +69,8 @@ class BlendOptions:
         if self.density is not None and method not in _WITH_DENSITY:
             found.append(f"density: {method} keeps every entry; only {', '.join(_WITH_DENSITY)} have one")
         elif method in _WITH_DENSITY and not (self.density is not None and 0 < self.density <= 1):
-            found.append(f"density: {method} needs a number above 0 and at most 1, got {self.density}")
+            given = "none was given" if self.density is None else f"got {self.density}"
+            found.append(f"density: {method} needs a number above 0 and at most 1, {given}")
         if self.rank is not None and method == "linear":
             found.append(
                 "rank: linear is exact, of the sum of the parts' ranks; svd cuts the same sum to a rank"

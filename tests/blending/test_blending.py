@@ -216,7 +216,7 @@ def test_nothing_has_no_error() -> None:
     ("options", "problem"),
     [
         (BlendOptions("mean"), "method: expected one of linear, svd"),  # type: ignore[arg-type]
-        (BlendOptions("ties"), "density: ties needs a number above 0 and at most 1, got None"),
+        (BlendOptions("ties"), "density: ties needs a number above 0 and at most 1, none was given"),
         (BlendOptions("ties", density=0.0), "density: ties needs"),
         (BlendOptions("dare_ties", density=1.01), "density: dare_ties needs"),
         (BlendOptions("dare_linear", density=float("nan")), "density: dare_linear needs"),
