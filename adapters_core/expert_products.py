@@ -55,11 +55,13 @@ class ExpertProducts:
         steps: Sequence[tuple[Pass, Stack]],
         sorted_indices: bool,
         on_cuda: bool,
+        most_gathered_bytes: int = _MOST_GATHERED_BYTES,
     ) -> None:
         self.x = x
         self.routes = routes
         self._sorted = sorted_indices
         self._on_cuda = on_cuda
+        self._most_gathered_bytes = most_gathered_bytes
         self._terms = [self._term(one, stack) for one, stack in steps]
 
     def added(self, path: str, y: mx.array) -> mx.array:
@@ -101,7 +103,7 @@ class ExpertProducts:
             return gather_mm(x, matrices(None), slots * stack.layout.matrices + experts)
         found = matrices(None)
         size = found.shape[-1] * found.shape[-2] * found.dtype.size
-        if experts.size * size <= _MOST_GATHERED_BYTES:
+        if experts.size * size <= self._most_gathered_bytes:
             return x @ found[slots, experts]
         total: mx.array | None = None
         for slot in sorted(set(term.one.slot_numbers)):

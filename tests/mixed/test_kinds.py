@@ -13,10 +13,13 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import UnsupportedModelError
+from adapters_core.expert_products import ExpertProducts, Routes
+from adapters_core.layout import GroupLayout, Layout, Projection
 from adapters_core.mixed_experts import MixedExperts
 from adapters_core.module_weights import ModuleWeights
 from adapters_core.modules import ModuleKind, weight_shape
-from adapters_core.routing import ResidentAdapter, make_row
+from adapters_core.routing import BatchPlan, Placement, ResidentAdapter, RowAdapters, make_row
+from adapters_core.stacks import Shelf
 from adapters_core.targets import module_at, named_base_modules
 from tests.mixed.architectures import tiny
 from tests.mixed.resident import Resident, alone, only, paths_of
@@ -137,6 +140,55 @@ def test_half_precision_factors_of_embeddings_and_experts(tmp_path: Path) -> Non
     resident = Resident(one)
     row = only(resident.add(folder))
     assert relative_error(resident.logits(inputs, [row, (), row], STEPS)[[0, 2]], expected[[0, 2]]) < 3e-2
+
+
+def test_the_forms_for_cuda_compute_the_same(tmp_path: Path) -> None:
+    name = "mixtral, tied head"
+    resident = Resident(tiny(name))
+    keys = [*paths_of(resident.model, ModuleKind.SWITCH), *paths_of(resident.model, ModuleKind.EMBEDDING)]
+    folders = [
+        make_adapter(tmp_path / str(seed), resident.model, keys=keys, seed=seed, size=0.1) for seed in (1, 2)
+    ]
+    rows = [*(only(resident.add(folder)) for folder in folders), ()]
+    resident.routing.on_cuda, resident.routing.kernels = True, None
+    inputs = tokens(3, PROMPT)
+    found = resident.logits(inputs, rows, STEPS)
+    for row, folder in enumerate([*folders, None]):
+        expected = alone(tiny(name), folder, inputs[row : row + 1], STEPS)[0]
+        assert relative_error(found[row], expected) < 1e-4
+
+
+@pytest.mark.parametrize("sorted_indices", [False, True])
+def test_many_pairs_are_computed_slot_by_slot_and_are_the_same(sorted_indices: bool) -> None:
+    projections = (Projection("up", 4, 16, 8), Projection("gate", 8, 16, 12))
+    layout = GroupLayout(projections, False, mx.float32, experts=3)
+    shelf = Shelf(Layout({"group": layout}))
+    adapters = [ResidentAdapter(f"sha256:{n}", "lora", 8, 1.0, ("up", "gate"), 0) for n in range(3)]
+    for seed, adapter in enumerate(adapters):
+        shelf.put(adapter, {"group": mx.random.normal((layout.size,), key=mx.random.key(seed))})
+    placements = {one: Placement(shelf.layout, slot, 0.5) for one, slot in shelf.slots.items()}
+    batch: list[RowAdapters] = [only(adapters[0]), (), make_row([(adapters[2], -0.3)]), only(adapters[1])]
+    pairs = [(0, 0), (0, 1), (0, 3), (1, 2), (1, 1), (2, 3), (2, 0)]
+    experts, rows = mx.array([expert for expert, _ in pairs]), mx.array([row for _, row in pairs])
+    x = mx.random.normal((7, 1, 16), key=mx.random.key(9))
+    steps = [(one, shelf.stacks["group"]) for one in BatchPlan(batch, placements).passes]
+    for path, out_size in (("up", 8), ("gate", 12)):
+        y = mx.random.normal((7, 1, out_size), key=mx.random.key(8))
+        found = [
+            ExpertProducts(x, Routes(rows, experts, rows), steps, sorted_indices, on_cuda, most).added(
+                path, y
+            )
+            for on_cuda, most in ((False, 0), (True, 1 << 20), (True, 0))
+        ]
+        expected = mx.array(y)
+        for pair, (expert, row) in enumerate(pairs):
+            for adapter, weight in batch[row]:
+                stack, slot = shelf.stacks["group"], shelf.slots[adapter]
+                a = stack.a(slot)[expert][layout.ranks[path]]
+                expected[pair] += 0.5 * weight * (x[pair] @ a.T) @ stack.b(path, slot)[expert]
+        for one in found:
+            assert relative_error(np.array(one), np.array(expected)) < 1e-5
+            assert mx.array_equal(one[1], y[1]).item(), "a row without an adapter"
 
 
 class _Own(nn.Module):
