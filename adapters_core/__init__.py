@@ -23,8 +23,18 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .fusion import FuseReport, Fusion, Precision
-    from .layers import DoRALinear, LoRALayer, LoRALinear, QDoRALinear, QLoRALinear
+    from .layers import (
+        DoRAEmbedding,
+        DoRALinear,
+        LoRAEmbedding,
+        LoRALayer,
+        LoRALinear,
+        LoRASwitchLinear,
+        QDoRALinear,
+        QLoRALinear,
+    )
     from .module_weights import ModuleWeights
+    from .modules import ModuleKind, factor_shapes, kind_of
     from .routing import AdapterRows, ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row, row_key
     from .targets import adaptable_layers, default_keys, resolve_targets
 
@@ -40,15 +50,19 @@ __all__ = [
     "BlendPart",
     "BlendReport",
     "ContainerStateError",
+    "DoRAEmbedding",
     "DoRALinear",
     "FineTuneType",
     "FuseReport",
     "Fusion",
     "InvalidAdapterError",
     "InvalidBlendError",
+    "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
     "LoRAParameters",
+    "LoRASwitchLinear",
+    "ModuleKind",
     "ModuleWeights",
     "Precision",
     "PreparedAdapter",
@@ -62,6 +76,8 @@ __all__ = [
     "adaptable_layers",
     "blend",
     "default_keys",
+    "factor_shapes",
+    "kind_of",
     "make_row",
     "resolve_targets",
     "row_key",
@@ -81,8 +97,18 @@ _MODULES = {
         "UnsupportedModelError",
     ),
     "fusion": ("FuseReport", "Fusion", "Precision"),
-    "layers": ("DoRALinear", "LoRALayer", "LoRALinear", "QDoRALinear", "QLoRALinear"),
+    "layers": (
+        "DoRAEmbedding",
+        "DoRALinear",
+        "LoRAEmbedding",
+        "LoRALayer",
+        "LoRALinear",
+        "LoRASwitchLinear",
+        "QDoRALinear",
+        "QLoRALinear",
+    ),
     "module_weights": ("ModuleWeights",),
+    "modules": ("ModuleKind", "factor_shapes", "kind_of"),
     "routing": (
         "AdapterRows",
         "ResidentAdapter",

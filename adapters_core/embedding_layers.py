@@ -77,4 +77,4 @@ class DoRAEmbedding(_AdaptedEmbedding, DoRALayer):
     def as_linear(self, x: mx.array) -> mx.array:
         """x (…, dims) → (…, num_embeddings)."""
         y = self.embedding.as_linear(x)
-        return self._factor().astype(y.dtype) * (y + self._head_update(x))
+        return y if self.lookup_only else self._factor().astype(y.dtype) * (y + self._head_update(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from adapters_core.layers import (
     LoRASwitchLinear,
     ModuleWeights,
 )
-from adapters_core.modules import dense_weight, factor_shapes, is_quantized, weight_shape
+from adapters_core.modules import ModuleKind, dense_weight, factor_shapes, is_quantized, weight_shape
 from tests.mixed.architectures import tiny
+from tests.mixed.resident import paths_of
 from tests.models import adapter_values, make_adapter, relative_error, snapshot, tokens
 
 TOKENS, DIMS, RANK, EXPERTS = 40, 64, 3, 4
@@ -203,6 +205,39 @@ def test_a_tied_head_that_reads_the_weight_itself_is_refused() -> None:
     ):
         with pytest.raises(UnsupportedModelError, match="reads the weight"):
             _ = layer.weight
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_fused_embeddings_and_experts_compute_what_the_adapted_ones_did(
+    kind: str, bits: int | None, tmp_path: Path
+) -> None:
+    model = tiny("mixtral, tied head", bits)
+    keys = paths_of(model, ModuleKind.EMBEDDING)
+    if kind == "lora":
+        keys += paths_of(model, ModuleKind.SWITCH)
+    container = AdapterContainer.from_directory(
+        make_adapter(tmp_path / "a", model, kind, keys=keys, size=0.1)
+    )
+    before = snapshot(model)
+    container.load(into=model)
+    adapted = np.array(model(tokens(2, 9)))
+    container.unload(from_=model)
+    for precision, bound in (("dequantize", 1e-5), ("keep", 1e-6), ("auto", 0.05), ("requantize", 0.5)):
+        fusion = container.fuse(with_=model, precision=precision)  # pyright: ignore[reportArgumentType]
+        assert fusion.report.modules == len(keys)
+        assert relative_error(np.array(model(tokens(2, 9))), adapted) < bound
+        fusion.undo()
+        assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("kind", [LoRAEmbedding, DoRAEmbedding])
+def test_an_adapter_for_look_ups_alone_leaves_the_head(kind: Any) -> None:
+    base = nn.Embedding(TOKENS, DIMS)
+    weights = replace(weights_for(base, dora=kind is DoRAEmbedding), lookup_only=True)
+    layer, x = kind(base, weights, 0.0), random(2, 5, DIMS)
+    assert mx.array_equal(layer.as_linear(x), base.as_linear(x)).item()
+    assert not close(layer(tokens(2, 5) % TOKENS), base(tokens(2, 5) % TOKENS), 1e-2)
 
 
 MOE_KEYS = ["mlp.switch_mlp.up_proj", "mlp.switch_mlp.down_proj", "self_attn.q_proj", "model.embed_tokens"]
