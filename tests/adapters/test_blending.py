@@ -12,7 +12,7 @@ import pytest
 from adapters_core.blending import BlendOptions
 from server.adapters.blending import Blender
 from server.adapters.errors import AdapterMemoryError
-from tests.adapters.support import House, Site, house, in_memory, read_model
+from tests.adapters.support import BASE, House, Site, house, in_memory, read_model
 from tests.models import make_adapter
 
 TERMS = [{"id": "a", "weight": 0.7}, {"id": "b", "weight": -1.2}]
@@ -207,6 +207,16 @@ async def test_nothing_is_blended_while_one_is_fused(tiny_site: Site) -> None:
     body = {"id": "mix", "blend": [{"id": "a"}]}
     error = await tiny_site.refused("POST", "/v1/adapters", body, 409, "base_is_fused")
     assert "'mix' cannot be blended" in error["message"]
+
+
+async def test_a_blend_is_fused_as_any_adapter(tiny_site: Site) -> None:
+    await blend(tiny_site, method="ties", density=0.5)
+    base, said = await tiny_site.says(BASE), await tiny_site.says("mix")
+    assert base != said
+    await tiny_site.call("POST", "/v1/adapters/mix/fuse", {"unload_others": True})
+    assert await tiny_site.says(BASE) == said
+    await tiny_site.call("DELETE", "/v1/adapters/mix/fuse")
+    assert [await tiny_site.says(BASE), await tiny_site.says("mix")] == [base, said]
 
 
 async def test_one_part_at_weight_one_is_the_part(tiny_site: Site) -> None:
