@@ -130,5 +130,6 @@ def read_logprobs(
 def _lazy_top(logprobs: mx.array, token: int, k: int) -> tuple[mx.array, mx.array, mx.array]:
     k = min(k, logprobs.shape[-1])
     logprobs = logprobs.astype(mx.float32)
-    top = mx.argpartition(-logprobs, kth=max(k - 1, 0))[:k]
+    # Whoever asks for no alternatives is spared looking through the whole vocabulary.
+    top = mx.argpartition(-logprobs, kth=k - 1)[:k] if k else mx.zeros(0, dtype=mx.uint32)
     return logprobs[token], top, logprobs[top]
