@@ -39,7 +39,10 @@ def test_there_and_back_without_a_model(command: Program, tmp_path: Path, kind: 
     assert relative_error(answers[2], answers[0]) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["patterns", "dora-rslora", "embedding", "tied", "experts-qwen3", "gpt2"])
+UNEQUAL_RANKS = {"patterns", "dora-rslora", "experts-qwen3", "tokens", "tokens-tied"}
+
+
+@pytest.mark.parametrize("name", ["embedding", "gpt2", "tied", *sorted(UNEQUAL_RANKS)])
 def test_pefts_adapters_in_mlx_lms_format_give_pefts_logits(
     command: Program, tmp_path: Path, name: str
 ) -> None:
@@ -48,7 +51,7 @@ def test_pefts_adapters_in_mlx_lms_format_give_pefts_logits(
         "convert", str(adapter(name)), str(tmp_path / "a"), "--to", "mlx", "--model", str(model_folder(base))
     )
     assert (done.code, done.err) == (0, "")
-    assert ("Ranks differ" in done.out) == (name in ("patterns", "dora-rslora", "experts-qwen3"))
+    assert ("Ranks differ" in done.out) == (name in UNEQUAL_RANKS)
     adapted = model(base)
     AdapterContainer.from_directory(tmp_path / "a").load(into=adapted)
     np.testing.assert_allclose(np.array(adapted(tokens())), expected(name), atol=1e-4)
@@ -67,6 +70,11 @@ def test_what_a_format_cannot_say_is_listed(command: Program, tmp_path: Path) ->
     done = command("convert", str(adapter("bias")), str(tmp_path / "a"), "--to", "mlx")
     assert done.code == 1
     assert done.err.count("it has a bias of its own") == 4
+    base = str(model_folder(base_of("lookup-only")))
+    done = command(
+        "convert", str(adapter("lookup-only")), str(tmp_path / "a"), "--to", "mlx", "--model", base
+    )
+    assert (done.code, done.err.count("the head that is tied to it is not")) == (1, 1)
     assert list(tmp_path.iterdir()) == []
 
 

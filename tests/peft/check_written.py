@@ -1,7 +1,7 @@
 """Whether PEFT itself computes what this project does with the PEFT folders that it writes. Run by hand:
 
-    python tests/peft/check_written.py write FOLDER       with this project's Python: adapters, and our logits
-    python tests/peft/check_written.py compare FOLDER     with a Python that has peft and torch: theirs
+    python -m tests.peft.check_written write FOLDER       with this project's Python: adapters, and our logits
+    python -m tests.peft.check_written compare FOLDER     with a Python that has peft and torch: theirs
 
 The models are those of `fixtures/`. The second prints the largest difference of the logits for each adapter,
 and ends with 1 if one is over 1e-4. Found with PEFT 0.21.2, torch 2.13.0 and transformers 5.24.0: none is.
