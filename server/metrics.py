@@ -108,6 +108,8 @@ class _Now:
         yield _gauge("graft_resident_adapters", "Versions in memory.", len(residency.versions))
         yield _gauge("graft_adapter_bytes", "Bytes of those in memory.", residency.bytes_held)
         yield _gauge("graft_adapter_memory_limit_bytes", "Bytes that they may take.", residency.limit_bytes)
+        kept_bytes = self._adapters.keeper.bytes_held
+        yield _gauge("graft_kept_version_bytes", "Bytes on disk of copies of versions.", kept_bytes)
         yield _counter(
             "graft_adapter_evictions", "Versions that left memory for others.", residency.evictions
         )

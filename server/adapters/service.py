@@ -53,7 +53,8 @@ class ServiceOptions:
     `wait_seconds` bounds how long a request waits for others to make room for the adapters that it names,
     `max_waiting` how many wait for that, and how many for loads. Copies of versions that could not be read
     again lie in a folder under `kept_dir` (None: the system's for temporary files), `kept_bytes` at most.
-    `watched_dir`, the adapters root if it is watched, is read where it was the same for `settle_seconds`.
+    `watched_dir`, the adapters root if it is watched, is read where it was the same for `settle_seconds`,
+    and looked at every `rescan_seconds` whatever the system tells.
     """
 
     memory_bytes: int
@@ -67,6 +68,7 @@ class ServiceOptions:
     kept_bytes: int = 1 << 32
     watched_dir: Path | None = None
     settle_seconds: float = 1.0
+    rescan_seconds: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +136,16 @@ class AdapterService:
             container, folders, self.registry, self.residency, self.keeper, self._gate, options.wait_seconds,
             options.max_waiting, start=self._start_load, on_load=on_load, is_settled=self._is_settled,
         )  # fmt: skip
-        self._watcher = (
-            None
-            if options.watched_dir is None
-            else Watcher(
-                options.watched_dir, folders, self.registry, self._load_watched, options.settle_seconds
+        self._watcher: Watcher | None = None
+        if options.watched_dir is not None:
+            self._watcher = Watcher(
+                options.watched_dir,
+                folders,
+                self.registry,
+                self._load_watched,
+                options.settle_seconds,
+                options.rescan_seconds,
             )
-        )
         self._watching: asyncio.Task[None] | None = None
         self._fuser = Fuser(
             container, info, self.registry, self.residency, self._gate, self._idle,

@@ -31,9 +31,6 @@ __all__ = ["Watcher"]
 
 _log = structlog.get_logger(__name__)
 
-RESCAN_SECONDS = 5.0
-"""From one scan to the next when nothing is told."""
-
 PAUSE_SECONDS = 30.0
 """Until a folder that could not be loaded for want of memory, or the like, is tried again."""
 
@@ -60,16 +57,26 @@ class _Seen:
 
 
 class Watcher:
-    """A watch of `root`; `load` is called for what has been the same for `settle_seconds`."""
+    """A watch of `root`; `load` is called for what has been the same for `settle_seconds`.
+
+    From one scan to the next, `rescan_seconds` pass at most.
+    """
 
     def __init__(
-        self, root: Path, folders: AdapterFolders, registry: Registry, load: Load, settle_seconds: float
+        self,
+        root: Path,
+        folders: AdapterFolders,
+        registry: Registry,
+        load: Load,
+        settle_seconds: float,
+        rescan_seconds: float,
     ) -> None:
         self._root = root
         self._folders = folders
         self._registry = registry
         self._load = load
         self._settle_seconds = settle_seconds
+        self._rescan_seconds = rescan_seconds
         self._seen: dict[str, _Seen] = {}
         self._woken = asyncio.Event()
         self._closed = asyncio.Event()
@@ -79,7 +86,7 @@ class Watcher:
         listening = asyncio.create_task(self._listen())
         try:
             while not self._closed.is_set():
-                wait_seconds = RESCAN_SECONDS
+                wait_seconds = self._rescan_seconds
                 try:
                     wait_seconds = await self._scan()
                 except Exception:
@@ -103,7 +110,9 @@ class Watcher:
                 async for _ in awatch(self._root, watch_filter=None, stop_event=self._closed):
                     self._woken.set()
             except Exception as error:  # the root is not there, or the system has no watch to give
-                _log.warning("adapters_root_not_watched", reason=str(error), rescan_seconds=RESCAN_SECONDS)
+                _log.warning(
+                    "adapters_root_not_watched", reason=str(error), rescan_seconds=self._rescan_seconds
+                )
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._closed.wait(), PAUSE_SECONDS)
 
@@ -117,7 +126,7 @@ class Watcher:
             del self._seen[adapter_id]
             if adapter_id in loaded:
                 _log.warning("adapter_folder_gone", adapter=adapter_id)
-        wait_seconds = RESCAN_SECONDS
+        wait_seconds = self._rescan_seconds
         for adapter_id, (folder, look) in found.items():
             if self._closed.is_set():
                 break
@@ -132,14 +141,14 @@ class Watcher:
             self._seen[adapter_id] = _Seen(look, now)
             return self._settle_seconds
         if seen.is_done:
-            return RESCAN_SECONDS
+            return self._rescan_seconds
         settled_seconds = max(seen.since + self._settle_seconds, seen.not_before) - now
         if settled_seconds > 0:
             return settled_seconds
         if self._registry.fused is not None:
-            return RESCAN_SECONDS
+            return self._rescan_seconds
         await self._try(adapter_id, folder, seen)
-        return RESCAN_SECONDS if seen.is_done else self._settle_seconds
+        return self._rescan_seconds if seen.is_done else self._settle_seconds
 
     async def _try(self, adapter_id: str, folder: AdapterFolder, seen: _Seen) -> None:
         async def accept(prepared: PreparedAdapter) -> None:

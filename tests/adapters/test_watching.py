@@ -19,7 +19,7 @@ from server.adapters.looks import look_at
 from tests.adapters.support import House, answer_of, house, in_memory, read_model
 from tests.models import make_adapter
 
-SETTLE_SECONDS = 0.3
+SETTLE_SECONDS = 0.15
 PAUSE_SECONDS = 0.1
 """Between the pieces of a slow write."""
 
@@ -204,7 +204,7 @@ async def test_the_watch_outlives_its_root(
 ) -> None:
     shutil.rmtree(watched_root)
     with capture_logs() as logs:
-        async with watching(model_path, watched_root) as tiny:
+        async with watching(model_path, watched_root, rescan_seconds=SETTLE_SECONDS) as tiny:
             await until(lambda: bool(events(logs, "adapters_root_not_watched")))
             shutil.copytree(equal_root / "a", watched_root / "x")
             await until(lambda: number(tiny, "x") == 1)  # found by a scan

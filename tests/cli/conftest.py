@@ -85,7 +85,8 @@ def canned_app(server: CannedServer) -> FastAPI:
             details = ["tensor a is missing", "tensor b has shape (1, 2), expected (3, 4)"]
             return error(422, "The adapter 'broken' cannot be used.", "adapter_invalid", details)
         if "blend" not in body:
-            return JSONResponse({**ADAPTER, "id": body["id"]}, 201)
+            report = {"report": {"warnings": ["Another base."]}} if body["id"] == "foreign" else {}
+            return JSONResponse({**ADAPTER, "id": body["id"], **report}, 201)
         errors = {"error_mean": 0.125, "error_worst": 0.25} if "rank" in body else {}
         recipe = {"method": body.get("method", "linear"), **errors}
         return JSONResponse({**ADAPTER, "id": body["id"], "blend": recipe}, 201)
@@ -97,6 +98,10 @@ def canned_app(server: CannedServer) -> FastAPI:
     @app.put("/v1/adapters/active")
     async def swap(request: Request) -> dict[str, Any]:
         return {"active": (await request.json())["id"], "previous": "pirate", "swap_seconds": 0.00025}
+
+    @app.post("/v1/adapters/{name}/rollback")
+    async def roll_back(name: str) -> dict[str, Any]:
+        return {**ADAPTER, "id": name}
 
     @app.post("/v1/adapters/{name}/fuse")
     async def fuse(name: str) -> dict[str, Any]:

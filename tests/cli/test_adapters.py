@@ -33,6 +33,11 @@ CALLS: list[tuple[list[str], tuple[str, str, Any], str]] = [
         "",
     ),
     (
+        ["rollback", "pirate"],
+        ("POST", "/v1/adapters/pirate/rollback", None),
+        "Rolled pirate back: lora, rank 8",
+    ),
+    (
         ["swap", "haiku"],
         ("PUT", "/v1/adapters/active", {"id": "haiku"}),
         "Active: haiku (before: pirate), in 0.25 ms.",
@@ -96,6 +101,12 @@ def test_json_is_the_server_s_own_and_nothing_else(command: Program, canned: Can
     done = command("adapters", "load", "x", "--url", canned.url, "--json")
     assert (done.code, done.err) == (0, "")
     assert done.out == json.dumps({**ADAPTER, "id": "x"}, separators=(",", ":")) + "\n"
+
+
+def test_a_load_tells_its_warnings(command: Program, canned: CannedServer) -> None:
+    done = command("adapters", "load", "foreign", "--url", canned.url)
+    assert (done.code, done.err) == (0, "warning: Another base.\n")
+    assert done.out.startswith("Loaded foreign: lora,")
 
 
 def test_an_error_is_one_sentence_with_its_details(command: Program, canned: CannedServer) -> None:
