@@ -17,10 +17,10 @@ _OPENING = re.compile(r"\((?:\?(?:P<\w+>|<?[=!]|[aiLmsux-]*:|>|[aiLmsux]+|P=\w+|
 _BOUNDED_AT = 16
 
 
-def pattern_problem(pattern: str) -> str | None:
-    """Why `pattern` cannot be used as a regular expression, or None if it can."""
+def pattern_problem(pattern: str, frame: str = "{}") -> str | None:
+    """Why `pattern`, which is put into `frame` at {}, cannot be used as a regular expression, or None."""
     try:
-        re.compile(pattern)
+        re.compile(frame.replace("{}", pattern))
     except (re.error, OverflowError, RecursionError) as error:
         return f"expected a regular expression, got {pattern[:80]!r} ({error})"
     nested, total = _repetitions(pattern)

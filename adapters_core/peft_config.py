@@ -20,8 +20,11 @@ from .config import CONFIG_FILE, MAX_RANK, FineTuneType, shown
 from .errors import InvalidAdapterError
 from .patterns import pattern_problem
 
-__all__ = ["PeftConfig", "PeftFields"]
+__all__ = ["LAYER_FRAME", "NAME_FRAME", "PeftConfig", "PeftFields"]
 
+# What PEFT puts the keys of rank_pattern and alpha_pattern, and those of layers_pattern, into.
+NAME_FRAME = r"(.*\.)?({})$"
+LAYER_FRAME = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _MAX_ALPHA = 1e6
 _MAX_NAMES = 100_000
 _MAX_INDEX = 100_000
@@ -244,19 +247,22 @@ def _contradictions(fields: PeftFields) -> list[str]:
         for name in ("use_dora", "lora_bias"):
             if getattr(fields, name):
                 problems.append(f"{name}: cannot be used with target_parameters")
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(fields, name)
-        if isinstance(value, str) and (problem := pattern_problem(value)):
-            problems.append(f"{name}: {problem}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(fields, name) or {}:
-            if problem := pattern_problem(key):
-                problems.append(f"{name}: {problem}")
+    return problems + _unusable_patterns(fields)
+
+
+def _unusable_patterns(fields: PeftFields) -> list[str]:
     layers = fields.layers_pattern or []
-    for key in [layers] if isinstance(layers, str) else layers:
-        if problem := pattern_problem(key):
-            problems.append(f"layers_pattern: {problem}")
-    return problems
+    patterns = [
+        *((name, getattr(fields, name), "{}") for name in ("target_modules", "exclude_modules")),
+        *(("rank_pattern", key, NAME_FRAME) for key in fields.rank_pattern or {}),
+        *(("alpha_pattern", key, NAME_FRAME) for key in fields.alpha_pattern or {}),
+        *(("layers_pattern", key, LAYER_FRAME) for key in ([layers] if isinstance(layers, str) else layers)),
+    ]
+    return [
+        f"{name}: {problem}"
+        for name, pattern, frame in patterns
+        if isinstance(pattern, str) and (problem := pattern_problem(pattern, frame))
+    ]
 
 
 def _ignored(values: Mapping[str, JsonValue]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from .peft_config import PeftConfig, PeftFields
+from .peft_config import LAYER_FRAME, NAME_FRAME, PeftConfig, PeftFields
 
 __all__ = ["all_linear", "is_target", "is_target_parameter", "rank_and_scale"]
 
@@ -51,7 +51,7 @@ def rank_and_scale(config: PeftConfig, name: str) -> tuple[int, float]:
 def _pattern_value(pattern: dict[str, float] | dict[str, int] | None, name: str, default: float) -> float:
     """The value of the first key that matches `name` or its end as a regular expression."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if re.match(NAME_FRAME.replace("{}", key), name):
             return value
     return (pattern or {}).get(name, default)
 
@@ -78,13 +78,13 @@ def _in_layers(fields: PeftFields, name: str) -> bool:
     found = None
     if not patterns:
         # The first number is the layer's; a later one may be an expert's.
-        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
+        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
     else:
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
+            found = re.match(LAYER_FRAME.replace("{}", pattern), name)
             if found is not None:
                 break
-    if found is None:
+    if found is None or found["idx"] is None:
         return False
-    index = int(found["index"])
+    index = int(found["idx"])
     return index == wanted if isinstance(wanted, int) else index in wanted

@@ -117,6 +117,7 @@ def test_files_with_other_names_for_the_same_modules(
             "model.layers.1.a.q_proj",
             True,
         ),
+        ({"layers_to_transform": [1], "layers_pattern": "model|h"}, "model.layers.1.a.q_proj", False),
         ({"target_modules": "all-linear"}, "model.layers.1.anything", True),
         ({"target_modules": "ALL-linear", "exclude_modules": ["anything"]}, "model.layers.1.anything", False),
     ],
