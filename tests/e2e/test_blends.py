@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from openai import OpenAI
 
 from tests.e2e.running import Served, run
 
-QUESTION = [{"role": "user", "content": "Where does the sun rise?"}]
+QUESTION: Any = [{"role": "user", "content": "Where does the sun rise?"}]
 
 
 def test_a_blend_answers_as_its_weights(demo: Served, client: OpenAI) -> None:
