@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from .container import AdapterContainer
 from .errors import ContainerStateError, UnsupportedModelError
@@ -98,6 +99,7 @@ class AdapterBank:
 
         Raises:
             InvalidAdapterError: it does not fit the model.
+            UnsupportedModelError: the model reads the weight of an embedding that it adapts.
             ContainerStateError: it is resident already.
         """
         prepared = self.prepare(adapter) if isinstance(adapter, AdapterContainer) else adapter
@@ -162,7 +164,13 @@ class AdapterBank:
                 place = group.place_of(path)
                 if place not in self._wrappers and place not in new:
                     new[place] = self._wrapper(place, owners[name])
-        replace_modules(self._model, new)
+        surgery = replace_modules(self._model, new)
+        if any(isinstance(wrapper, MixedEmbedding) for wrapper in new.values()):
+            try:
+                self._trace()
+            except UnsupportedModelError:
+                surgery.undo()
+                raise
         self._wrappers.update(new)
         self._groups.update(owners)
         for name, stack in shelf.stacks.items():
@@ -183,6 +191,10 @@ class AdapterBank:
                 layers = {f"{place}.{name}": layer for name, layer in switch_layers(module).items()}
                 names = {path: name for name, paths in group_modules(layers).items() for path in paths}
                 return MixedExperts(place, module, ExpertGroups(self._routing, names, self._groups))
+
+    def _trace(self) -> None:
+        """Build one forward and compute nothing: a model that reads an embedding's weight itself fails."""
+        self._model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(self._model))
 
     def _require_served(self, modules: dict[str, nn.Module]) -> None:
         """Refuse switch layers whose tokens could not be told apart by row."""

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models import seed_oss
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from adapters_core.container import AdapterContainer
@@ -24,6 +25,7 @@ from adapters_core.targets import module_at, named_base_modules
 from tests.mixed.architectures import tiny
 from tests.mixed.resident import Resident, alone, only, paths_of
 from tests.models import (
+    VOCABULARY,
     adapter_tensors,
     adapter_values,
     make_adapter,
@@ -189,6 +191,33 @@ def test_many_pairs_are_computed_slot_by_slot_and_are_the_same(sorted_indices: b
         for one in found:
             assert relative_error(np.array(one), np.array(expected)) < 1e-5
             assert mx.array_equal(one[1], y[1]).item(), "a row without an adapter"
+
+
+def test_a_model_that_reads_its_embeddings_weight_is_refused_before_any_request(tmp_path: Path) -> None:
+    arguments = seed_oss.ModelArgs(
+        model_type="seed_oss",
+        hidden_size=64,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+    )
+    model = seed_oss.Model(arguments)
+    mx.eval(model.parameters())
+    before = snapshot(model)
+    resident = Resident(model)
+    folder = make_adapter(tmp_path / "a", model, keys=["model.embed_tokens", "self_attn.q_proj"])
+    with pytest.raises(UnsupportedModelError, match="reads the weight of its Embedding itself"):
+        resident.add(folder)
+    assert snapshot(model) == before
+    other = only(resident.add(make_adapter(tmp_path / "b", model, keys=["self_attn.q_proj"])))
+    assert resident.logits(tokens(1, PROMPT), [other]).shape == (1, PROMPT, VOCABULARY)
+    resident.bank.close()
+    assert snapshot(model) == before
 
 
 class _Own(nn.Module):
