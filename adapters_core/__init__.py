@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     )
     from .module_weights import ModuleWeights
     from .modules import ModuleKind, factor_shapes, kind_of
+    from .report import LoadReport
     from .routing import AdapterRows, ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row, row_key
     from .targets import adaptable_layers, default_keys, resolve_targets
+    from .writing import write_adapter
 
 __all__ = [
     "AdapterBank",
@@ -62,6 +64,7 @@ __all__ = [
     "LoRALinear",
     "LoRAParameters",
     "LoRASwitchLinear",
+    "LoadReport",
     "ModuleKind",
     "ModuleWeights",
     "Precision",
@@ -81,6 +84,7 @@ __all__ = [
     "make_row",
     "resolve_targets",
     "row_key",
+    "write_adapter",
 ]
 
 _MODULES = {
@@ -118,7 +122,9 @@ _MODULES = {
         "make_row",
         "row_key",
     ),
+    "report": ("LoadReport",),
     "targets": ("adaptable_layers", "default_keys", "resolve_targets"),
+    "writing": ("write_adapter",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

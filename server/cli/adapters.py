@@ -14,7 +14,16 @@ import typer
 from server.cli.client import ApiKey, ApiKeyFile, Client, ClientError, Url, adapter_path
 from server.cli.fusing import call_with_bar, weighted
 from server.cli.inspect import inspect
-from server.cli.output import adapter_sentence, adapters_table, fail, human_bytes, report_table, say, show
+from server.cli.output import (
+    adapter_sentence,
+    adapters_table,
+    fail,
+    human_bytes,
+    report_table,
+    say,
+    show,
+    warn,
+)
 
 __all__ = ["DEFAULT_URL", "Id", "Json", "adapters_app", "run_call"]
 
@@ -86,6 +95,8 @@ def load(
 
     def tell(adapter: Mapping[str, Any]) -> None:
         say(f"Loaded {id}: {adapter_sentence(adapter)}.")
+        for warning in (adapter.get("report") or {}).get("warnings") or []:
+            warn(f"warning: {warning}")
 
     run_call(url, api_key, api_key_file, json, tell, "POST", "/v1/adapters", body)
 

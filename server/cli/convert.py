@@ -76,7 +76,7 @@ def convert(
         fail(f"there is a {target.name!r} already; nothing was written. Choose another name.")
     except OSError as error:
         fail(f"{target.name!r} cannot be written: {error.strerror or error}. Nothing of it is left.")
-    notes = _notes(read.weights) if to is _Form.MLX else []
+    notes = _notes(read.weights) if to is _Form.MLX else _names(read.weights)
     if json:
         done = {"target": target.name, "format": to.value, "modules": len(read.weights), "notes": notes}
         typer.echo(json_format.dumps(done | {"checked": model is not None}))
@@ -106,6 +106,18 @@ def _on_model(source: Path, folder: Path) -> _Source:
     model = lazy_model(folder)
     weights = container.check(model)
     return _Source(container.format, weights, container.base_name, container.dropout, model)
+
+
+def _names(weights: Mapping[str, ModuleWeights]) -> list[str]:
+    """Whether transformers may name modules otherwise than the MLX model does."""
+    known = ("model.layers.", "model.embed_tokens", "lm_head")
+    others = [path for path in weights if not path.startswith(known)]
+    if not others:
+        return []
+    return [
+        f"{len(others)} module(s), such as {min(others)}, are named as in the MLX model; transformers may "
+        "name them otherwise, and PEFT would not find them then."
+    ]
 
 
 def _notes(weights: Mapping[str, ModuleWeights]) -> list[str]:

@@ -57,6 +57,15 @@ def test_pefts_adapters_in_mlx_lms_format_give_pefts_logits(
     np.testing.assert_allclose(np.array(adapted(tokens())), expected(name), atol=1e-4)
 
 
+def test_names_that_pefts_model_may_not_have_are_told(command: Program, tmp_path: Path) -> None:
+    base = str(model_folder("gpt2"))
+    there = command("convert", str(adapter("gpt2")), str(tmp_path / "a"), "--to", "mlx", "--model", base)
+    assert there.code == 0
+    back = command("convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "peft")
+    assert (back.code, back.err) == (0, "")
+    assert "8 module(s), such as model.h.0.attn.c_attn, are named as in the MLX model" in back.out
+
+
 def test_what_names_leave_open_needs_the_model(command: Program, tmp_path: Path) -> None:
     done = command("convert", str(adapter("tied")), str(tmp_path / "a"), "--to", "mlx")
     assert (done.code, done.out) == (1, "")

@@ -15,6 +15,7 @@ import pytest
 from mlx_lm.models import mixtral
 from mlx_lm.tuner.utils import load_adapters
 
+from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
 from adapters_core.formats import FormatName
@@ -22,7 +23,7 @@ from adapters_core.module_weights import ModuleWeights
 from adapters_core.modules import dense_weight, factor_shapes
 from adapters_core.targets import module_at
 from adapters_core.writing import write_adapter
-from tests.models import logits, make_adapter, relative_error, tiny_llama
+from tests.models import adapter_values, logits, make_adapter, relative_error, tiny_llama
 
 Q0, Q1, V2 = (
     "model.layers.0.self_attn.q_proj",
@@ -289,6 +290,23 @@ def test_what_neither_format_can_say_is_refused_with_the_whole_list(tmp_path: Pa
     with pytest.raises(InvalidAdapterError, match="no bias"):
         write_adapter(tmp_path / "bias", biased, "peft", model)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_was_trained_can_be_written(tmp_path: Path, to: FormatName, kind: str) -> None:
+    model = tiny_llama()
+    config = AdapterConfig.from_values(adapter_values(kind), "new")
+    adapter = AdapterContainer.from_model(model, config)
+    for path, module in model.named_modules():
+        if path.endswith("q_proj"):
+            module["lora_b"] = mx.full(module["lora_b"].shape, 0.1)
+    model.eval()
+    expected = logits(model)
+    adapter.unload(from_=model)
+    assert relative_error(logits(model), expected) > 0.01
+    found = written(tmp_path / "a", adapter.check(model), to, model)
+    assert relative_error(adapted_logits(model, found), expected) < 1e-6
 
 
 @pytest.mark.parametrize("to", FORMATS)
