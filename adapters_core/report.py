@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 from pydantic import JsonValue
@@ -145,8 +145,10 @@ def parts_of(
 ) -> dict[str, Part]:
     """What a report says of `weights`, by path; `kinds` is what a model says that these modules are."""
     kinds = kinds or {}
-    silent = {path: ~mx.any(module.lora_b) for path, module in weights.items()}
-    mx.eval(silent)
+    if not weights:
+        return {}
+    # In one go: a load waits for this.
+    heard = cast("list[Any]", mx.stack([mx.any(each.lora_b) for each in weights.values()]).tolist())
     return {
         path: Part(
             rank=module.rank,
@@ -159,10 +161,10 @@ def parts_of(
             # A magnitude or a bias changes something by itself.
             is_silent=module.magnitude is None
             and module.bias is None
-            and (module.scale == 0 or bool(silent[path].item())),
+            and (module.scale == 0 or not is_heard),
             kind=kinds.get(path),
         )
-        for path, module in weights.items()
+        for (path, module), is_heard in zip(weights.items(), heard, strict=True)
     }
 
 
