@@ -9,6 +9,7 @@ Runs on any thread.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from .config import CONFIG_FILE, MAX_RANK, FineTuneType, shown
 from .errors import InvalidAdapterError
 from .patterns import pattern_problem
 
-__all__ = ["LAYER_FRAME", "NAME_FRAME", "PeftConfig", "PeftFields"]
+__all__ = ["LAYER_FRAME", "Patterns", "PeftConfig", "PeftFields"]
 
 # What PEFT puts the keys of rank_pattern and alpha_pattern, and those of layers_pattern, into.
 NAME_FRAME = r"(.*\.)?({})$"
@@ -108,6 +109,9 @@ _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 _KINDS_ADVICE = "only LoRA adapters (DoRA among them) can be served"
 
 
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
+
+
 class PeftFields(BaseModel):
     """The fields that decide what the adapter computes, as the file has them."""
 
@@ -142,6 +146,16 @@ class PeftFields(BaseModel):
     def excluded_names(self) -> frozenset[str]:
         """`exclude_modules`, if it is a list."""
         return _as_set(self.exclude_modules)
+
+    @cached_property
+    def ranks(self) -> Patterns:
+        """`rank_pattern`, compiled: there may be a key for every module, and every module asks them all."""
+        return _compiled(self.rank_pattern)
+
+    @cached_property
+    def alphas(self) -> Patterns:
+        """`alpha_pattern`, compiled."""
+        return _compiled(self.alpha_pattern)
 
     @cached_property
     def parameter_names(self) -> frozenset[str]:
@@ -189,6 +203,10 @@ class PeftConfig:
     def scale(self, rank: int, alpha: float) -> float:
         """The factor of B A: alpha / r, or alpha / √r for rank-stabilised LoRA (arXiv:2312.03732)."""
         return alpha / math.sqrt(rank) if self.fields.use_rslora else alpha / rank
+
+
+def _compiled(values: Mapping[str, float] | None) -> Patterns:
+    return tuple((re.compile(NAME_FRAME.replace("{}", key)), value) for key, value in (values or {}).items())
 
 
 def _as_set(names: list[str] | str | None) -> frozenset[str]:

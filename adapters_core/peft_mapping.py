@@ -135,6 +135,8 @@ class _Mapping:
             reason = "PEFT's DoRA of an embedding has a magnitude for each feature, which no layer here has"
         elif self._config.fields.lora_bias:
             reason = "lora_bias of an embedding is not supported"
+        elif self._is_tied_otherwise(factors.path):
+            reason = "the head that is tied to this embedding has another rank or scale than it"
         expected = {Leaf.EMBEDDING_A: (rank, count), Leaf.EMBEDDING_B: (dims, rank)}
         if problems := factors.refused(reason) if reason else factors.problems(expected, rank):
             self._problems += problems
@@ -144,6 +146,12 @@ class _Mapping:
         # To PEFT, a tied head is a linear layer that shares the weight and not the adapter.
         lookup_only = self._head_is_tied and not self._config.fields.ensure_weight_tying
         return ModuleWeights(lora_a, lora_b, None, scale, lookup_only=lookup_only)
+
+    def _is_tied_otherwise(self, embedding: str) -> bool:
+        """Whether ensure_weight_tying gives head and embedding the same factors and not the same scale."""
+        ranks_and_scales = {rank_and_scale(self._config, name) for name in (_HEADS[0], embedding)}
+        is_tied = self._head_is_tied and bool(self._config.fields.ensure_weight_tying)
+        return is_tied and len(ranks_and_scales) > 1
 
     @property
     def _head_is_tied(self) -> bool:

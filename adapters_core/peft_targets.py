@@ -7,8 +7,9 @@ As in PEFT 0.21: `check_target_module_exists` (peft/tuners/tuners_utils.py) and 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from .peft_config import LAYER_FRAME, NAME_FRAME, PeftConfig, PeftFields
+from .peft_config import LAYER_FRAME, Patterns, PeftConfig, PeftFields
 
 __all__ = ["all_linear", "is_target", "is_target_parameter", "rank_and_scale"]
 
@@ -44,16 +45,19 @@ def is_target_parameter(fields: PeftFields, name: str) -> bool:
 def rank_and_scale(config: PeftConfig, name: str) -> tuple[int, float]:
     """The rank of the module or parameter `name`, and the factor of its B A."""
     fields = config.fields
-    rank = int(_pattern_value(fields.rank_pattern, name, fields.r))
-    return rank, config.scale(rank, _pattern_value(fields.alpha_pattern, name, fields.lora_alpha))
+    rank = int(_pattern_value(fields.ranks, fields.rank_pattern, name, fields.r))
+    alpha = _pattern_value(fields.alphas, fields.alpha_pattern, name, fields.lora_alpha)
+    return rank, config.scale(rank, alpha)
 
 
-def _pattern_value(pattern: dict[str, float] | dict[str, int] | None, name: str, default: float) -> float:
+def _pattern_value(
+    patterns: Patterns, values: Mapping[str, float] | None, name: str, default: float
+) -> float:
     """The value of the first key that matches `name` or its end as a regular expression."""
-    for key, value in (pattern or {}).items():
-        if re.match(NAME_FRAME.replace("{}", key), name):
+    for pattern, value in patterns:
+        if pattern.match(name):
             return value
-    return (pattern or {}).get(name, default)
+    return (values or {}).get(name, default)
 
 
 def _is_excluded(fields: PeftFields, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,11 @@ def test_what_training_changes_in_a_loaded_folder_is_kept() -> None:
     container.unload(from_=model)
     container.load(into=model)
     np.testing.assert_array_equal(_logits(model), changed)
+
+
+def test_a_rank_for_every_module_of_a_large_model_is_found_in_no_time() -> None:
+    names = [f"model.layers.{layer}.mlp.{part}" for layer in range(100) for part in "abcdefgh"]
+    config = _config(rank_pattern={re.escape(name): 1 + number for number, name in enumerate(names)})
+    start = time.perf_counter()
+    assert [rank_and_scale(config, name)[0] for name in names] == list(range(1, 801))
+    assert time.perf_counter() - start < 20
