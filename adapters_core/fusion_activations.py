@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .adapted_layer import AdaptedLayer
+from .fusion_dense import dequantizing
 from .surgery import replace_modules
 
 __all__ = ["ActivationReport", "compare_activations"]
@@ -92,20 +93,21 @@ def compare_activations(
     `rows` are prompts, each at least one token; one is computed at a time. `progress` is told how many of
     how many are done. The model is as before when this returns or raises.
     """
+    others = dequantizing(model, layers)
     observed = {path: _Observed(layer, modules[path]) for path, layer in layers.items()}
     lost, size = dict.fromkeys(observed, 0.0), dict.fromkeys(observed, 0.0)
     same: list[bool] = []
     divergences: list[float] = []
     for index, row in enumerate(rows):
         tokens = mx.array([list(row)])
-        with _in_place(model, observed):
+        with _in_place(model, {**others, **observed}):
             expected = _log_probabilities(model(tokens))
             mx.eval(expected)
             for path, layer in observed.items():
                 more_lost, more_size = layer.take()
                 lost[path] += more_lost
                 size[path] += more_size
-        with _in_place(model, modules):
+        with _in_place(model, {**others, **modules}):
             actual = _log_probabilities(model(tokens))
         agrees = mx.argmax(expected, axis=-1) == mx.argmax(actual, axis=-1)
         kl = mx.sum(mx.exp(expected) * (expected - actual), axis=-1)

@@ -15,14 +15,19 @@ from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
 from adapters_core.fusion import Precision, fuse_layers
 from adapters_core.fusion_activations import ActivationReport, compare_activations
+from adapters_core.fusion_dense import dequantizing
 from adapters_core.layers import AdaptedLayer, with_weights
 from adapters_core.module_weights import ModuleWeights
+from adapters_core.modules import is_quantized
+from adapters_core.surgery import replace_modules
 from adapters_core.targets import module_at, named_modules
 from tests.models import (
     QKV,
     adapter_tensors,
     adapter_values,
+    logits,
     make_adapter,
+    relative_error,
     snapshot,
     tiny_llama,
     tokens,
@@ -186,3 +191,20 @@ def _random_layer(base: nn.Module, a_shape: tuple[int, ...], b_shape: tuple[int,
     layer = with_weights(base, ModuleWeights(a, b, None, 0.05), config)
     layer.eval()
     return layer
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("tied", [True, False])
+def test_stand_ins_compute_what_the_quantised_modules_do(bits: int, tied: bool) -> None:
+    model = tiny_llama(0, bits, tie_word_embeddings=tied)
+    left = "model.layers.0.self_attn.q_proj"
+    found = dequantizing(model, [left])
+    quantised = {path for path, module in named_modules(model) if is_quantized(module)}
+    assert found.keys() == (quantised - {left} if mx.default_device().type == mx.DeviceType.cpu else set())
+    expected = logits(model)
+    surgery = replace_modules(model, found)
+    assert relative_error(logits(model), expected) < 1e-5
+    surgery.undo()
+    # What stands in a wrapper's place is the wrapper's business.
+    model.layers[1].mlp.up_proj = _random_layer(model.layers[1].mlp.up_proj, (64, 4), (4, 128))  # pyright: ignore[reportAttributeAccessIssue]
+    assert not any("layers.1.mlp.up_proj" in path for path in dequantizing(model, []))
