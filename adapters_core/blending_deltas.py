@@ -13,14 +13,17 @@ __all__ = ["DisjointMean", "WeightedSum", "drop", "trim"]
 
 def trim(delta: np.ndarray, density: float) -> np.ndarray:
     """`delta` with zeros but for the ⌊density · size⌋ entries of the largest magnitudes (TIES, step 1)."""
-    kept = int(density * delta.size)
-    if kept >= delta.size:
+    count = int(density * delta.size)
+    if count >= delta.size:
         return delta
-    flat = delta.reshape(-1)
-    largest = np.argpartition(np.abs(flat), flat.size - kept)[flat.size - kept :]
-    trimmed = np.zeros_like(flat)
-    trimmed[largest] = flat[largest]
-    return trimmed.reshape(delta.shape)
+    if count == 0:
+        return np.zeros_like(delta)
+    magnitudes = np.abs(delta).reshape(-1)
+    least = np.partition(magnitudes, delta.size - count)[delta.size - count]
+    kept = magnitudes > least
+    # Of those that are equal to the least, as many as are lacking: the first ones.
+    kept[np.flatnonzero(magnitudes == least)[: count - np.count_nonzero(kept)]] = True
+    return np.where(kept.reshape(delta.shape), delta, np.float32(0))
 
 
 def drop(delta: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarray:

@@ -105,6 +105,9 @@ def test_svd_defaults_to_the_largest_rank_and_never_pads() -> None:
 
 def test_ties_by_hand() -> None:
     assert trim(np.array([[3.0, -1.0], [0.5, -4.0]], np.float32), 0.5).tolist() == [[3, 0], [0, -4]]
+    assert trim(np.array([1.0, -1.0, 1.0, 2.0], np.float32), 0.5).tolist() == [1, 0, 0, 2]
+    assert trim(np.array([1.0, 2.0], np.float32), 0.1).tolist() == [0, 0]
+    assert trim(np.array([1.0, 2.0], np.float32), 1.0).tolist() == [1, 2]
     mean = DisjointMean((5,))
     for entries, weight in (([4, 0, -1, 2, 0], 1.0), ([2, -3, 5, -1, 0], 0.5), ([-1, -1, -2, -1, 0], 1.0)):
         mean.add(np.array(entries, np.float32), weight)
