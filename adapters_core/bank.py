@@ -168,7 +168,7 @@ class AdapterBank:
         if any(isinstance(wrapper, MixedEmbedding) for wrapper in new.values()):
             try:
                 self._trace()
-            except UnsupportedModelError:
+            except BaseException:
                 surgery.undo()
                 raise
         self._wrappers.update(new)

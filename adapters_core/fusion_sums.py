@@ -40,7 +40,7 @@ def summed_layers(
 def summed(terms: Sequence[tuple[Mapping[str, ModuleWeights], float]]) -> dict[str, ModuleWeights]:
     """One adapter's weights by module, for (an adapter's, weight) terms; a module may be in any of them.
 
-    A single adapter at weight 1 is returned as it is. dtype: what the factors of all have in common.
+    A single adapter at weight 1 is returned as it is. B and bias are float32, so that no weight is rounded.
 
     Raises:
         BlendError: a DoRA is weighted or summed: it rescales the base, so its change is no sum.
@@ -62,8 +62,8 @@ def _concatenated(parts: list[tuple[ModuleWeights, float]]) -> ModuleWeights:
     # Experts have (experts, r, in) and (experts, out, r), all others (in, r) and (r, out).
     a_axis, b_axis = (1, 2) if parts[0][0].lora_a.ndim == 3 else (1, 0)
     lora_a = mx.concatenate([one.lora_a for one, _ in parts], axis=a_axis)
-    lora_b = mx.concatenate([one.lora_b * factor for one, factor in parts], axis=b_axis)
-    biases = [one.bias * factor for one, factor in parts if one.bias is not None]
+    lora_b = mx.concatenate([one.lora_b.astype(mx.float32) * factor for one, factor in parts], axis=b_axis)
+    biases = [one.bias.astype(mx.float32) * factor for one, factor in parts if one.bias is not None]
     bias = sum(biases[1:], biases[0]) if biases else None
     mx.eval([lora_a, lora_b, *([] if bias is None else [bias])])
     return ModuleWeights(lora_a, lora_b, None, 1.0, bias)

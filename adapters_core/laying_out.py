@@ -110,6 +110,8 @@ def _factors(module: nn.Module, weights: ModuleWeights, scale: float, default: m
         norm = mx.linalg.norm(base + delta, axis=1)
         factor = (weights.magnitude.astype(mx.float32) / norm).astype(compute_dtype(module, default))
     if weights.scale != scale:
+        # In float32, whatever the file holds; the row's dtype rounds once, when it is packed.
         rest = weights.scale / scale
-        b, bias = b * rest, None if bias is None else bias * rest
+        b = b.astype(mx.float32) * rest
+        bias = None if bias is None else bias.astype(mx.float32) * rest
     return Factors(a, b, factor, bias)

@@ -237,7 +237,7 @@ def _stacked(pairs: list[tuple[mx.array, mx.array, float] | None]) -> ModuleWeig
         a, b, own_scale = pair or zero
         missing = rank - a.shape[0]
         stack_a.append(mx.pad(a, [(0, missing), (0, 0)]))
-        b = b if own_scale == scale else b * (own_scale / scale)
+        b = b if own_scale == scale else b.astype(mx.float32) * (own_scale / scale)
         stack_b.append(mx.pad(b, [(0, 0), (0, missing)]))
     return ModuleWeights(mx.stack(stack_a), mx.stack(stack_b), None, scale)
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import save
 
 from adapters_core.targets import Wrapper
@@ -29,7 +30,7 @@ from .errors import ModelExistsError, ModelNotSavedError, PathNotAllowedError, q
 __all__ = ["ModelDraft", "SavedModels", "bare_copy", "config_of"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 _QUANTIZATION = ("quantization", "quantization_config")
 _REST_BYTES = 32 * 2**20  # config, tokenizer, index, with room to spare
 
