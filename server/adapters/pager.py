@@ -66,6 +66,7 @@ class Pager:
     """The loads of one service. `start` runs a load to its end; `on_load` is told each one's seconds.
 
     `is_settled` says whether what a folder holds may become a version without a call; it reads files.
+    `on_change` is told of such versions, with their ids.
     At most `max_waiting` requests wait for loads, and as many in line for room.
     """
 
@@ -82,6 +83,7 @@ class Pager:
         start: Start,
         on_load: Callable[[float], None],
         is_settled: Callable[[AdapterFolder], bool],
+        on_change: Callable[[str, Version], None],
     ) -> None:
         self._container = container
         self._folders = folders
@@ -96,6 +98,7 @@ class Pager:
         self._start = start
         self._on_load = on_load
         self._is_settled = is_settled
+        self._on_change = on_change
         self._readers = asyncio.Semaphore(MAX_LOADS)
         self._loads: dict[Version, asyncio.Task[None]] = {}
         self._bank: AdapterBank | None = None
@@ -477,6 +480,7 @@ class Pager:
             digest=new.resident.digest,
             before=version.resident.digest,
         )
+        self._on_change(entry.id, new)
 
     async def _add(self, prepared: PreparedAdapter, version: Version, reservation: Reservation) -> None:
         """Put `version` into the bank in the place of what leaves for it; if it raises, what left is cold."""

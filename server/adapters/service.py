@@ -135,6 +135,7 @@ class AdapterService:
         self._pager = Pager(
             container, folders, self.registry, self.residency, self.keeper, self._gate, options.wait_seconds,
             options.max_waiting, start=self._start_load, on_load=on_load, is_settled=self._is_settled,
+            on_change=lambda adapter_id, version: log_warnings(adapter_id, version, self.registry, info),
         )  # fmt: skip
         self._watcher: Watcher | None = None
         if options.watched_dir is not None:

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from adapters_core.container import AdapterContainer
 from adapters_core.writing import write_adapter
-from tests.adapters.support import BASE, Site, read_model
+from tests.adapters.support import BASE, Site, house, read_model
 from tests.models import make_adapter
 
 
@@ -75,3 +75,20 @@ async def test_what_was_loaded_on_demand_has_one_too(tiny_site: Site) -> None:
     await tiny_site.says("d")
     report = (await tiny_site.call("GET", "/v1/adapters/d"))["report"]
     assert (report["type"], report["kinds"], report["warnings"]) == ("dora", {"linear": 9}, [])
+
+
+async def test_what_a_folder_holds_by_the_time_it_is_read_again_is_reported(
+    model_path: Path, own_root: Path, size_bytes: int
+) -> None:
+    async with house(model_path, own_root, memory_bytes=size_bytes) as tight:
+        for name in ("a", "b"):
+            await tight.answer(name)
+        make_adapter(own_root / "a", read_model(model_path), scale=0.0)
+        with capture_logs() as logs:
+            assert await tight.answer("a") == await tight.answer(None)
+        version = tight.service.registry.get("a").current
+    assert version.resident.report is not None
+    assert version.resident.report.warnings[0].startswith("The adapter changes nothing")
+    (told,) = [line for line in logs if line["event"] == "adapter_report"]
+    assert (told["adapter"], told["version"]) == ("a", 2)
+    assert told["warning"] == version.resident.report.warnings[0]
