@@ -34,7 +34,12 @@ from adapters_core.errors import (
     InvalidBlendError,
     UnsupportedModelError,
 )
-from server.adapters.errors import AdapterBusyError, AdapterMemoryBusyError, LifeCycleError
+from server.adapters.errors import (
+    AdapterBusyError,
+    AdapterChangingError,
+    AdapterMemoryBusyError,
+    LifeCycleError,
+)
 from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
 from server.validation import describe_problems
 
@@ -223,6 +228,7 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     UnsupportedModelError: _from_unsupported_model,
     EngineOverloadedError: lambda error: OverloadedError(f"The server is busy: {error}."),
     EngineStoppedError: lambda error: OverloadedError("The model is not served.", code="engine_stopped"),
+    AdapterChangingError: lambda error: OverloadedError(str(error), code=error.code),
     AdapterMemoryBusyError: lambda error: OverloadedError(str(error), code=error.code),
     LifeCycleError: _from_life_cycle,
     InvalidSubmitError: lambda error: InvalidRequestError(str(error)),

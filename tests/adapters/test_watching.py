@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from server.adapters.errors import AdapterChangingError, UnknownModelError
 from server.adapters.folder import AdapterFolder
 from server.adapters.looks import look_at
+from server.errors import to_api_error
 from tests.adapters.support import House, answer_of, house, in_memory, read_model
 from tests.models import make_adapter
 
@@ -192,8 +193,9 @@ async def test_what_nobody_asked_for_drives_nothing_out_of_memory(
         assert in_memory(tight) == ["b"]
         # Out of memory and being written: what it was has gone, and what it will be is not there yet.
         make_adapter(watched_root / "a", read_model(model_path), seed=400)
-        with pytest.raises(AdapterChangingError):
+        with pytest.raises(AdapterChangingError) as raised:
             await tight.service.resolve("a")
+        assert "retry-after" in {name.lower() for name in to_api_error(raised.value).headers}
         await until(lambda: number(tight, "a") == 2)
         assert in_memory(tight) == ["b"]
         assert await tight.answer("a") == answer_of(model_path, watched_root / "a")
