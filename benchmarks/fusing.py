@@ -38,8 +38,10 @@ from benchmarks.fusing_report import (  # noqa: E402
     FusingReport,
     FusingResult,
     conditions_block,
+    merged_report,
     per_adapter_block,
     precisions_block,
+    read_fusing_report,
 )
 from benchmarks.page import fill_blocks  # noqa: E402
 from server.adapters.probes import probe_rows  # noqa: E402
@@ -56,6 +58,11 @@ _CONTEXT_TOKENS = 2048
 def main() -> None:
     """Run the command line."""
     options = _arguments()
+    if options.reports:
+        write_page(
+            options.page or _PAGE, merged_report([read_fusing_report(file) for file in options.reports])
+        )
+        return
     started, created = time.perf_counter(), datetime.now(UTC)
     environment = describe_environment()
     folder = options.model or demo_model("float32", default_cache_dir(), print)
@@ -187,6 +194,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bases", nargs="+", choices=_BASES, default=list(_BASES))
     parser.add_argument("--threshold", type=float, default=AUTO_THRESHOLD)
     parser.add_argument("--json", type=Path, help="write the report to this file")
+    parser.add_argument(
+        "--reports", nargs="+", type=Path, metavar="FILE", help="measure nothing, fill the page from these"
+    )
     parser.add_argument("--page", type=Path, nargs="?", const=_PAGE, help="fill the tables of this page")
     options = parser.parse_args()
     if options.adapters is None:

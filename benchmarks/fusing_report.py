@@ -17,6 +17,7 @@ __all__ = [
     "FusingReport",
     "FusingResult",
     "conditions_block",
+    "merged_report",
     "per_adapter_block",
     "precisions_block",
     "read_fusing_report",
@@ -83,6 +84,21 @@ def read_fusing_report(path: Path) -> FusingReport:
             f"{first['msg']}. "
             f"Make it anew with python -m benchmarks.fusing --json {path.name}"
         ) from error
+
+
+def merged_report(reports: Sequence[FusingReport]) -> FusingReport:
+    """One report of several runs, such as one for each base; the conditions are those of the first.
+
+    Raises: ReportError if they differ in anything but what was measured.
+    """
+    first = reports[0]
+    if any(
+        (one.model, one.environment, one.options) != (first.model, first.environment, first.options)
+        for one in reports
+    ):
+        raise ReportError("expected reports of one model, one machine and the same options, got others")
+    results = [result for one in reports for result in one.results]
+    return first.model_copy(update={"results": results, "seconds": sum(one.seconds for one in reports)})
 
 
 def precisions_block(report: FusingReport) -> str:

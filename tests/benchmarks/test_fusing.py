@@ -12,7 +12,13 @@ import pytest
 from adapters_core.container import AdapterContainer
 from adapters_core.fusion import AUTO_THRESHOLD, Precision
 from benchmarks.fusing import base_model, fused_results, in_float32, write_page
-from benchmarks.fusing_report import FusingReport, FusingResult, per_adapter_block, read_fusing_report
+from benchmarks.fusing_report import (
+    FusingReport,
+    FusingResult,
+    merged_report,
+    per_adapter_block,
+    read_fusing_report,
+)
 from benchmarks.page import PageError
 from benchmarks.report import ReportError
 from tests.adapters.support import write_model
@@ -80,6 +86,10 @@ def test_tables_are_put_into_the_page_and_the_report_is_read_back(tmp_path: Path
     file = tmp_path / "report.json"
     file.write_text(report.model_dump_json())
     assert read_fusing_report(file) == report
+    twice = merged_report([report, report])
+    assert (len(twice.results), twice.seconds) == (6, pytest.approx(6.4))
+    with pytest.raises(ReportError, match="the same options"):
+        merged_report([report, report.model_copy(update={"model": "other"})])
     names = ("fusing-precisions", "fusing-adapters", "fusing-conditions")
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- bench: {name} -->\nold\n<!-- end -->\n" for name in names))
