@@ -148,7 +148,7 @@ def blend(parts: Sequence[BlendPart], options: BlendOptions) -> Blend:
     problems += [problem for path in paths for problem in _problems_of_module(path, terms[path], options)]
     if problems:
         raise InvalidBlendError(problems)
-    largest = max(_rank(term.module) for path in paths for term in terms[path])
+    largest = max(term.module.rank for path in paths for term in terms[path])
     with np.errstate(over="ignore", invalid="ignore"):  # looked for, and told by name
         merged = {path: _merge(path, terms[path], options, options.rank or largest) for path in paths}
     broken = [path for path, module in merged.items() if not module.is_finite]
@@ -158,7 +158,7 @@ def blend(parts: Sequence[BlendPart], options: BlendOptions) -> Blend:
     worst = max(errors, key=lambda path: errors[path])
     report = BlendReport(
         modules=len(merged),
-        rank=max(_rank(module.weights) for module in merged.values()),
+        rank=max(module.weights.rank for module in merged.values()),
         error_mean=math.fsum(errors.values()) / len(errors),
         error_worst=errors[worst],
         worst_module=worst if errors[worst] > 0 else None,
@@ -186,11 +186,6 @@ def _problems_of_part(part: BlendPart, method: BlendMethod) -> list[str]:
             f"blend: {part.name!r} is a DoRA adapter, whose magnitudes rescale the base: its effect is not a "
             "delta that could be added (arXiv:2402.09353)"
         )
-    if any(module.lookup_only for module in modules):
-        problems.append(
-            f"blend: {part.name!r} adapts an embedding for look-ups alone and leaves the head that is tied "
-            "to it; a blend cannot hold both kinds"
-        )
     if method in _WITH_DENSITY and any(module.bias is not None for module in modules):
         problems.append(
             f"blend: {part.name!r} has biases, for which {method} is not defined; linear and svd are"
@@ -202,7 +197,9 @@ def _problems_of_module(path: str, terms: Sequence[_Term], options: BlendOptions
     shapes = {_outer_shape(term.module) for term in terms}
     if len(shapes) > 1:
         return [f"{path}: the adapters are not for one model: its shapes are {sorted(shapes)}"]
-    rank = sum(_rank(term.module) for term in terms)
+    if len({term.module.lookup_only for term in terms}) > 1:
+        return [f"{path}: some of the adapters change the head that is tied to it, others do not: no one can"]
+    rank = sum(term.module.rank for term in terms)
     if options.method == "linear" and rank > MAX_RANK:
         return [f"{path}: linear would have rank {rank}, of {MAX_RANK} allowed; svd cuts the sum to a rank"]
     return []
@@ -274,11 +271,7 @@ def _module(left: np.ndarray, right: np.ndarray, terms: Sequence[_Term]) -> Modu
     bias = sum(biases[1:], biases[0]) if biases else None
     if bias is not None:
         mx.eval(bias)
-    return ModuleWeights(mx.array(a), mx.array(b), None, 1.0, bias)
-
-
-def _rank(module: ModuleWeights) -> int:
-    return module.lora_a.shape[1]
+    return ModuleWeights(mx.array(a), mx.array(b), None, 1.0, bias, terms[0].module.lookup_only)
 
 
 def _outer_shape(module: ModuleWeights) -> tuple[int, ...]:

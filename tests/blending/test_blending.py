@@ -192,6 +192,16 @@ def test_biases_are_summed() -> None:
         blend(parts, BlendOptions("ties", density=0.5))
 
 
+@pytest.mark.parametrize("options", [BlendOptions(), BlendOptions("ties", density=0.5)])
+def test_embeddings_adapted_for_look_ups_alone_stay_so(options: BlendOptions) -> None:
+    apart = [
+        BlendPart(name, 1.0, {"x": replace(linear(seed), lookup_only=True)}) for seed, name in enumerate("ab")
+    ]
+    assert blend(apart, options).modules["x"].lookup_only
+    with pytest.raises(InvalidBlendError, match="x: some of the adapters change the head that is tied to it"):
+        blend([*apart, BlendPart("c", 1.0, {"x": linear(3)})], options)
+
+
 def test_large_matrices_are_truncated_without_a_full_decomposition() -> None:
     rng = np.random.default_rng(0)
     side = EXACT_SIDE + 1
