@@ -153,9 +153,8 @@ class Fuser:
             AdapterChangedError, InvalidAdapterError: its folder does not hold what was loaded.
         """
         started = time.perf_counter()
-        async with self._gate.shared():
-            chosen = self._ready(terms, unload_others)
-            work = await self._work(chosen, precision, tell)
+        chosen, model, rows = await self._start(terms, unload_others)
+        work = await self._work(chosen, model, rows, precision, tell)
         async with self._gate.alone():
             self._require_unchanged(chosen, self._ready(terms, unload_others))
             await self._idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
@@ -192,12 +191,11 @@ class Fuser:
         started = time.perf_counter()
         if precision == "keep":
             raise UnmergedModelError
-        async with self._gate.shared():
-            chosen = self._ready(terms, unload_others=True)
-            draft = await asyncio.to_thread(self._models.draft, name)
-            work = await self._work(chosen, precision, tell)
-            replace_modules(work.model, work.merged.modules)
-            await self._write(draft, work.model, chosen.entries[0].id, tell)
+        chosen, model, rows = await self._start(terms, unload_others=True)
+        draft = await asyncio.to_thread(self._models.draft, name)
+        work = await self._work(chosen, model, rows, precision, tell)
+        replace_modules(work.model, work.merged.modules)
+        await self._write(draft, work.model, chosen.entries[0].id, tell)
         return self._result("fused_model_saved", chosen, work.merged, started, name)
 
     async def unfuse(self, adapter_id: str, timeout_seconds: float) -> Entry:
@@ -210,11 +208,9 @@ class Fuser:
             AdapterNotFusedError: it is not the one that is fused.
             AdapterBusyError: requests in flight did not end in time.
         """
+        self._require_fused(adapter_id)  # before the gate, which holds every request up
         async with self._gate.alone():
-            entry = self._registry.get(adapter_id)
-            fused = self._fused
-            if fused is None or self._registry.fused != adapter_id:
-                raise AdapterNotFusedError(adapter_id, self._registry.fused)
+            entry, fused = self._require_fused(adapter_id)
             await self._idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
             resident = await self._container.update(lambda context: _take_out(context, fused), drain=True)
             if resident is not None:
@@ -224,6 +220,27 @@ class Fuser:
             self._registry.end_fused(fused.entries)
         _log.info("adapter_unfused", adapter=adapter_id)
         return entry
+
+    def _require_fused(self, adapter_id: str) -> tuple[Entry, _Fused]:
+        entry = self._registry.get(adapter_id)
+        if self._fused is None or self._registry.fused != adapter_id:
+            raise AdapterNotFusedError(adapter_id, self._registry.fused)
+        return entry, self._fused
+
+    async def _start(self, terms: Terms, unload_others: bool) -> tuple[_Sum, Any, list[list[int]]]:
+        """What is to be fused, a copy of the bare module tree, and prompts to compare with.
+
+        Only this passes the gate: what is computed from the copy is not disturbed by any change of the model.
+        """
+        async with self._gate.shared():
+            chosen = self._ready(terms, unload_others)
+            model, rows = await self._container.perform(
+                lambda context: (
+                    bare_copy(context.model),
+                    probe_rows(context.tokenizer, self._info.context_tokens),
+                )
+            )
+        return chosen, model, rows
 
     def _ready(self, terms: Terms, unload_others: bool) -> _Sum:
         weights: dict[str, float] = {}
@@ -253,15 +270,11 @@ class Fuser:
             if version is not current:
                 raise AdapterChangedError(entry.id)
 
-    async def _work(self, chosen: _Sum, precision: Precision, tell: Tell) -> _Work:
+    async def _work(
+        self, chosen: _Sum, model: Any, rows: list[list[int]], precision: Precision, tell: Tell
+    ) -> _Work:
         """Read, merge and compare; nothing that is served changes."""
         name = chosen.entries[0].id
-        model, rows = await self._container.perform(
-            lambda context: (
-                bare_copy(context.model),
-                probe_rows(context.tokenizer, self._info.context_tokens),
-            )
-        )
         adapters = await run_aside(_read_again, chosen, model)
         terms = list(zip(adapters, chosen.weights, strict=True))
         tell = _on_loop(tell, name)
