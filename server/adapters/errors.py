@@ -153,8 +153,8 @@ class VersionGoneError(LifeCycleError):
 
     def __init__(self, digest: str) -> None:
         super().__init__(
-            f"The server's private copy of the version with digest {digest} cannot be read any more. "
-            'Load its folder with "replace": true.'
+            f"The version with digest {digest} cannot be read any more: its folder or private copy holds "
+            'something else. Load its folder with "replace": true.'
         )
 
 

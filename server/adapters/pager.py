@@ -28,6 +28,7 @@ from .errors import (
     AdapterMemoryError,
     LifeCycleError,
     NoPreviousVersionError,
+    VersionGoneError,
     VersionNotKeptError,
 )
 from .folder import AdapterFolder, AdapterFolders
@@ -228,7 +229,7 @@ class Pager:
                 async with self._readers:
                     bank, limit_bytes = await self._the_bank(), self._residency.limit_bytes
                     prepared = await prepare_made(make, bank, limit_bytes)
-                version = Version(_next_number(entry), prepared.resident, made)
+                version = Version(0, prepared.resident, made)
                 if not await self._keeper.keep(version, prepared):
                     raise VersionNotKeptError(adapter_id)
                 del prepared
@@ -238,6 +239,8 @@ class Pager:
                         await self._keep(entry.current)
                 await self._bring_back(version, entry, check)
                 version.load_seconds = time.perf_counter() - started
+                # Only now: while this waited, a request may have found a next version in the folder.
+                version.number = _next_number(entry)
                 return publish(version)
             except BaseException:
                 await self._forget(version)
@@ -406,6 +409,7 @@ class Pager:
 
     async def _reload(self, entry: Entry | None, version: Version, reservation: Reservation) -> None:
         """Bring back a version that left memory, or publish what its folder holds in its place."""
+        was_current = entry is not None and entry.current is version
         try:
             async with self._readers:
                 started = time.perf_counter()
@@ -416,6 +420,8 @@ class Pager:
                     self._residency.cold_loads += 1
                 elif entry is not None and entry.current is version:
                     await self._succeed(entry, version, prepared, source, reservation, started)
+                elif not was_current:
+                    raise VersionGoneError(version.resident.digest)  # else whoever waits would try for ever
                 self._on_load(time.perf_counter() - started)
         finally:
             self._give_up(reservation)
@@ -448,7 +454,8 @@ class Pager:
         try:
             yield
         except BaseException:
-            if replaced is not None:
+            # If another has replaced it meanwhile, the copy is what a rollback needs.
+            if replaced is not None and entry is not None and entry.current is replaced:
                 self._keeper.drop(replaced)
             raise
 
