@@ -27,7 +27,7 @@ _MEBIBYTE = 2**20
 _FORMS = {
     "dense": "dense",
     "requantized": "as the base",
-    "requantized_8bit": "8 bits",
+    "requantized_8bit": "with 8 bits",
     "kept_dense": "dense",
     "unmerged": "unmerged",
 }
