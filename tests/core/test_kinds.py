@@ -40,6 +40,11 @@ MODES += [(4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")]
 GROUP_SIZES = {"nvfp4": 16}
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    mx.random.seed(11)
+
+
 def quantised(module: Any, bits: int | None, mode: str = "affine") -> Any:
     """`module`, or a quantised one like it with a bias in float32, so that it computes in float32."""
     return module if bits is None else module.to_quantized(GROUP_SIZES.get(mode, 32), bits, mode=mode)
@@ -171,7 +176,8 @@ def test_builders_make_the_bases_kind_and_leave_the_random_state(
         again = quantized_like(base, weight)
         assert type(again) is type(base)
         assert str(again) == str(base)
-        assert close(dense_weight(again), weight, 0.05)
+        # Quantising what was quantised need not give the same: the range of a group is found anew.
+        assert close(dense_weight(again), weight, 1.0 / (2**bits - 1))
     assert state[0].tolist() == before
 
 
