@@ -19,24 +19,35 @@ from .folder import AdapterFolder, AdapterFolders
 
 __all__ = ["Look", "look_around", "look_at", "unchanged_seconds"]
 
-Look = tuple[tuple[str, int, int, int], ...]
-"""For each file of an adapter that is there: name, size in bytes, time of change in nanoseconds, inode."""
+Look = tuple[tuple[str, int, int, int, int], ...]
+"""For each file of an adapter that is there: name, size in bytes, times of its content's and of its inode's
+last change in nanoseconds, inode."""
 
 
 def look_at(folder: AdapterFolder) -> Look:
     """How the files that make up the adapter in `folder` look now; empty if there are none."""
     weights = (WEIGHTS_FILE, PEFT_WEIGHTS_FILE) if folder.weights_file is None else (folder.weights_file,)
-    seen: list[tuple[str, int, int, int]] = []
+    seen: list[tuple[str, int, int, int, int]] = []
     for name in (CONFIG_FILE, *weights):
         with suppress(OSError):
             status = os.stat(folder.path / name)
-            seen.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
+            times_ns = status.st_mtime_ns, status.st_ctime_ns
+            seen.append((name, status.st_size, *times_ns, status.st_ino))
     return tuple(seen)
 
 
 def unchanged_seconds(folder: AdapterFolder) -> float:
-    """For how long nobody has written the adapter's files, by their own times."""
-    return time.time() - max((changed_ns for _, _, changed_ns, _ in look_at(folder)), default=0) / 1e9
+    """For how long nobody has written the adapter's files, by their own times.
+
+    Whoever copies a file may give its content any time, an old one or one to come, but not its inode: that of
+    a file written just now has just changed, and a content from the future says nothing.
+    """
+    now_ns, changed_ns = time.time_ns(), 0
+    for _, _, content_ns, inode_ns, _ in look_at(folder):
+        if content_ns <= now_ns:
+            changed_ns = max(changed_ns, content_ns)
+        changed_ns = max(changed_ns, min(inode_ns, now_ns))
+    return (now_ns - changed_ns) / 1e9
 
 
 def look_around(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from structlog.testing import capture_logs
 
 from server.adapters.errors import AdapterChangingError, UnknownModelError
 from server.adapters.folder import AdapterFolder
-from server.adapters.looks import look_at
+from server.adapters.looks import look_at, unchanged_seconds
 from server.errors import to_api_error
 from tests.adapters.support import House, answer_of, house, in_memory, read_model
 from tests.models import make_adapter
@@ -231,3 +232,19 @@ def test_a_look_tells_a_file_that_was_written_or_exchanged(tmp_path: Path, equal
     looks.append(look_at(folder))
     assert len(set(looks)) == 4
     assert look_at(AdapterFolder(tmp_path / "nowhere", "x")) == ()
+
+
+@pytest.mark.parametrize("given_seconds", [-86400.0, 0.0, 86400.0])
+def test_a_file_that_was_just_copied_has_changed_whatever_time_it_was_given(
+    tmp_path: Path, equal_root: Path, given_seconds: float
+) -> None:
+    path = Path(shutil.copytree(equal_root / "a", tmp_path / "a"))
+    folder, weights = AdapterFolder(path, "a"), path / "adapters.safetensors"
+    before = look_at(folder)
+    given = time.time() + given_seconds
+    os.utime(weights, (given, given))
+    first = unchanged_seconds(folder)
+    assert 0 <= first < 60
+    time.sleep(0.05)
+    assert unchanged_seconds(folder) >= first + 0.04  # a time to come holds nothing up
+    assert look_at(folder) != before
