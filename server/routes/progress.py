@@ -31,8 +31,13 @@ async def with_progress(work: Callable[[Tell], Awaitable[dict[str, Any]]]) -> Re
     """The answer of `work` as events, with what it tells of its progress. Raises what it raises at once."""
     steps: asyncio.Queue[FuseProgress] = asyncio.Queue()
     task = asyncio.ensure_future(work(steps.put_nowait))
+    task.add_done_callback(_take_note)
     first = asyncio.ensure_future(steps.get())
-    await asyncio.wait({task, first}, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        await asyncio.wait({task, first}, return_when=asyncio.FIRST_COMPLETED)
+    except BaseException:
+        first.cancel()
+        raise
     if not first.done():
         first.cancel()
         task.result()  # raises what went wrong
@@ -45,16 +50,20 @@ async def _events(
     steps: asyncio.Queue[FuseProgress],
 ) -> AsyncIterator[bytes]:
     step = first
-    while True:
-        await asyncio.wait({task, step}, timeout=_KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if step.done() and not step.cancelled():
-            yield _event(_progress(step.result()))
-            step = asyncio.ensure_future(steps.get())
-        elif task.done():
-            step.cancel()
-            break
-        else:
-            yield KEEPALIVE_COMMENT
+    try:
+        while True:
+            await asyncio.wait({task, step}, timeout=_KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if step.done() and not step.cancelled():
+                yield _event(_progress(step.result()))
+                step = asyncio.ensure_future(steps.get())
+            elif task.done():
+                break
+            else:
+                yield KEEPALIVE_COMMENT
+    finally:
+        step.cancel()  # nobody listens any more, or nothing more will come
+    while not steps.empty():
+        yield _event(_progress(steps.get_nowait()))
     try:
         yield _event(await task)
         yield format_sse_event(data_str="[DONE]")
@@ -63,6 +72,13 @@ async def _events(
         if isinstance(known, InternalError):
             _log.exception("a call with progress failed")
         yield _event(known.body())
+
+
+def _take_note(task: asyncio.Future[dict[str, Any]]) -> None:
+    """What went wrong is known, also when the client that would have been told has left."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        _log.debug("call_with_progress_failed", error=repr(error))
 
 
 def _progress(step: FuseProgress) -> dict[str, Any]:
