@@ -149,7 +149,7 @@ def _lifespan(
             metrics.watch(engine, service)
             app.state.engine = engine
             app.state.adapters = service
-            app.state.blender = Blender(service, engine.container)
+            app.state.blender = Blender(service)
             app.state.text_service = text_service
             app.state.comparison_service = ComparisonService(engine, service, text_service)
             yield

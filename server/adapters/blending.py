@@ -17,7 +17,6 @@ import structlog
 
 from adapters_core.blending import BlendOptions, BlendReport
 from adapters_core.errors import InvalidBlendError
-from server.engine.container import ModelContainer
 
 from .aside import run_aside
 from .blended import Blended, Part, make_blend
@@ -41,11 +40,10 @@ _log = structlog.get_logger(__name__)
 
 
 class Blender:
-    """Makes adapters of `service` out of others, over the model in `container`."""
+    """Makes adapters of `service` out of others."""
 
-    def __init__(self, service: AdapterService, container: ModelContainer) -> None:
+    def __init__(self, service: AdapterService) -> None:
         self._service = service
-        self._container = container
         self._turn = asyncio.Lock()
 
     async def blend(
@@ -75,7 +73,7 @@ class Blender:
         parts = tuple([await self._part(name, weight) for name, weight in terms])
         started = time.perf_counter()
         async with self._turn:
-            model = await self._container.perform(lambda context: context.model)
+            model = await self._service.bare_model(_refusal(adapter_id))
             adapter, report = await run_aside(make_blend, parts, options, model, adapter_id)
         seconds = time.perf_counter() - started
         _log.info("adapter_blended", adapter=adapter_id, method=options.method, seconds=round(seconds, 3))
@@ -89,13 +87,14 @@ class Blender:
         registry = self._service.registry
         check_id(adapter_id, registry.base)
         if registry.fused is not None:
-            raise BaseIsFusedError(registry.fused, f"{quoted(adapter_id)} cannot be blended")
+            raise BaseIsFusedError(registry.fused, _refusal(adapter_id))
         if registry.find(adapter_id) is not None and not replace:
             raise AdapterExistsError(adapter_id)
 
     async def _part(self, text: str, weight: float) -> Part:
         """The version that `text` names now."""
         registry = self._service.registry
+        text = text.removeprefix(f"{registry.base}:")
         name = parse_name(text, registry.base)
         try:
             if name is not None and registry.find(name.entry) is None:
@@ -107,6 +106,10 @@ class Blender:
             error.param = "blend"
             raise
         return Part(text, weight, version.number, version.resident.digest, version.source)
+
+
+def _refusal(adapter_id: str) -> str:
+    return f"{quoted(adapter_id)} cannot be blended"
 
 
 def _not_found(text: str, served: Sequence[str]) -> AdapterNotFoundError:

@@ -191,8 +191,9 @@ class AdapterChangedError(LifeCycleError):
 
     def __init__(self, adapter_id: str) -> None:
         super().__init__(
-            f"The folder of adapter {quoted(adapter_id)} has changed since it was loaded, so that fusing it "
-            'would not fuse what is served. Load it again with "replace": true.'
+            f"What was read from the folder of adapter {quoted(adapter_id)} is not what is served. If the "
+            "adapter was just replaced, try again. Else put the files that were loaded back into the folder, "
+            'or load what it holds now with "replace": true.'
         )
 
 
@@ -201,8 +202,9 @@ class BlendPartChangedError(LifeCycleError):
 
     def __init__(self, adapter_id: str) -> None:
         super().__init__(
-            f"What adapter {quoted(adapter_id)} was read from has changed since, so that blending it would "
-            'not blend what is served. Load it again with "replace": true.'
+            f"The folder of adapter {quoted(adapter_id)} does not hold what was loaded from it any more, and "
+            "blending reads it from there. Put the files that were loaded back into the folder, or load what "
+            'it holds now with "replace": true and blend that.'
         )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+import mlx.nn as nn
 import structlog
 
 from adapters_core.container import AdapterContainer
@@ -36,6 +37,7 @@ from .pager import Accept, Pager
 from .registry import Entry, Pin, Registry, Terms, Version
 from .reports import log_warnings
 from .residency import Residency
+from .saving import bare_copy
 from .source import Made
 from .watching import Watcher
 
@@ -351,6 +353,15 @@ class AdapterService:
         timeout_seconds = self._options.unload_timeout_seconds
         work = self._fuser.unfuse(adapter_id, timeout_seconds)
         return await self._to_the_end(self._in_turn(adapter_id, work))
+
+    async def bare_model(self, refused: str) -> nn.Module:
+        """A copy of the base's module tree that shares its arrays, without adapters; it stays as it is now.
+
+        Raises: BaseIsFusedError, which says what is `refused`.
+        """
+        async with self._gate.shared():
+            self._refuse_if_fused(refused)
+            return await self._container.perform(lambda context: bare_copy(context.model))
 
     async def _load(
         self, adapter_id: str, path: str | None, pinned: bool | None, activate: bool, replace: bool

@@ -20,8 +20,8 @@ class BlendTerm(BaseModel):
 
     model_config = _CONFIG
 
-    id: Annotated[str, Field(min_length=1, max_length=160)]
-    """An adapter, or one of its versions (`id@2`)."""
+    id: Annotated[str, Field(min_length=1, max_length=300)]
+    """An adapter, one of its versions (`id@2`) or checkpoints (`id@step-100`); `base:` may precede."""
     weight: Annotated[float, Field(ge=-100, le=100)] = 1.0
     """The factor that its change gets."""
 

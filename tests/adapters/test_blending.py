@@ -11,9 +11,9 @@ import pytest
 
 from adapters_core.blending import BlendOptions
 from server.adapters.blending import Blender
-from server.adapters.errors import AdapterMemoryError
+from server.adapters.errors import AdapterMemoryError, BaseIsFusedError
 from tests.adapters.support import BASE, House, Site, house, in_memory, read_model
-from tests.models import make_adapter
+from tests.models import make_adapter, snapshot
 
 TERMS = [{"id": "a", "weight": 0.7}, {"id": "b", "weight": -1.2}]
 
@@ -40,7 +40,7 @@ async def loaded_site(tiny_site: Site) -> Site:
 @asynccontextmanager
 async def blending_house(model: Path, root: Path, **options: Any) -> AsyncIterator[tuple[House, Blender]]:
     async with house(model, root, **options) as started:
-        yield started, Blender(started.service, started.container)
+        yield started, Blender(started.service)
 
 
 async def test_a_linear_blend_answers_as_its_weights(tiny_site: Site) -> None:
@@ -207,6 +207,30 @@ async def test_nothing_is_blended_while_one_is_fused(tiny_site: Site) -> None:
     body = {"id": "mix", "blend": [{"id": "a"}]}
     error = await tiny_site.refused("POST", "/v1/adapters", body, 409, "base_is_fused")
     assert "'mix' cannot be blended" in error["message"]
+
+
+async def test_what_blends_read_of_the_base_is_not_fused_meanwhile(model_path: Path, root: Path) -> None:
+    async with blending_house(model_path, root) as (tiny, _):
+        base = await tiny.snapshot()
+        await tiny.service.load("a")
+        model = await tiny.service.bare_model("it cannot be blended")
+        bare = snapshot(model)
+        assert bare.keys() == base.keys()
+        await tiny.service.fuse("a", "keep")
+        assert (await tiny.snapshot()).keys() != base.keys()
+        assert snapshot(model) == bare
+        with pytest.raises(BaseIsFusedError, match="it cannot be blended"):
+            await tiny.service.bare_model("it cannot be blended")
+
+
+async def test_the_names_of_parts_are_those_that_requests_may_use(tiny_site: Site) -> None:
+    await tiny_site.call("POST", "/v1/adapters", {"id": "b"}, status=201)
+    parts = [{"id": f"{BASE}:a", "weight": 0.5}, {"id": f"{BASE}:b@1", "weight": 0.5}]
+    made = await blend(tiny_site, blend=parts)
+    assert [part["id"] for part in made["blend"]["parts"]] == ["a", "b@1"]
+    longest = f"{BASE}:{'x' * 128}@step-{'1' * 18}@{'1' * 9}"
+    body = {"id": "new", "blend": [{"id": longest}]}
+    await tiny_site.refused("POST", "/v1/adapters", body, 404, "adapter_not_found")
 
 
 async def test_a_blend_is_fused_as_any_adapter(tiny_site: Site) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +27,7 @@ from server.adapters.keeping import PrivateFolder
 from server.adapters.names import Name, checkpoint_of, parse_name
 from server.adapters.registry import Entry
 from server.adapters.source import Made
+from server.engine.container import ModelContainer, ModelContext
 from tests.adapters.support import House, Site, answer_of, house, in_memory, read_model, tokens_of
 from tests.models import make_adapter
 
@@ -125,7 +129,7 @@ async def test_versions_are_addressed_while_they_live(
 
 
 async def test_a_version_that_left_memory_comes_back_although_its_folder_holds_another(
-    model_path: Path, own_root: Path, size_bytes: int, expected: dict[str, list[int]]
+    model_path: Path, own_root: Path, equal_root: Path, size_bytes: int, expected: dict[str, list[int]]
 ) -> None:
     async with house(model_path, own_root, memory_bytes=size_bytes) as tight:
         await tight.answer("a")
@@ -143,8 +147,11 @@ async def test_a_version_that_left_memory_comes_back_although_its_folder_holds_a
         assert await tight.answer("b") == expected["b"]
         assert await tight.answer("a") == expected["a"]  # from its copy, though it is the current one
         assert entry.current.number == 1
-        with pytest.raises(AdapterChangedError):
+        with pytest.raises(AdapterChangedError, match="back into the folder"):
             await tight.service.fuse("a", "auto", unload_others=True)
+        shutil.copytree(equal_root / "a", own_root / "a", dirs_exist_ok=True)
+        await tight.service.fuse("a", "auto", unload_others=True)
+        assert await tight.answer("tiny") == expected["a"]
 
 
 async def test_what_waits_for_room_is_rolled_back_in_its_turn(
@@ -278,6 +285,51 @@ async def test_what_was_made_in_memory_comes_back_from_its_copy_and_is_refused_w
         with pytest.raises(VersionNotKeptError):
             await tiny.service.load_made("blend", made, make)
         assert (tiny.service.registry.entries, await tiny.residents()) == ([], 0)
+
+
+class Paused(ModelContainer):
+    """A real container that waits before it reads, from the moment when it is told to."""
+
+    def __init__(self, inner: ModelContainer) -> None:
+        self._inner = inner
+        self.waits = False
+        self.reached, self.open = asyncio.Event(), asyncio.Event()
+
+    async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
+        return await self._inner.update(fn, drain=drain)
+
+    async def perform(self, fn: Callable[[ModelContext], Any]) -> Any:
+        if self.waits:
+            self.reached.set()
+            await self.open.wait()
+        return await self._inner.perform(fn)
+
+
+async def test_a_made_version_comes_after_one_that_a_request_found_meanwhile(
+    model_path: Path, own_root: Path, size_bytes: int, expected: dict[str, list[int]]
+) -> None:
+    async with house(model_path, own_root, memory_bytes=size_bytes, wrap=Paused) as tight:
+        container = tight.container
+        assert isinstance(container, Paused)
+        for name in ("a", "b"):
+            await tight.answer(name)
+
+        def make() -> AdapterContainer:
+            container.waits = True
+            return AdapterContainer.from_directory(own_root / "e")
+
+        made = Made({"method": "test"})
+        replacing = asyncio.create_task(tight.service.load_made("a", made, make, replace=True))
+        try:
+            async with asyncio.timeout(20):
+                await container.reached.wait()
+            found = rewrite(model_path, own_root / "a", 93)
+            assert await tight.answer("a") == found
+            assert tight.service.registry.get("a").current.number == 2
+        finally:
+            container.open.set()  # or the house could not close
+        assert (await replacing).entry.current.number == 3
+        assert await tight.answer("a") == expected["e"]
 
 
 async def test_copies_go_with_the_server_and_those_of_a_dead_one_with_the_next(
