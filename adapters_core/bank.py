@@ -22,6 +22,7 @@ from .mixed_embedding import MixedEmbedding, TiedHead
 from .mixed_experts import ExpertGroups, MixedExperts, routes_rows, switch_layers
 from .module_weights import ModuleWeights
 from .modules import ModuleKind, kind_of
+from .peft_copies import copies_bytes
 from .report import LoadReport, parts_of
 from .routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
 from .stacks import Shelf
@@ -57,6 +58,7 @@ class AdapterBank:
         self._model = model
         self._routing = routing
         self._float_dtype = float_dtype(model)
+        self._copies_bytes = copies_bytes(model)
         self._groups: dict[str, ProjectionGroup] = {}
         self._wrappers: dict[str, Mixed] = {}
         self._shelves: dict[frozenset[tuple[str, GroupLayout]], Shelf] = {}
@@ -65,6 +67,11 @@ class AdapterBank:
     def residents(self) -> frozenset[ResidentAdapter]:
         """The adapters that rows may use."""
         return frozenset(self._routing.placements)
+
+    @property
+    def copies_bytes(self) -> int:
+        """What an adapter's file may hold of the model's own weights at most."""
+        return self._copies_bytes
 
     @property
     def resident_bytes(self) -> int:

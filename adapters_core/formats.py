@@ -124,6 +124,12 @@ class ModulesFormat:
                 problems.append(f"module {path}: a {type(module).__name__} cannot be adapted")
             else:
                 problems += _shape_problems(path, module, weights)
+        if self.type is FineTuneType.DORA:
+            problems += [
+                f"module {path}: it has no magnitudes and others have; expected them in all or in none"
+                for path, weights in self.weights.items()
+                if weights.magnitude is None
+            ]
         if not self.weights:
             problems.append("expected at least one module, there is none")
         return Mapped(dict(self.weights), problems)

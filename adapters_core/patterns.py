@@ -1,75 +1,113 @@
-"""Regular expressions from outside, and whether they can be used without harm.
+"""Regular expressions from outside: matched by RE2, in time linear in the text whatever the expression is.
 
-Python's `re` backtracks and cannot be stopped, so an expression with repetitions inside of repetitions,
-or with too many of them, could hold a thread for ever on a module's name of usual length. Runs on any thread.
+Python's `re` backtracks, holds the interpreter while it does, and cannot be stopped. PEFT uses `re`: an
+expression that RE2 lacks (look-around, backreferences), or reads in another way, is refused. Any thread.
 """
 
 from __future__ import annotations
 
 import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
-__all__ = ["pattern_problem"]
+import re2
 
-_MAX_REPETITIONS = 6
-_REPEAT = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}")
-_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
-_OPENING = re.compile(r"\((?:\?(?:P<\w+>|<?[=!]|[aiLmsux-]*:|>|[aiLmsux]+|P=\w+|#[^)]*))?")
-_BOUNDED_AT = 16
+__all__ = ["KeyPatterns", "Pattern", "PatternError", "compiled"]
+
+_MAX_LENGTH = 4096
+_MAX_KEYS = 2048
+_MAX_MEMORY_BYTES = 1 << 17  # of one expression; the program of the longest one fits
+# What both accept and read in different ways: an omitted minimum, and POSIX classes.
+_AMBIGUOUS = re.compile(r"\{,\d*\}|\[:")
+_LITERAL = string.ascii_letters + string.digits + "_"
 
 
-def pattern_problem(pattern: str, frame: str = "{}") -> str | None:
-    """Why `pattern`, which is put into `frame` at {}, cannot be used as a regular expression, or None."""
-    try:
-        re.compile(frame.replace("{}", pattern))
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"expected a regular expression, got {pattern[:80]!r} ({error})"
-    nested, total = _repetitions(pattern)
-    if nested or total > _MAX_REPETITIONS:
-        return (
-            f"the regular expression {pattern[:80]!r} repeats a group that holds choices or repetitions, or "
-            f"has more than {_MAX_REPETITIONS} open-ended repetitions; matching it may never end"
+class Pattern(Protocol):
+    """A compiled expression; a match has its groups by name."""
+
+    def match(self, text: str) -> Mapping[str, str | None] | None:
+        """A match that begins where `text` does."""
+        ...
+
+    def fullmatch(self, text: str) -> Mapping[str, str | None] | None:
+        """A match of all of `text`."""
+        ...
+
+
+class PatternError(ValueError):
+    """An expression that cannot be used; the message says why."""
+
+
+def compiled(pattern: str, frame: str = "{}", *, captures: bool = False) -> Pattern:
+    """`pattern`, put into `frame` at {}. Without `captures`, a match has no groups and takes less time.
+
+    Raises:
+        PatternError: it is none, is too long, or RE2 does not have what it uses.
+    """
+    if len(pattern) > _MAX_LENGTH:
+        raise PatternError(f"expected a regular expression of at most {_MAX_LENGTH} characters")
+    framed = frame.replace("{}", pattern)
+    if found := _AMBIGUOUS.search(pattern):
+        raise PatternError(
+            f"the regular expression {pattern[:80]!r} has {found[0]!r}, which engines differ in"
         )
-    return None
+    try:
+        re.compile(framed)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PatternError(f"expected a regular expression, got {pattern[:80]!r} ({error})") from None
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = _MAX_MEMORY_BYTES
+    options.never_capture = not captures
+    try:
+        return cast(Pattern, re2.compile(framed, options))
+    except re2.error as error:
+        raise PatternError(
+            f"the regular expression {pattern[:80]!r} uses what RE2 does not have, such as look-around, a "
+            f"backreference or a thousand repetitions ({_text(error)}), so that it takes linear time"
+        ) from None
 
 
-def _repetitions(pattern: str) -> tuple[bool, int]:
-    """Whether an open-ended repetition holds choices or repetitions, and how many of them there are."""
-    groups = [False]  # for each open group: does it hold a choice or a repetition?
-    closed = nested = False
-    total = at = 0
-    while at < len(pattern):
-        character = pattern[at]
-        if character == "\\":
-            at, closed = at + 2, False
-        elif character == "[":
-            found = _CLASS.match(pattern, at)
-            at, closed = found.end() if found else at + 1, False
-        elif character == "(":
-            groups.append(False)
-            found = _OPENING.match(pattern, at)
-            at, closed = found.end() if found else at + 1, False
-        elif character == ")" and len(groups) > 1:
-            closed = groups.pop()
-            groups[-1] = groups[-1] or closed
-            at += 1
-        elif (found := _REPEAT.match(pattern, at)) is not None:
-            if _is_unbounded(found):
-                nested = nested or closed
-                total += 1
-            groups[-1] = True
-            at, closed = found.end() + (pattern[found.end() : found.end() + 1] in ("?", "+")), False
-        else:
-            groups[-1] = groups[-1] or character == "|"
-            at, closed = at + 1, False
-    return nested, total
+@dataclass(frozen=True, slots=True)
+class KeyPatterns:
+    """Values by expression; the first that matches decides. `problems` are those of the other keys.
+
+    Each entry has how the texts end that its expression can match, which is quickly seen.
+    """
+
+    entries: tuple[tuple[str, Pattern, float], ...]
+    problems: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, float], frame: str) -> KeyPatterns:
+        """Compile all keys, each in `frame`, whose end has to be the text's."""
+        if len(values) > _MAX_KEYS:
+            return cls((), (f"expected at most {_MAX_KEYS} names or regular expressions, got {len(values)}",))
+        entries, problems = [], []
+        for key, value in values.items():
+            try:
+                entries.append((_end_of(key), compiled(key, frame), value))
+            except PatternError as error:
+                problems.append(str(error))
+        return cls(tuple(entries), tuple(problems))
+
+    def value(self, text: str) -> float | None:
+        """The value of the first key that matches `text`, or None."""
+        for end, pattern, value in self.entries:
+            if text.endswith(end) and pattern.match(text) is not None:
+                return value
+        return None
 
 
-def _is_unbounded(repeat: re.Match[str]) -> bool:
-    text = repeat.group()
-    if text in "*+?":
-        return text != "?"
-    low, comma, high = repeat.groups()
-    if not (low or high):
-        return False  # "{}" and "{,}" stand for themselves or are checked by the compiler
-    largest = high or ("" if comma else low)
-    return not largest or int(largest) > _BOUNDED_AT
+def _end_of(key: str) -> str:
+    """Literal characters with which every match of `key` ends, "" where that is not plain to see."""
+    before = key.rstrip(_LITERAL)
+    is_plain = "|" not in key and "(?" not in key and not before.endswith("\\")
+    return key[len(before) :] if is_plain else ""
+
+
+def _text(error: Any) -> str:
+    reason = error.args[0] if error.args else ""
+    return reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)

@@ -9,7 +9,6 @@ Runs on any thread.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,16 +18,17 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 
 from .config import CONFIG_FILE, MAX_RANK, FineTuneType, shown
 from .errors import InvalidAdapterError
-from .patterns import pattern_problem
+from .patterns import KeyPatterns, Pattern, PatternError, compiled
 
-__all__ = ["LAYER_FRAME", "Patterns", "PeftConfig", "PeftFields"]
+__all__ = ["PeftConfig", "PeftFields"]
 
 # What PEFT puts the keys of rank_pattern and alpha_pattern, and those of layers_pattern, into.
-NAME_FRAME = r"(.*\.)?({})$"
-LAYER_FRAME = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+_NAME_FRAME = r"(.*\.)?({})$"
+_LAYER_FRAME = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _MAX_ALPHA = 1e6
 _MAX_NAMES = 100_000
 _MAX_INDEX = 100_000
+_MAX_LAYER_NAMES = 64
 
 _Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=512)]
 _Pattern = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=4096)]
@@ -47,7 +47,7 @@ _EXPECTED = {
     "exclude_modules": "null, a list of module names, or one regular expression",
     "target_parameters": "null, or a list of parameter names",
     "layers_to_transform": "null, a layer's index, or a list of them",
-    "layers_pattern": "null, a name, or a list of names",
+    "layers_pattern": f"null, a name, or a list of at most {_MAX_LAYER_NAMES} names",
     "rank_pattern": f"an object of module names or regular expressions with ranks from 1 to {MAX_RANK}",
     "alpha_pattern": "an object of module names or regular expressions with finite numbers",
     "trainable_token_indices": "null, a list of tokens, or an object of module names with such lists",
@@ -109,9 +109,6 @@ _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 _KINDS_ADVICE = "only LoRA adapters (DoRA among them) can be served"
 
 
-Patterns = tuple[tuple[re.Pattern[str], float], ...]
-
-
 class PeftFields(BaseModel):
     """The fields that decide what the adapter computes, as the file has them."""
 
@@ -129,7 +126,7 @@ class PeftFields(BaseModel):
     exclude_modules: _Names | _Pattern | None = None
     target_parameters: _Names | None = None
     layers_to_transform: Annotated[list[_Index], Field(max_length=_MAX_NAMES)] | _Index | None = None
-    layers_pattern: _Names | _Pattern | None = None
+    layers_pattern: Annotated[list[_Name], Field(max_length=_MAX_LAYER_NAMES)] | _Pattern | None = None
     rank_pattern: dict[_Pattern, _Rank] | None = None
     alpha_pattern: dict[_Pattern, _Alpha] | None = None
     trainable_token_indices: _Tokens | dict[_Name, _Tokens] | None = None
@@ -148,14 +145,32 @@ class PeftFields(BaseModel):
         return _as_set(self.exclude_modules)
 
     @cached_property
-    def ranks(self) -> Patterns:
-        """`rank_pattern`, compiled: there may be a key for every module, and every module asks them all."""
-        return _compiled(self.rank_pattern)
+    def target_pattern(self) -> Pattern | None:
+        """`target_modules`, if it is a regular expression. Raises PatternError if it cannot be used."""
+        return compiled(self.target_modules) if isinstance(self.target_modules, str) else None
 
     @cached_property
-    def alphas(self) -> Patterns:
-        """`alpha_pattern`, compiled."""
-        return _compiled(self.alpha_pattern)
+    def excluded_pattern(self) -> Pattern | None:
+        """`exclude_modules`, likewise."""
+        excluded = self.exclude_modules
+        return compiled(excluded) if excluded and isinstance(excluded, str) else None
+
+    @cached_property
+    def layer_patterns(self) -> tuple[Pattern, ...]:
+        """`layers_pattern`, each with the group "idx" for the layer. Raises PatternError likewise."""
+        names = self.layers_pattern or []
+        names = [names] if isinstance(names, str) else names
+        return tuple(compiled(name, _LAYER_FRAME, captures=True) for name in names)
+
+    @cached_property
+    def ranks(self) -> KeyPatterns:
+        """`rank_pattern`: there may be a key for every module, and every module asks them all."""
+        return KeyPatterns.of(self.rank_pattern or {}, _NAME_FRAME)
+
+    @cached_property
+    def alphas(self) -> KeyPatterns:
+        """`alpha_pattern`."""
+        return KeyPatterns.of(self.alpha_pattern or {}, _NAME_FRAME)
 
     @cached_property
     def parameter_names(self) -> frozenset[str]:
@@ -203,10 +218,6 @@ class PeftConfig:
     def scale(self, rank: int, alpha: float) -> float:
         """The factor of B A: alpha / r, or alpha / √r for rank-stabilised LoRA (arXiv:2312.03732)."""
         return alpha / math.sqrt(rank) if self.fields.use_rslora else alpha / rank
-
-
-def _compiled(values: Mapping[str, float] | None) -> Patterns:
-    return tuple((re.compile(NAME_FRAME.replace("{}", key)), value) for key, value in (values or {}).items())
 
 
 def _as_set(names: list[str] | str | None) -> frozenset[str]:
@@ -269,18 +280,18 @@ def _contradictions(fields: PeftFields) -> list[str]:
 
 
 def _unusable_patterns(fields: PeftFields) -> list[str]:
-    layers = fields.layers_pattern or []
-    patterns = [
-        *((name, getattr(fields, name), "{}") for name in ("target_modules", "exclude_modules")),
-        *(("rank_pattern", key, NAME_FRAME) for key in fields.rank_pattern or {}),
-        *(("alpha_pattern", key, NAME_FRAME) for key in fields.alpha_pattern or {}),
-        *(("layers_pattern", key, LAYER_FRAME) for key in ([layers] if isinstance(layers, str) else layers)),
-    ]
-    return [
-        f"{name}: {problem}"
-        for name, pattern, frame in patterns
-        if isinstance(pattern, str) and (problem := pattern_problem(pattern, frame))
-    ]
+    problems = [f"rank_pattern: {problem}" for problem in fields.ranks.problems]
+    problems += [f"alpha_pattern: {problem}" for problem in fields.alphas.problems]
+    for name, compiled_name in (
+        ("target_modules", "target_pattern"),
+        ("exclude_modules", "excluded_pattern"),
+        ("layers_pattern", "layer_patterns"),
+    ):
+        try:
+            getattr(fields, compiled_name)
+        except PatternError as error:
+            problems.append(f"{name}: {error}")
+    return problems
 
 
 def _ignored(values: Mapping[str, JsonValue]) -> tuple[str, ...]:

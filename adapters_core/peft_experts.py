@@ -26,7 +26,7 @@ from .modules import ModuleKind, kind_of, weight_shape
 from .peft_config import PeftConfig
 from .peft_factors import Factors
 from .peft_names import Leaf
-from .peft_paths import PathRule
+from .peft_paths import PathRule, any_layer
 from .peft_targets import is_target, is_target_parameter, rank_and_scale
 
 __all__ = ["ExpertMapping", "switch_block"]
@@ -196,11 +196,11 @@ class ExpertMapping:
     def _add_missing_blocks(self) -> None:
         """Layers whose experts the file leaves out, while it has those of the same kind in other layers."""
         seen = {*self._parameters, *(block for block, _ in self._experts)}
-        names = {_any_layer(block.path): _any_layer(block.name) for block in seen}
+        names = {any_layer(block.path): any_layer(block.name) for block in seen}
         paths = {block.path for block in seen}
         projections = {projection for _, projection in self._experts}
         for path in sorted({path.rpartition(".")[0] for path in self._modules} - paths):
-            name = names.get(_any_layer(path))
+            name = names.get(any_layer(path))
             layer = re.search(r"\.(\d+)\.", path)
             if name is None or layer is None:
                 continue
@@ -244,7 +244,3 @@ def _stacked(pairs: list[tuple[mx.array, mx.array, float] | None]) -> ModuleWeig
 
 def _missing(what: str) -> str:
     return f"{what}: expected tensors, the file has none, though {CONFIG_FILE} targets it"
-
-
-def _any_layer(path: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", path)

@@ -7,7 +7,6 @@ is a problem, and every problem is listed. Changes nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -21,8 +20,8 @@ from .peft_config import PeftConfig
 from .peft_copies import copy_problem
 from .peft_experts import ExpertMapping, switch_block
 from .peft_factors import Contents, Factors, sort_tensors
-from .peft_names import Leaf
-from .peft_paths import find_rule
+from .peft_names import HEADS, Leaf, is_head, is_input_embedding
+from .peft_paths import any_layer, find_rule
 from .peft_targets import all_linear, is_target, rank_and_scale
 from .peft_tokens import token_indices, token_weights
 from .targets import named_base_modules
@@ -31,8 +30,6 @@ __all__ = ["map_onto"]
 
 Tensors = Mapping[str, mx.array]
 
-_HEADS = ("lm_head", "embed_out")
-_TIED_EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 _TARGETING = (
     "target_modules",
     "exclude_modules",
@@ -86,7 +83,7 @@ class _Mapping:
 
     def _take(self, factors: Factors) -> None:
         path = self._at(factors.path)
-        if path is None and self._head_is_tied and _is_head(factors.path):
+        if path is None and self._head_is_tied and is_head(factors.path):
             self._take_tied_head(factors)
             return
         if path is None or factors.depth:
@@ -149,13 +146,13 @@ class _Mapping:
 
     def _is_tied_otherwise(self, embedding: str) -> bool:
         """Whether ensure_weight_tying gives head and embedding the same factors and not the same scale."""
-        ranks_and_scales = {rank_and_scale(self._config, name) for name in (_HEADS[0], embedding)}
+        ranks_and_scales = {rank_and_scale(self._config, name) for name in (HEADS[0], embedding)}
         is_tied = self._head_is_tied and bool(self._config.fields.ensure_weight_tying)
         return is_tied and len(ranks_and_scales) > 1
 
     @property
     def _head_is_tied(self) -> bool:
-        return not any(_is_head(path) for path in self._modules)
+        return not any(is_head(path) for path in self._modules)
 
     def _take_tied_head(self, factors: Factors) -> None:
         """With ensure_weight_tying, the head's factors are the embedding's own, transposed."""
@@ -173,7 +170,7 @@ class _Mapping:
     def _check_copies(self) -> None:
         for name, path in self._contents.base_copies.items():
             module = self._modules.get(self._at(path) or "")
-            if module is None and self._head_is_tied and _is_head(path):
+            if module is None and self._head_is_tied and is_head(path):
                 module = self._tied_embedding()
             if problem := copy_problem(name, self._tensors[name], module):
                 self._problems.append(problem)
@@ -183,14 +180,14 @@ class _Mapping:
             (
                 module
                 for path, module in self._modules.items()
-                if path.rpartition(".")[2] in _TIED_EMBEDDINGS and kind_of(module) is ModuleKind.EMBEDDING
+                if is_input_embedding(path) and kind_of(module) is ModuleKind.EMBEDDING
             ),
             None,
         )
 
     def _find_missing(self) -> None:
         """Modules that the config targets and the file has no factors for."""
-        adapted = {_any_layer(path) for path in self._seen}
+        adapted = {any_layer(path) for path in self._seen}
         for path, module in self._modules.items():
             name = self._rule.to_peft(path)
             is_single = kind_of(module) is not ModuleKind.SWITCH
@@ -199,7 +196,7 @@ class _Mapping:
             if not self._is_target(name, module) and not token_indices(self._config, name):
                 continue
             # What is a linear layer here need not be one in the model that was trained (a router's gate).
-            if all_linear(self._config.fields) and _any_layer(path) not in adapted:
+            if all_linear(self._config.fields) and any_layer(path) not in adapted:
                 continue
             self._problems.append(
                 f"module {name}: expected tensors, the file has none, though {CONFIG_FILE} targets it"
@@ -207,27 +204,16 @@ class _Mapping:
 
     def _is_target(self, name: str, module: nn.Module) -> bool:
         is_linear = kind_of(module) is ModuleKind.LINEAR
-        return is_target(self._config.fields, name, is_linear=is_linear, is_head=_is_head(name))
+        return is_target(self._config.fields, name, is_linear=is_linear, is_head=is_head(name))
 
     def _leaves_out(self, name: str) -> str:
         return f"{CONFIG_FILE} leaves module {name} out ({_targeting(self._config)})"
 
 
 def _targeting(config: PeftConfig) -> str:
-    names = (
-        "target_modules",
-        "exclude_modules",
-        "target_parameters",
-        "layers_to_transform",
-        "layers_pattern",
-    )
-    values = {name: getattr(config.fields, name) for name in names}
+    values = {name: getattr(config.fields, name) for name in _TARGETING}
     shown = ", ".join(f"{name} {value!r}" for name, value in values.items() if value)
     return shown if len(shown) <= 200 else f"{shown[:197]}..."
-
-
-def _is_head(path: str) -> bool:
-    return path.rpartition(".")[2] in _HEADS
 
 
 def _is_transposed(head: Factors, embedding: Factors) -> bool:
@@ -237,7 +223,3 @@ def _is_transposed(head: Factors, embedding: Factors) -> bool:
         other in embedding.tensors and mx.array_equal(head.tensors[own], embedding.tensors[other].T).item()
         for own, other in pairs
     )
-
-
-def _any_layer(path: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", path)

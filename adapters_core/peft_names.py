@@ -14,7 +14,20 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Leaf", "TensorName", "base_copy_path", "is_training_buffer", "not_a_factor", "parse_name"]
+__all__ = [
+    "HEADS",
+    "Leaf",
+    "TensorName",
+    "base_copy_path",
+    "is_head",
+    "is_input_embedding",
+    "is_training_buffer",
+    "not_a_factor",
+    "parse_name",
+]
+
+HEADS = ("lm_head", "embed_out")
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 
 _PREFIX = "base_model.model."
 _NAME = re.compile(
@@ -48,6 +61,16 @@ class TensorName:
     path: str
     leaf: Leaf
     depth: int = 0
+
+
+def is_head(path: str) -> bool:
+    """Whether the module at `path` is named as a model's head is."""
+    return path.rpartition(".")[2] in HEADS
+
+
+def is_input_embedding(path: str) -> bool:
+    """Whether the module at `path` is named as the embedding of the tokens is."""
+    return path.rpartition(".")[2] in _INPUT_EMBEDDINGS
 
 
 def parse_name(name: str) -> TensorName | None:

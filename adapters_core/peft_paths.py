@@ -7,10 +7,11 @@ seen from its own tensors. Pure functions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-__all__ = ["IDENTITY", "PathRule", "find_rule"]
+__all__ = ["IDENTITY", "PathRule", "any_layer", "find_rule"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ def find_rule(paths: Iterable[str], exists: Callable[[str], bool]) -> PathRule:
         return sum((mlx := rule.to_mlx(path)) is not None and exists(mlx) for path in paths)
 
     return max(_RULES, key=hits)
+
+
+def any_layer(path: str) -> str:
+    """`path` with a star for each number: what modules of the same kind in all layers have in common."""
+    return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def _moved(path: str, prefixes: Collection[tuple[str, str]]) -> str | None:

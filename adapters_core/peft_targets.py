@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .peft_config import LAYER_FRAME, Patterns, PeftConfig, PeftFields
+from .patterns import KeyPatterns
+from .peft_config import PeftConfig, PeftFields
 
 __all__ = ["all_linear", "is_target", "is_target_parameter", "rank_and_scale"]
 
 _ALL_LINEAR = "all-linear"
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 def all_linear(fields: PeftFields) -> bool:
@@ -30,8 +32,8 @@ def is_target(fields: PeftFields, name: str, *, is_linear: bool, is_head: bool =
         return False
     if all_linear(fields):
         return is_linear and not is_head
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+    if fields.target_pattern is not None:
+        return fields.target_pattern.fullmatch(name) is not None
     if name in fields.target_names:  # a full path is a target in whatever layer it lies
         return True
     return _has_end_in(name, fields.target_names) and _in_layers(fields, name)
@@ -51,21 +53,19 @@ def rank_and_scale(config: PeftConfig, name: str) -> tuple[int, float]:
 
 
 def _pattern_value(
-    patterns: Patterns, values: Mapping[str, float] | None, name: str, default: float
+    patterns: KeyPatterns, values: Mapping[str, float] | None, name: str, default: float
 ) -> float:
     """The value of the first key that matches `name` or its end as a regular expression."""
-    for pattern, value in patterns:
-        if pattern.match(name):
-            return value
-    return (values or {}).get(name, default)
+    found = patterns.value(name)
+    return (values or {}).get(name, default) if found is None else found
 
 
 def _is_excluded(fields: PeftFields, name: str) -> bool:
     excluded = fields.exclude_modules
     if not excluded:
         return False
-    if isinstance(excluded, str):
-        return re.fullmatch(excluded, name) is not None
+    if fields.excluded_pattern is not None:
+        return fields.excluded_pattern.fullmatch(name) is not None
     return name in fields.excluded_names or _has_end_in(name, fields.excluded_names)
 
 
@@ -78,17 +78,11 @@ def _in_layers(fields: PeftFields, name: str) -> bool:
     wanted = fields.layers_to_transform
     if wanted is None or wanted == []:
         return True
-    patterns = fields.layers_pattern
-    found = None
-    if not patterns:
-        # The first number is the layer's; a later one may be an expert's.
-        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
-    else:
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = re.match(LAYER_FRAME.replace("{}", pattern), name)
-            if found is not None:
-                break
-    if found is None or found["idx"] is None:
+    # The first number is the layer's; a later one may be an expert's.
+    patterns = fields.layer_patterns or (_ANY_LAYER,)
+    found = next((found for pattern in patterns if (found := pattern.match(name)) is not None), None)
+    layer = None if found is None else found["idx"]
+    if layer is None:
         return False
-    index = int(found["idx"])
+    index = int(layer)
     return index == wanted if isinstance(wanted, int) else index in wanted

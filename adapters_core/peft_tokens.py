@@ -13,14 +13,13 @@ from typing import Any
 import mlx.core as mx
 
 from .module_weights import ModuleWeights
-from .modules import weight_shape
+from .modules import ModuleKind, kind_of, weight_shape
 from .peft_config import PeftConfig
 from .peft_factors import Factors
-from .peft_names import Leaf
+from .peft_names import Leaf, is_input_embedding
 
 __all__ = ["token_indices", "token_weights"]
 
-_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 _MAX_TOKENS = 256
 
 
@@ -30,14 +29,18 @@ def token_indices(config: PeftConfig, name: str) -> list[int]:
     if isinstance(wanted, dict):
         found = [indices for key, indices in wanted.items() if name == key or name.endswith(f".{key}")]
         return found[0] if found else []
-    is_input = name.rpartition(".")[2] in _INPUT_EMBEDDINGS
-    return list(wanted) if wanted and is_input else []
+    return list(wanted) if wanted and is_input_embedding(name) else []
 
 
 def token_weights(
     factors: Factors, indices: list[int], embedding: Any
 ) -> tuple[ModuleWeights | None, list[str]]:
     """What the rows in `factors` are to the base's `embedding`, and why they cannot be that."""
+    if kind_of(embedding) is not ModuleKind.EMBEDDING:
+        return None, factors.refused(
+            f"trained tokens (trainable_token_indices) of {factors.path}, which is a layer of its own and no "
+            "embedding"
+        )
     count, dims = weight_shape(embedding)
     if len(indices) > _MAX_TOKENS:
         return None, factors.refused(f"{len(indices)} trained tokens; up to {_MAX_TOKENS} can be served")

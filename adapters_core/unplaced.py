@@ -20,7 +20,7 @@ from .errors import InvalidAdapterError
 from .module_weights import ModuleWeights
 from .peft_config import PeftConfig
 from .peft_factors import Factors, sort_tensors
-from .peft_names import Leaf
+from .peft_names import HEADS, Leaf, is_head
 from .peft_targets import is_target, rank_and_scale
 from .reading import read_files
 from .report import Part, parts_of
@@ -29,7 +29,6 @@ __all__ = ["Unplaced", "read_unplaced"]
 
 _LEAVES = ("lora_a", "lora_b", "m")
 _EMBEDDING_LEAVES = (Leaf.EMBEDDING_A, Leaf.EMBEDDING_B)
-_HEAD = "lm_head"
 _IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
 _EXPERTS = re.compile(r"\.experts(\.\d+\.|$)")
 
@@ -118,7 +117,7 @@ def _from_mlx(config: AdapterConfig, tensors: Mapping[str, mx.array]) -> _Found:
         found.problems.extend(problems)
         if not problems:
             weights = ModuleWeights(leaves["lora_a"], leaves["lora_b"], leaves.get("m"), parameters.scale)
-            is_sure = weights.lora_a.ndim == 3 or _IN_A_LAYER.search(path) or path.endswith(_HEAD)
+            is_sure = weights.lora_a.ndim == 3 or _IN_A_LAYER.search(path) or is_head(path)
             found.add(
                 path, weights, None if is_sure else "the format does not say whether it is an embedding"
             )
@@ -181,9 +180,9 @@ def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
 
 
 def _peft_problems(config: PeftConfig, factors: Factors, rank: int, is_embedding: bool) -> list[str]:
-    is_head = factors.path.rpartition(".")[2] == _HEAD
-    is_tied = is_head and bool(config.fields.ensure_weight_tying)
-    is_wanted = is_target(config.fields, factors.path, is_linear=not is_embedding, is_head=is_head)
+    at_head = is_head(factors.path)
+    is_tied = at_head and bool(config.fields.ensure_weight_tying)
+    is_wanted = is_target(config.fields, factors.path, is_linear=not is_embedding, is_head=at_head)
     if not is_wanted and not is_tied:
         return factors.refused(f"{CONFIG_FILE} leaves module {factors.path} out")
     leaves = _EMBEDDING_LEAVES if is_embedding else (Leaf.A, Leaf.B)
@@ -203,9 +202,9 @@ def _peft_problems(config: PeftConfig, factors: Factors, rank: int, is_embedding
 
 
 def _peft_doubt(config: PeftConfig, path: str, is_embedding: bool) -> str | None:
-    if is_embedding or (path == _HEAD and config.fields.ensure_weight_tying):
+    if is_embedding or (path in HEADS and config.fields.ensure_weight_tying):
         return "it depends on the model whether head and embedding are one"
-    if path.startswith("model.layers.") or path == _HEAD:
+    if path.startswith("model.layers.") or path in HEADS:
         return None
     return "modules of such names lie elsewhere in MLX models"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -29,7 +28,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "AdapterWeights",
     "digest_of",
-    "least_memory_bytes",
+    "least_file_bytes",
     "read_weights",
     "save_weights",
 ]
@@ -73,18 +72,19 @@ def read_weights(directory: str | Path, file_name: str = WEIGHTS_FILE) -> Adapte
     return AdapterWeights(tensors, digest, sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def least_memory_bytes(directory: str | Path, weights_file: str | None = None) -> int:
-    """Bytes that the adapter in `directory` takes beside any base at the very least; reads nothing.
+def least_file_bytes(path: Path, copies_bytes: int = 0) -> int:
+    """Bytes that the adapter in the file takes beside any base at the very least; reads its header at most.
 
-    Factors take at least what they take in the file, DoRA's magnitudes at least half. 0 without a file.
-    `weights_file` is the one to be read; without it, it is one of those that the formats name.
+    Factors take at least what they take in the file, DoRA's magnitudes at least half. In PEFT's file, up to
+    `copies_bytes` may be weights of the base.
+
+    Raises:
+        OSError, ValueError, RecursionError: the file cannot be read, or is no safetensors file.
     """
-    names = (WEIGHTS_FILE, PEFT_WEIGHTS_FILE) if weights_file is None else (weights_file,)
-    sizes = []
-    for name in names:
-        with suppress(OSError, ValueError, RecursionError):  # reading it will say what is wrong
-            sizes.append(_least_file_bytes(Path(directory) / name))
-    return min(sizes, default=0) // 2
+    whole_bytes = path.stat().st_size - _max_header_bytes(path.name)
+    if path.name != PEFT_WEIGHTS_FILE:
+        return max(0, whole_bytes) // 2
+    return max(0, _factor_bytes(path), whole_bytes - copies_bytes) // 2
 
 
 def save_weights(path: str | Path, tensors: Mapping[str, mx.array]) -> None:
@@ -147,14 +147,8 @@ def _max_header_bytes(file_name: str) -> int:
     return _MAX_PEFT_HEADER_BYTES if file_name == PEFT_WEIGHTS_FILE else MAX_HEADER_BYTES
 
 
-def _least_file_bytes(path: Path) -> int:
-    """What the factors in the file take; PEFT's may hold weights of the base beside them.
-
-    Raises:
-        OSError, ValueError, RecursionError: the file cannot be read, or is no safetensors file.
-    """
-    if path.name != PEFT_WEIGHTS_FILE:
-        return max(0, path.stat().st_size - MAX_HEADER_BYTES)
+def _factor_bytes(path: Path) -> int:
+    """What the factors in PEFT's file take; it may hold weights of the base beside them. Raises as above."""
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(header_bytes, _MAX_PEFT_HEADER_BYTES)))

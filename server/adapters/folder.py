@@ -23,8 +23,9 @@ __all__ = ["RESERVED_IDS", "AdapterFolder", "AdapterFolders", "check_id", "confi
 
 RESERVED_IDS = frozenset({"default", "active"})
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_STEP_FILE = re.compile(r"(\d{7,18})_adapters\.safetensors")  # as mlx-lm's trainer names checkpoints
-_STEP_FOLDER = re.compile(r"checkpoint-(\d{1,18})")  # as PEFT's users' trainer does
+_STEP_FILE_END = "_adapters.safetensors"
+# Checkpoints as mlx-lm's trainer names them, and as PEFT's users' trainer does.
+_STEP_NAME = re.compile(r"([0-9]{7,18})_adapters\.safetensors|checkpoint-([0-9]{1,18})")
 
 
 def check_id(adapter_id: str, base: str) -> None:
@@ -127,14 +128,14 @@ class AdapterFolders:
                 if adapter_id not in os.listdir(self._root):
                     return None
                 parent = self.find(adapter_id, adapter_id)
-            file, folder = f"{step:07d}_adapters.safetensors", f"checkpoint-{step}"
-            if os.path.isfile(parent.path / file) and os.path.isfile(parent.path / CONFIG_FILE):
-                return self._checkpoint_file(parent, file)
-            if not os.path.isfile(parent.path / folder / CONFIG_FILE):
+            name = _written_at(parent.path, step)
+            if name is None:
                 return None
+            if name.endswith(_STEP_FILE_END):
+                return self._checkpoint_file(parent, name)
             if parent.trusted:
-                return self._existing(parent.path / folder, f"{parent.shown}/{folder}", trusted=True)
-            return self.find(adapter_id, f"{parent.shown}/{folder}")
+                return self._existing(parent.path / name, f"{parent.shown}/{name}", trusted=True)
+            return self.find(adapter_id, f"{parent.shown}/{name}")
         except (AdapterNotFoundError, PathNotAllowedError):
             return None
 
@@ -144,8 +145,9 @@ class AdapterFolders:
             names = os.listdir(folder.path)
         except OSError:
             return []
-        found = [_STEP_FILE.fullmatch(name) or _STEP_FOLDER.fullmatch(name) for name in names]
-        return sorted({int(match[1]) for match in found if match is not None})
+        found = (_STEP_NAME.fullmatch(name) for name in names)
+        steps = {int(match[1] or match[2]) for match in found if match is not None}
+        return sorted(step for step in steps if _written_at(folder.path, step) is not None)
 
     def trainings(self, base: str) -> dict[str, list[int]]:
         """The steps of each folder directly under the root that holds checkpoints."""
@@ -201,6 +203,14 @@ def configured_folders(adapters: Mapping[str, str], root: Path | None) -> dict[s
         in_root = root is not None and not path.is_dir() and (root / path).is_dir()
         folders[adapter_id] = root / path if root is not None and in_root else path
     return folders
+
+
+def _written_at(folder: Path, step: int) -> str | None:
+    """The name in `folder` of the checkpoint of `step`, with a config to read it by, or None."""
+    file, subfolder = f"{step:07d}{_STEP_FILE_END}", f"checkpoint-{step}"
+    if os.path.isfile(folder / file) and os.path.isfile(folder / CONFIG_FILE):
+        return file
+    return subfolder if os.path.isfile(folder / subfolder / CONFIG_FILE) else None
 
 
 def _inside(root: Path, path: str | Path, shown: str) -> Path:

@@ -13,7 +13,7 @@ from typing import cast
 
 from adapters_core.bank import AdapterBank, PreparedAdapter, ResidentAdapter
 from adapters_core.container import AdapterContainer
-from adapters_core.weights import least_memory_bytes
+from adapters_core.reading import least_memory_bytes
 from server.engine.container import ModelContainer, ModelContext
 
 from .aside import run_aside
@@ -103,7 +103,7 @@ async def remove_residents(
 
 
 def _prepare(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:
-    needed_bytes = least_memory_bytes(folder.path, folder.weights_file)
+    needed_bytes = least_memory_bytes(folder.path, folder.weights_file, bank.copies_bytes)
     if needed_bytes > limit_bytes:
         raise AdapterMemoryError(needed_bytes, limit_bytes)
     return bank.prepare(read_folder(folder))

@@ -96,6 +96,25 @@ def test_a_checkpoint_that_leads_out_of_the_root_is_not_read(tmp_path: Path) -> 
     with pytest.raises(AdapterNotFoundError):
         folders.again(found)
     assert AdapterFolders(None).checkpoint("a", 1, None) is None
+
+
+def test_what_is_listed_can_be_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for step in ("0000003", "0000000100", "12345678", "0012345678", "200"):
+        (folder / f"{step}_adapters.safetensors").write_bytes(b"")
+    for step in ("5", "07", "9"):
+        (folder / f"checkpoint-{step}").mkdir()
+    for step in ("5", "07"):
+        (folder / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
+    folders = AdapterFolders(tmp_path)
+    assert folders.trainings("base") == {"a": [5]}  # files have no config to be read by yet
+    (folder / "adapter_config.json").write_text("{}")
+    assert folders.trainings("base") == {"a": [3, 5, 12345678]}
+    assert all(folders.checkpoint("a", step, None) is not None for step in (3, 5, 12345678))
+
+
+def test_without_a_root_there_are_no_checkpoints(tmp_path: Path) -> None:
     assert (AdapterFolders(None).trainings("base"), AdapterFolders(tmp_path / "x").trainings("base")) == (
         {},
         {},

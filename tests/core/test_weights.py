@@ -19,7 +19,7 @@ from adapters_core.weights import (
     MAX_HEADER_BYTES,
     WEIGHTS_FILE,
     digest_of,
-    least_memory_bytes,
+    least_file_bytes,
     read_weights,
     save_weights,
 )
@@ -180,9 +180,10 @@ def test_a_file_is_held_no_longer_than_it_is_parsed(tmp_path: Path) -> None:
 
 
 def test_what_an_adapter_takes_at_least_is_told_without_reading(tmp_path: Path) -> None:
-    assert least_memory_bytes(tmp_path) == 0
+    with pytest.raises(FileNotFoundError):
+        least_file_bytes(tmp_path / WEIGHTS_FILE)
     _good(tmp_path)
-    assert least_memory_bytes(tmp_path) <= read_weights(tmp_path).size_bytes
+    assert least_file_bytes(tmp_path / WEIGHTS_FILE) <= read_weights(tmp_path).size_bytes
     with (tmp_path / WEIGHTS_FILE).open("r+b") as file:
         file.truncate(MAX_HEADER_BYTES + 2000)
-    assert least_memory_bytes(tmp_path) == 1000
+    assert least_file_bytes(tmp_path / WEIGHTS_FILE) == 1000

@@ -8,7 +8,9 @@ import mlx.core as mx
 import pytest
 
 from adapters_core.container import AdapterContainer
-from adapters_core.weights import PEFT_WEIGHTS_FILE, least_memory_bytes, read_weights
+from adapters_core.peft_copies import copies_bytes
+from adapters_core.reading import least_memory_bytes
+from adapters_core.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE, read_weights
 from adapters_core.writing_peft import peft_files
 from server.adapters.errors import PathNotAllowedError
 from server.adapters.folder import AdapterFolders
@@ -42,6 +44,20 @@ def test_copies_of_the_base_do_not_count_as_memory_that_an_adapter_needs(tmp_pat
     assert least_memory_bytes(folder) == 0
     (folder / PEFT_WEIGHTS_FILE).write_bytes((2).to_bytes(8, "little") + b"[]")
     assert least_memory_bytes(folder) == 0
+
+
+def test_the_file_that_will_be_read_is_weighed_with_all_that_is_in_it(tmp_path: Path) -> None:
+    folder = fixtures.changed(tmp_path / "a", "plain")
+    least_bytes = least_memory_bytes(folder)
+    (folder / WEIGHTS_FILE).write_bytes(b"x")  # the other format's, which nobody reads
+    assert least_memory_bytes(folder) == least_bytes > 0
+    with (folder / PEFT_WEIGHTS_FILE).open("r+b") as file:
+        file.truncate(1 << 32)  # a sparse file
+    header_bytes = 1 << 24
+    assert least_memory_bytes(folder) == ((1 << 32) - header_bytes) // 2
+    assert least_memory_bytes(folder, None, 1 << 30) == ((3 << 30) - header_bytes) // 2
+    assert least_memory_bytes(folder, None, 1 << 32) == least_bytes
+    assert copies_bytes(fixtures.model("llama")) == 2 * 64 * 32 * 4
 
 
 def test_a_file_with_a_module_for_each_of_many_experts_is_read(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def _problems(folder: Path, model: str | None = None) -> list[str]:
         ("target_modules", [], "the names of the adapted modules"),
         ("target_modules", None, "the names of the adapted modules"),
         ("target_modules", "*q_proj", "a regular expression"),
-        ("target_modules", "(a+)+q_proj", "may never end"),
-        ("exclude_modules", "(.|q)*x", "may never end"),
+        ("target_modules", "(?!k)._proj", "look-around"),
+        ("exclude_modules", r"(.)\1.*", "backreference"),
         ("rank_pattern", {"q_proj": 0}, "ranks from 1"),
         ("rank_pattern", {"(q_proj": 2}, "a regular expression"),
         ("alpha_pattern", {"q_proj": "2"}, "finite numbers"),
@@ -238,6 +238,12 @@ def _without(*names: str) -> Callable[[Tensors], Tensors]:
         ),
         ("tokens", {"trainable_token_indices": [1, 2, 64]}, None, ["expected different tokens below 64"]),
         ("tokens", {"trainable_token_indices": [1, 2, 2]}, None, ["expected different tokens below 64"]),
+        (
+            "tokens",
+            {"trainable_token_indices": {"embed_tokens": [5, 9, 63], "lm_head": [5, 9]}},
+            _with("base_model.model.lm_head.token_adapter.trainable_tokens_delta", mx.zeros((2, 32))),
+            ["lm_head.token_adapter.trainable_tokens_delta: not expected: trained tokens"],
+        ),
         ("plain", {"trainable_token_indices": [1]}, None, ["module model.embed_tokens: expected tensors"]),
         ("embedding-dora", {}, None, ["a magnitude for each feature"]),
         (
