@@ -455,7 +455,7 @@ class Pager:
             yield
         except BaseException:
             # If another has replaced it meanwhile, the copy is what a rollback needs.
-            if replaced is not None and entry is not None and entry.current is replaced:
+            if replaced is not None and entry is not None and entry.previous is not replaced:
                 self._keeper.drop(replaced)
             raise
 

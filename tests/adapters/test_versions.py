@@ -6,7 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -288,21 +288,25 @@ async def test_what_was_made_in_memory_comes_back_from_its_copy_and_is_refused_w
 
 
 class Paused(ModelContainer):
-    """A real container that waits before it reads, from the moment when it is told to."""
+    """A real container whose reads or updates wait until it is open, from when they are told to."""
 
     def __init__(self, inner: ModelContainer) -> None:
         self._inner = inner
-        self.waits = False
+        self.held: Literal["reads", "updates"] | None = None
         self.reached, self.open = asyncio.Event(), asyncio.Event()
 
     async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
+        await self._pass("updates")
         return await self._inner.update(fn, drain=drain)
 
     async def perform(self, fn: Callable[[ModelContext], Any]) -> Any:
-        if self.waits:
+        await self._pass("reads")
+        return await self._inner.perform(fn)
+
+    async def _pass(self, kind: str) -> None:
+        if self.held == kind:
             self.reached.set()
             await self.open.wait()
-        return await self._inner.perform(fn)
 
 
 async def test_a_made_version_comes_after_one_that_a_request_found_meanwhile(
@@ -315,7 +319,7 @@ async def test_a_made_version_comes_after_one_that_a_request_found_meanwhile(
             await tight.answer(name)
 
         def make() -> AdapterContainer:
-            container.waits = True
+            container.held = "reads"
             return AdapterContainer.from_directory(own_root / "e")
 
         made = Made({"method": "test"})
@@ -330,6 +334,43 @@ async def test_a_made_version_comes_after_one_that_a_request_found_meanwhile(
             container.open.set()  # or the house could not close
         assert (await replacing).entry.current.number == 3
         assert await tight.answer("a") == expected["e"]
+
+
+async def test_a_replacement_that_fails_leaves_the_copy_that_a_rollback_needs_by_then(
+    model_path: Path, own_root: Path, equal_root: Path, size_bytes: int, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"memory_bytes": size_bytes, "kept_dir": tmp_path / "kept", "wrap": Paused}
+    async with house(model_path, own_root, **options) as tight:
+        container = tight.container
+        assert isinstance(container, Paused)
+        first = await tight.answer("a")
+        await tight.answer("b")
+        entry = tight.service.registry.get("a")
+        version = entry.current
+        found = rewrite(model_path, own_root / "a", 94)
+        container.held = "updates"
+        request = asyncio.create_task(tight.answer("a"))
+        try:
+            async with asyncio.timeout(20):
+                await container.reached.wait()  # what the folder holds now is about to become version 2
+            shutil.copytree(equal_root / "a", own_root / "a", dirs_exist_ok=True)
+            made = Made({"method": "test"})
+            replacing = asyncio.create_task(
+                tight.service.load_made(
+                    "a", made, lambda: AdapterContainer.from_directory(own_root / "e"), replace=True
+                )
+            )
+            await tight.until(lambda: version.kept)
+            (copy, _) = sorted((tmp_path / "kept").glob("versions-*/*.safetensors"))
+            copy.write_bytes(b"damaged")  # that of what was made
+        finally:
+            container.open.set()  # or the house could not close
+        with pytest.raises(VersionGoneError):
+            await replacing
+        assert await request == found
+        assert (entry.current.number, entry.previous, version.kept) == (2, version, True)
+        await tight.service.roll_back("a")
+        assert await tight.answer("a") == first
 
 
 async def test_copies_go_with_the_server_and_those_of_a_dead_one_with_the_next(

@@ -239,10 +239,10 @@ def test_a_file_that_was_just_copied_has_changed_whatever_time_it_was_given(
     tmp_path: Path, equal_root: Path, given_seconds: float
 ) -> None:
     path = Path(shutil.copytree(equal_root / "a", tmp_path / "a"))
-    folder, weights = AdapterFolder(path, "a"), path / "adapters.safetensors"
+    folder, given = AdapterFolder(path, "a"), time.time() + given_seconds
     before = look_at(folder)
-    given = time.time() + given_seconds
-    os.utime(weights, (given, given))
+    for name, *_ in before:
+        os.utime(path / name, (given, given))
     first = unchanged_seconds(folder)
     assert 0 <= first < 60
     time.sleep(0.05)
