@@ -31,6 +31,7 @@ def server(own_process: Served, adapters_root: Path, demo_model_path: Path) -> S
     make_adapter(
         adapters_root / "stranger", model, "dora", rank=5, scale=4.0, num_layers=4, keys=None, size=0.03
     )
+    own_process.restore()  # what another file's tests have unloaded stays so until it is loaded
     return own_process
 
 
