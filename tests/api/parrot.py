@@ -56,14 +56,17 @@ def parrot_tokenizer(template: str | None = TEMPLATE) -> TokenizerWrapper:
 
 
 class Parrot(llama.Model):
-    """Raises when it reads the trap, as a failing kernel would."""
+    """Raises when it reads the trap, as a failing kernel would. Says it after the token `before` alone."""
 
     trap: int = -1
+    before: int = -1
 
     def __call__(self, inputs: mx.array, *args: Any, **options: Any) -> mx.array:
         if (inputs == self.trap).any().item():
             raise RuntimeError("a secret of the inside: /etc/passwd")
-        return super().__call__(inputs, *args, **options)
+        logits = super().__call__(inputs, *args, **options)
+        chance = mx.arange(logits.shape[-1]) == self.trap  # never by chance, whatever is sampled or adapted
+        return mx.where(chance & (inputs != self.before)[..., None], -1e4, logits)
 
 
 def load_parrot(template: str | None = TEMPLATE, context_tokens: int = CONTEXT_TOKENS) -> LoadedModel:
@@ -85,7 +88,7 @@ def load_parrot(template: str | None = TEMPLATE, context_tokens: int = CONTEXT_T
             tie_word_embeddings=False,
         )
     )
-    model.trap = vocabulary[TRAP]
+    model.trap, model.before = vocabulary[TRAP], vocabulary["ouch"]
     table = mx.zeros((size, width))
     for first, line in LINES.items():
         for token, successor in zip([first, *line], line, strict=False):
