@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .bank import AdapterBank, PreparedAdapter
-    from .blending import Blend, BlendOptions, BlendPart, BlendReport, blend
+    from .blending.blend import Blend, BlendOptions, BlendPart, BlendReport, blend
     from .config import AdapterConfig, FineTuneType, LoRAParameters
     from .container import AdapterContainer
     from .errors import (
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
         InvalidBlendError,
         UnsupportedModelError,
     )
-    from .fusion import FuseReport, Fusion, Precision
-    from .layers import (
+    from .formats.writing import write_adapter
+    from .fusing.fusion import FuseReport, Fusion, Precision
+    from .layers.kinds import (
         DoRAEmbedding,
         DoRALinear,
         LoRAEmbedding,
@@ -33,12 +34,19 @@ if TYPE_CHECKING:
         QDoRALinear,
         QLoRALinear,
     )
-    from .module_weights import ModuleWeights
-    from .modules import ModuleKind, factor_shapes, kind_of
+    from .layers.module_weights import ModuleWeights
+    from .layers.modules import ModuleKind, factor_shapes, kind_of
+    from .layers.targets import adaptable_layers, default_keys, resolve_targets
+    from .mixed.routing import (
+        AdapterRows,
+        ResidentAdapter,
+        RoutedModel,
+        Routing,
+        RowAdapters,
+        make_row,
+        row_key,
+    )
     from .report import LoadReport
-    from .routing import AdapterRows, ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row, row_key
-    from .targets import adaptable_layers, default_keys, resolve_targets
-    from .writing import write_adapter
 
 __all__ = [
     "AdapterBank",
@@ -89,7 +97,7 @@ __all__ = [
 
 _MODULES = {
     "bank": ("AdapterBank", "PreparedAdapter"),
-    "blending": ("Blend", "BlendOptions", "BlendPart", "BlendReport", "blend"),
+    "blending.blend": ("Blend", "BlendOptions", "BlendPart", "BlendReport", "blend"),
     "config": ("AdapterConfig", "FineTuneType", "LoRAParameters"),
     "container": ("AdapterContainer",),
     "errors": (
@@ -100,8 +108,8 @@ _MODULES = {
         "InvalidBlendError",
         "UnsupportedModelError",
     ),
-    "fusion": ("FuseReport", "Fusion", "Precision"),
-    "layers": (
+    "fusing.fusion": ("FuseReport", "Fusion", "Precision"),
+    "layers.kinds": (
         "DoRAEmbedding",
         "DoRALinear",
         "LoRAEmbedding",
@@ -111,9 +119,9 @@ _MODULES = {
         "QDoRALinear",
         "QLoRALinear",
     ),
-    "module_weights": ("ModuleWeights",),
-    "modules": ("ModuleKind", "factor_shapes", "kind_of"),
-    "routing": (
+    "layers.module_weights": ("ModuleWeights",),
+    "layers.modules": ("ModuleKind", "factor_shapes", "kind_of"),
+    "mixed.routing": (
         "AdapterRows",
         "ResidentAdapter",
         "RoutedModel",
@@ -123,8 +131,8 @@ _MODULES = {
         "row_key",
     ),
     "report": ("LoadReport",),
-    "targets": ("adaptable_layers", "default_keys", "resolve_targets"),
-    "writing": ("write_adapter",),
+    "layers.targets": ("adaptable_layers", "default_keys", "resolve_targets"),
+    "formats.writing": ("write_adapter",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -15,19 +15,19 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .container import AdapterContainer
 from .errors import ContainerStateError, UnsupportedModelError
-from .laying_out import float_dtype, group_modules, lay_out
-from .layout import GroupLayout, Layout
-from .mixed import MixedLinear, ProjectionGroup
-from .mixed_embedding import MixedEmbedding, TiedHead
-from .mixed_experts import ExpertGroups, MixedExperts, routes_rows, switch_layers
-from .module_weights import ModuleWeights
-from .modules import ModuleKind, kind_of
-from .peft_copies import copies_bytes
+from .formats.peft.copies import copies_bytes
+from .layers.module_weights import ModuleWeights
+from .layers.modules import ModuleKind, kind_of
+from .layers.surgery import replace_modules
+from .layers.targets import module_at
+from .mixed.embedding import MixedEmbedding, TiedHead
+from .mixed.experts import ExpertGroups, MixedExperts, routes_rows, switch_layers
+from .mixed.laying_out import float_dtype, group_modules, lay_out
+from .mixed.layout import GroupLayout, Layout
+from .mixed.linear import MixedLinear, ProjectionGroup
+from .mixed.routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
+from .mixed.stacks import Shelf
 from .report import LoadReport, parts_of
-from .routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
-from .stacks import Shelf
-from .surgery import replace_modules
-from .targets import module_at
 
 Mixed = MixedLinear | MixedEmbedding | MixedExperts
 

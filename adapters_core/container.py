@@ -19,15 +19,15 @@ from pydantic import JsonValue
 
 from .config import CONFIG_FILE, AdapterConfig, FineTuneType, LoRAParameters
 from .errors import ContainerStateError, InvalidAdapterError
-from .folders import read_adapter
-from .formats import AdapterFormat, FormatName, ModulesFormat
-from .fusion import FuseReport, Fusion, Precision, fuse_layers
-from .layers import AdaptedLayer, DoRALayer, LoRALayer, adapted, with_weights
-from .mlx_format import MlxFormat
-from .module_weights import ModuleWeights
-from .surgery import Modes, Surgery, copy_modes, replace_modules
-from .targets import is_wrapper, module_at, named_modules, resolve_targets
-from .weights import WEIGHTS_FILE, digest_of, save_weights
+from .formats.folders import read_adapter
+from .formats.mlx import MlxFormat
+from .formats.protocol import AdapterFormat, FormatName, ModulesFormat
+from .formats.weights import WEIGHTS_FILE, digest_of, save_weights
+from .fusing.fusion import FuseReport, Fusion, Precision, fuse_layers
+from .layers.kinds import AdaptedLayer, DoRALayer, LoRALayer, adapted, with_weights
+from .layers.module_weights import ModuleWeights
+from .layers.surgery import Modes, Surgery, copy_modes, replace_modules
+from .layers.targets import is_wrapper, module_at, named_modules, resolve_targets
 
 __all__ = ["AdapterContainer"]
 

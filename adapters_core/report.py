@@ -16,7 +16,7 @@ import mlx.core as mx
 from pydantic import JsonValue
 
 from .config import CONFIG_FILE
-from .module_weights import ModuleWeights
+from .layers.module_weights import ModuleWeights
 
 __all__ = ["Described", "LoadReport", "Part", "parts_of", "ranges"]
 

@@ -19,9 +19,9 @@ import numpy as np
 from mlx_lm.utils import load_model
 
 from adapters_core.config import CONFIG_FILE, AdapterConfig, LoRAParameters
-from adapters_core.modules import compute_dtype, dense_weight, factor_shapes, weight_shape
-from adapters_core.targets import default_keys, resolve_targets
-from adapters_core.weights import WEIGHTS_FILE, save_weights
+from adapters_core.formats.weights import WEIGHTS_FILE, save_weights
+from adapters_core.layers.modules import compute_dtype, dense_weight, factor_shapes, weight_shape
+from adapters_core.layers.targets import default_keys, resolve_targets
 
 __all__ = ["KINDS", "AdapterKind", "KindName", "write_adapters"]
 

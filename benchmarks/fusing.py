@@ -25,14 +25,14 @@ import mlx.core as mx  # noqa: E402 (MLX may be imported only after the BLAS)
 import mlx.nn as nn  # noqa: E402
 from mlx_lm.utils import load_model, load_tokenizer, quantize_model  # noqa: E402
 
-from adapters_core.builders import dense_like  # noqa: E402
 from adapters_core.container import AdapterContainer  # noqa: E402
-from adapters_core.fusion import AUTO_THRESHOLD, Precision, fuse_layers  # noqa: E402
-from adapters_core.fusion_activations import ActivationReport, compare_activations  # noqa: E402
-from adapters_core.fusion_sums import summed_layers  # noqa: E402
-from adapters_core.modules import dense_weight, is_quantized  # noqa: E402
-from adapters_core.surgery import replace_modules  # noqa: E402
-from adapters_core.targets import is_wrapper, named_modules  # noqa: E402
+from adapters_core.fusing.activations import ActivationReport, compare_activations  # noqa: E402
+from adapters_core.fusing.fusion import AUTO_THRESHOLD, Precision, fuse_layers  # noqa: E402
+from adapters_core.fusing.sums import summed_layers  # noqa: E402
+from adapters_core.layers.builders import dense_like  # noqa: E402
+from adapters_core.layers.modules import dense_weight, is_quantized  # noqa: E402
+from adapters_core.layers.surgery import replace_modules  # noqa: E402
+from adapters_core.layers.targets import is_wrapper, named_modules  # noqa: E402
 from benchmarks.environment import describe_environment  # noqa: E402
 from benchmarks.fusing_report import (  # noqa: E402
     FusingReport,

@@ -26,11 +26,18 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters_core.bank import AdapterBank, PreparedAdapter
-from adapters_core.fused import Kernels
-from adapters_core.layout import GroupLayout, Projection, group_projections
-from adapters_core.mixed import MixedLinear
-from adapters_core.modules import compute_dtype, weight_shape
-from adapters_core.routing import AdapterRows, ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from adapters_core.layers.modules import compute_dtype, weight_shape
+from adapters_core.mixed.kernel import Kernels
+from adapters_core.mixed.layout import GroupLayout, Projection, group_projections
+from adapters_core.mixed.linear import MixedLinear
+from adapters_core.mixed.routing import (
+    AdapterRows,
+    ResidentAdapter,
+    RoutedModel,
+    Routing,
+    RowAdapters,
+    make_row,
+)
 from benchmarks.gpu_report import GpuProfile, GpuReport, GpuResult
 
 _PROMPT_TOKENS = 32

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters_core.weights import WEIGHTS_FILE
+from adapters_core.formats.weights import WEIGHTS_FILE
 from benchmarks.adapters import KINDS, KindName, write_adapters
 
 __all__ = ["AdapterLibrary", "AdapterSet", "adapter_id", "tensor_bytes"]

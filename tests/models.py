@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from adapters_core.config import AdapterConfig
-from adapters_core.modules import dense_weight, factor_shapes
-from adapters_core.targets import resolve_targets
+from adapters_core.layers.modules import dense_weight, factor_shapes
+from adapters_core.layers.targets import resolve_targets
 
 VOCABULARY = 96
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 
-from adapters_core.blending import BlendOptions, BlendPart, BlendReport, blend
+from adapters_core.blending.blend import BlendOptions, BlendPart, BlendReport, blend
 from adapters_core.container import AdapterContainer
 
 from .errors import BlendPartChangedError

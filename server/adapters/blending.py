@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from adapters_core.blending import BlendOptions, BlendReport
+from adapters_core.blending.blend import BlendOptions, BlendReport
 from adapters_core.errors import InvalidBlendError
 
 from .aside import run_aside

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters_core.config import CONFIG_FILE
-from adapters_core.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
+from adapters_core.formats.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
 
 from .errors import AdapterNotFoundError, InvalidAdapterIdError, PathNotAllowedError, quoted
 

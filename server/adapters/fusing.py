@@ -20,9 +20,9 @@ import structlog
 from adapters_core.bank import ResidentAdapter, make_row
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import BlendError
-from adapters_core.fusion import AUTO_THRESHOLD, FuseReport, Precision
-from adapters_core.fusion_activations import ActivationReport
-from adapters_core.surgery import replace_modules
+from adapters_core.fusing.activations import ActivationReport
+from adapters_core.fusing.fusion import AUTO_THRESHOLD, FuseReport, Precision
+from adapters_core.layers.surgery import replace_modules
 from server.engine.container import ModelContainer, ModelContext
 from server.engine.model import ModelInfo
 

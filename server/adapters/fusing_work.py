@@ -14,9 +14,9 @@ from typing import Any, Literal
 import mlx.nn as nn
 
 from adapters_core.container import AdapterContainer
-from adapters_core.fusion import FuseReport, Precision, fuse_layers
-from adapters_core.fusion_activations import ActivationReport, compare_activations
-from adapters_core.fusion_sums import summed_layers
+from adapters_core.fusing.activations import ActivationReport, compare_activations
+from adapters_core.fusing.fusion import FuseReport, Precision, fuse_layers
+from adapters_core.fusing.sums import summed_layers
 
 __all__ = ["FuseProgress", "Merged", "Stage", "Tell", "merge", "no_tell"]
 

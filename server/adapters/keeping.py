@@ -22,7 +22,7 @@ import mlx.core as mx
 import structlog
 
 from adapters_core.bank import PreparedAdapter
-from adapters_core.weights import digest_of
+from adapters_core.formats.weights import digest_of
 from server.engine.container import ModelContainer
 
 from .aside import run_aside

@@ -13,7 +13,7 @@ from typing import cast
 
 from adapters_core.bank import AdapterBank, PreparedAdapter, ResidentAdapter
 from adapters_core.container import AdapterContainer
-from adapters_core.reading import least_memory_bytes
+from adapters_core.formats.reading import least_memory_bytes
 from server.engine.container import ModelContainer, ModelContext
 
 from .aside import run_aside

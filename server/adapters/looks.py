@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from adapters_core.config import CONFIG_FILE
-from adapters_core.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
+from adapters_core.formats.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
 
 from .errors import LifeCycleError
 from .folder import AdapterFolder, AdapterFolders

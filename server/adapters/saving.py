@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import save
 
-from adapters_core.targets import Wrapper
+from adapters_core.layers.targets import Wrapper
 from server.engine.model import ModelInfo
 
 from .errors import ModelExistsError, ModelNotSavedError, PathNotAllowedError, quoted

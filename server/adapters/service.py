@@ -22,7 +22,7 @@ import mlx.nn as nn
 import structlog
 
 from adapters_core.container import AdapterContainer
-from adapters_core.fusion import AUTO_THRESHOLD
+from adapters_core.fusing.fusion import AUTO_THRESHOLD
 from server.engine.container import ModelContainer
 from server.engine.model import ModelInfo
 

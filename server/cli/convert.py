@@ -21,7 +21,7 @@ from server.cli.output import fail, say
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from adapters_core.module_weights import ModuleWeights
+    from adapters_core.layers.module_weights import ModuleWeights
 
 __all__ = ["convert"]
 
@@ -57,7 +57,7 @@ def convert(
     """Write an adapter in mlx-lm's or PEFT's format. Needs no server."""
     require_mlx()
     from adapters_core.errors import InvalidAdapterError, UnsupportedModelError
-    from adapters_core.writing import write_adapter
+    from adapters_core.formats.writing import write_adapter
 
     if not source.is_dir():
         fail(f"there is no folder {str(source)!r}.", code=2)
@@ -90,7 +90,7 @@ def convert(
 
 def _alone(source: Path) -> _Source:
     from adapters_core.errors import InvalidAdapterError
-    from adapters_core.unplaced import read_unplaced
+    from adapters_core.formats.unplaced import read_unplaced
 
     found = read_unplaced(source)
     if found.open:

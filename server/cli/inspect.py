@@ -55,8 +55,8 @@ def inspect(
 
 
 def _alone(path: Path) -> tuple[LoadReport, dict[str, str]]:
+    from adapters_core.formats.unplaced import read_unplaced
     from adapters_core.report import LoadReport
-    from adapters_core.unplaced import read_unplaced
 
     unplaced = read_unplaced(path)
     return LoadReport.of(unplaced, unplaced.parts), unplaced.open
@@ -64,9 +64,9 @@ def _alone(path: Path) -> tuple[LoadReport, dict[str, str]]:
 
 def _on_model(path: Path, folder: Path) -> LoadReport:
     from adapters_core.container import AdapterContainer
-    from adapters_core.modules import kind_of
+    from adapters_core.layers.modules import kind_of
+    from adapters_core.layers.targets import module_at
     from adapters_core.report import LoadReport, parts_of
-    from adapters_core.targets import module_at
 
     container = AdapterContainer.from_directory(path)
     model = lazy_model(folder)

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from adapters_core.routing import RoutedModel
+from adapters_core.mixed.routing import RoutedModel
 
 from .pacing import first_read
 from .requests import Request

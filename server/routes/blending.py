@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from adapters_core.blending import MAX_PARTS, BlendMethod, BlendOptions
+from adapters_core.blending.blend import MAX_PARTS, BlendMethod, BlendOptions
 
 __all__ = ["BlendFields", "BlendTerm"]
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
-from adapters_core.routing import Routing
+from adapters_core.mixed.routing import Routing
 from tests.adapters.support import (
     NAMES,
     House,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapters_core.blending import BlendOptions
+from adapters_core.blending.blend import BlendOptions
 from server.adapters.blending import Blender
 from server.adapters.errors import AdapterMemoryError, BaseIsFusedError
 from tests.adapters.support import BASE, House, Site, house, in_memory, read_model

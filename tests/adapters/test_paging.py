@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
-from adapters_core.routing import ResidentAdapter, Routing
+from adapters_core.mixed.routing import ResidentAdapter, Routing
 from server.adapters.errors import (
     AdapterChangedError,
     AdapterMemoryError,

@@ -8,7 +8,7 @@ from typing import Any
 from structlog.testing import capture_logs
 
 from adapters_core.container import AdapterContainer
-from adapters_core.writing import write_adapter
+from adapters_core.formats.writing import write_adapter
 from tests.adapters.support import BASE, Site, house, read_model
 from tests.models import make_adapter
 

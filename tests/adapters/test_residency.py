@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapters_core.routing import ResidentAdapter
+from adapters_core.mixed.routing import ResidentAdapter
 from server.adapters.budget import DEFAULT_SHARE, default_memory_bytes
 from server.adapters.errors import AdapterMemoryError
 from server.adapters.folder import AdapterFolder

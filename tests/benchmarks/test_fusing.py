@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adapters_core.container import AdapterContainer
-from adapters_core.fusion import AUTO_THRESHOLD, Precision
+from adapters_core.fusing.fusion import AUTO_THRESHOLD, Precision
 from benchmarks.fusing import base_model, fused_results, in_float32, write_page
 from benchmarks.fusing_report import (
     FusingReport,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from adapters_core.module_weights import ModuleWeights
+from adapters_core.layers.module_weights import ModuleWeights
 
 
 def linear(seed: int, shape: tuple[int, int] = (20, 16), rank: int = 4, scale: float = 2.0) -> ModuleWeights:

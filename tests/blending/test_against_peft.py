@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from adapters_core.blending import BlendOptions, BlendPart, blend
-from adapters_core.module_weights import ModuleWeights
+from adapters_core.blending.blend import BlendOptions, BlendPart, blend
+from adapters_core.layers.module_weights import ModuleWeights
 from tests.blending.parts import delta
 from tests.models import relative_error
 

@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from adapters_core.blending import MAX_PARTS, Blend, BlendMethod, BlendOptions, BlendPart, blend
-from adapters_core.blending_deltas import DisjointMean, drop, trim
-from adapters_core.blending_ranks import EXACT_SIDE, truncate_matrix, truncate_product
+from adapters_core.blending.blend import MAX_PARTS, Blend, BlendMethod, BlendOptions, BlendPart, blend
+from adapters_core.blending.deltas import DisjointMean, drop, trim
+from adapters_core.blending.ranks import EXACT_SIDE, truncate_matrix, truncate_product
 from adapters_core.errors import InvalidBlendError
-from adapters_core.module_weights import ModuleWeights
+from adapters_core.layers.module_weights import ModuleWeights
 from tests.blending.parts import delta, linear, switch
 from tests.models import relative_error
 

@@ -17,7 +17,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
-from adapters_core.layers import DoRALinear, LoRALinear, QDoRALinear, QLoRALinear
+from adapters_core.layers.kinds import DoRALinear, LoRALinear, QDoRALinear, QLoRALinear
 from tests.models import VOCABULARY, adapter_values, logits, make_adapter, relative_error, tiny_llama, tokens
 
 KINDS = ["lora", "dora"]

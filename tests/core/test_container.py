@@ -18,8 +18,8 @@ from mlx_lm.tuner.utils import load_adapters
 from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import ContainerStateError, InvalidAdapterError, UnsupportedModelError
-from adapters_core.layers import DoRALinear, LoRALayer, LoRALinear
-from adapters_core.surgery import replace_modules
+from adapters_core.layers.kinds import DoRALinear, LoRALayer, LoRALinear
+from adapters_core.layers.surgery import replace_modules
 from tests.models import (
     adapter_tensors,
     adapter_values,

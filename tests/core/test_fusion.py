@@ -15,11 +15,11 @@ from mlx_lm.tuner.utils import load_adapters
 from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import ContainerStateError, InvalidAdapterError
-from adapters_core.fusion import AUTO_THRESHOLD, Precision
-from adapters_core.layers import DoRALinear, LoRALinear
-from adapters_core.module_weights import ModuleWeights
-from adapters_core.modules import dense_weight
-from adapters_core.targets import module_at
+from adapters_core.fusing.fusion import AUTO_THRESHOLD, Precision
+from adapters_core.layers.kinds import DoRALinear, LoRALinear
+from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.layers.modules import dense_weight
+from adapters_core.layers.targets import module_at
 from tests.models import (
     QKV,
     adapter_tensors,

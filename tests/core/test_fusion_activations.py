@@ -13,14 +13,14 @@ from mlx_lm.models import mixtral
 
 from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
-from adapters_core.fusion import Precision, fuse_layers
-from adapters_core.fusion_activations import ActivationReport, compare_activations
-from adapters_core.fusion_dense import dequantizing
-from adapters_core.layers import AdaptedLayer, with_weights
-from adapters_core.module_weights import ModuleWeights
-from adapters_core.modules import is_quantized
-from adapters_core.surgery import replace_modules
-from adapters_core.targets import module_at, named_modules
+from adapters_core.fusing.activations import ActivationReport, compare_activations
+from adapters_core.fusing.dense import dequantizing
+from adapters_core.fusing.fusion import Precision, fuse_layers
+from adapters_core.layers.kinds import AdaptedLayer, with_weights
+from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.layers.modules import is_quantized
+from adapters_core.layers.surgery import replace_modules
+from adapters_core.layers.targets import module_at, named_modules
 from tests.models import (
     QKV,
     adapter_tensors,

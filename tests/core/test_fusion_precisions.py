@@ -15,12 +15,12 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
-from adapters_core.fusion import AUTO_THRESHOLD, Precision, fuse_layers
-from adapters_core.fusion_forms import size_bytes
-from adapters_core.layers import AdaptedLayer, with_weights
-from adapters_core.module_weights import ModuleWeights
-from adapters_core.modules import compute_dtype, dense_weight
-from adapters_core.targets import named_modules
+from adapters_core.fusing.forms import size_bytes
+from adapters_core.fusing.fusion import AUTO_THRESHOLD, Precision, fuse_layers
+from adapters_core.layers.kinds import AdaptedLayer, with_weights
+from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.layers.modules import compute_dtype, dense_weight
+from adapters_core.layers.targets import named_modules
 from tests.models import QKV, adapter_tensors, adapter_values, logits, snapshot, tiny_llama, write_adapter
 
 BITS = [None, 8, 6, 4, 3]

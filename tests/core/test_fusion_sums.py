@@ -10,11 +10,11 @@ import pytest
 
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import BlendError
-from adapters_core.fusion import fuse_layers
-from adapters_core.fusion_sums import summed, summed_layers
-from adapters_core.module_weights import ModuleWeights
-from adapters_core.modules import dense_weight
-from adapters_core.targets import module_at
+from adapters_core.fusing.fusion import fuse_layers
+from adapters_core.fusing.sums import summed, summed_layers
+from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.layers.modules import dense_weight
+from adapters_core.layers.targets import module_at
 from tests.models import make_adapter, relative_error, tiny_llama
 
 

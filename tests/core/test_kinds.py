@@ -17,11 +17,11 @@ from mlx_lm.tuner.lora import LoRAEmbedding as TheirLoRAEmbedding
 from mlx_lm.tuner.lora import LoRASwitchLinear as TheirLoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-from adapters_core.builders import dense_like, quantized_like
 from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import UnsupportedModelError
-from adapters_core.layers import (
+from adapters_core.layers.builders import dense_like, quantized_like
+from adapters_core.layers.kinds import (
     DoRAEmbedding,
     DoRALinear,
     LoRAEmbedding,
@@ -29,7 +29,7 @@ from adapters_core.layers import (
     LoRASwitchLinear,
     ModuleWeights,
 )
-from adapters_core.modules import ModuleKind, dense_weight, factor_shapes, is_quantized, weight_shape
+from adapters_core.layers.modules import ModuleKind, dense_weight, factor_shapes, is_quantized, weight_shape
 from tests.mixed.architectures import tiny
 from tests.mixed.resident import paths_of
 from tests.models import adapter_values, make_adapter, relative_error, snapshot, tokens

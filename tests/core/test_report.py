@@ -15,12 +15,12 @@ import pytest
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
-from adapters_core.modules import kind_of
+from adapters_core.formats.unplaced import read_unplaced
+from adapters_core.formats.writing import write_adapter
+from adapters_core.layers.modules import kind_of
+from adapters_core.layers.targets import module_at
+from adapters_core.mixed.routing import Routing
 from adapters_core.report import LoadReport, parts_of, ranges
-from adapters_core.routing import Routing
-from adapters_core.targets import module_at
-from adapters_core.unplaced import read_unplaced
-from adapters_core.writing import write_adapter
 from tests.models import adapter_tensors, adapter_values, make_adapter, tiny_llama
 from tests.models import write_adapter as write_files
 
@@ -184,6 +184,6 @@ def test_ranges() -> None:
 
 
 def test_a_report_of_files_needs_no_mlx_lm() -> None:
-    code = "import sys, adapters_core.report, adapters_core.unplaced; print('mlx_lm' in sys.modules)"
+    code = "import sys, adapters_core.report, adapters_core.formats.unplaced; print('mlx_lm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

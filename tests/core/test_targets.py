@@ -13,9 +13,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from adapters_core.config import AdapterConfig
 from adapters_core.errors import ContainerStateError, InvalidAdapterError, UnsupportedModelError
-from adapters_core.modules import ModuleKind, kind_of, weight_shape
-from adapters_core.surgery import Modes, replace_modules
-from adapters_core.targets import (
+from adapters_core.layers.modules import ModuleKind, kind_of, weight_shape
+from adapters_core.layers.surgery import Modes, replace_modules
+from adapters_core.layers.targets import (
     adaptable_layers,
     default_keys,
     module_at,

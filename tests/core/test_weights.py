@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters_core.errors import InvalidAdapterError
-from adapters_core.weights import (
+from adapters_core.formats.weights import (
     MAX_HEADER_BYTES,
     WEIGHTS_FILE,
     digest_of,

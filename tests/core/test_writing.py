@@ -18,11 +18,11 @@ from mlx_lm.tuner.utils import load_adapters
 from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
-from adapters_core.formats import FormatName
-from adapters_core.module_weights import ModuleWeights
-from adapters_core.modules import dense_weight, factor_shapes
-from adapters_core.targets import module_at
-from adapters_core.writing import write_adapter
+from adapters_core.formats.protocol import FormatName
+from adapters_core.formats.writing import write_adapter
+from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.layers.modules import dense_weight, factor_shapes
+from adapters_core.layers.targets import module_at
 from tests.models import adapter_values, logits, make_adapter, relative_error, tiny_llama
 
 Q0, Q1, V2 = (

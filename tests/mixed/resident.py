@@ -13,9 +13,9 @@ from mlx_lm.tuner.utils import load_adapters
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
-from adapters_core.modules import ModuleKind, kind_of
-from adapters_core.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
-from adapters_core.targets import named_base_modules
+from adapters_core.layers.modules import ModuleKind, kind_of
+from adapters_core.layers.targets import named_base_modules
+from adapters_core.mixed.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
 
 
 class Resident:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from adapters_core.container import AdapterContainer
-from adapters_core.modules import ModuleKind
-from adapters_core.routing import RowAdapters
-from adapters_core.targets import default_keys, named_base_modules
+from adapters_core.layers.modules import ModuleKind
+from adapters_core.layers.targets import default_keys, named_base_modules
+from adapters_core.mixed.routing import RowAdapters
 from tests.mixed.architectures import ARCHITECTURES, tiny
 from tests.mixed.resident import Resident, alone, only, paths_of
 from tests.models import (

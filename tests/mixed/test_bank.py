@@ -17,9 +17,9 @@ from mlx_lm.tuner.utils import load_adapters
 
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import ContainerStateError, InvalidAdapterError, UnsupportedModelError
-from adapters_core.layout import bucket_rank
-from adapters_core.mixed import MixedLinear
-from adapters_core.routing import ResidentAdapter, RowAdapters, make_row
+from adapters_core.mixed.layout import bucket_rank
+from adapters_core.mixed.linear import MixedLinear
+from adapters_core.mixed.routing import ResidentAdapter, RowAdapters, make_row
 from tests.mixed.resident import Resident, only
 from tests.models import (
     adapter_tensors,

@@ -8,8 +8,8 @@ import pytest
 from mlx_lm.tuner.utils import load_adapters
 
 from adapters_core.container import AdapterContainer
-from adapters_core.modules import ModuleKind
-from adapters_core.targets import default_keys
+from adapters_core.layers.modules import ModuleKind
+from adapters_core.layers.targets import default_keys
 from server.engine.loop import GenerationLoop, LoopOptions
 from tests.engine.support import make_context, prompts, reference, run, submit
 from tests.mixed.architectures import tiny

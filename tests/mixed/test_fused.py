@@ -13,10 +13,10 @@ import pytest
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
-from adapters_core.fused import Kernels
-from adapters_core.fused_source import kernel_source
-from adapters_core.layout import GroupLayout
-from adapters_core.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from adapters_core.mixed.kernel import Kernels
+from adapters_core.mixed.kernel_source import kernel_source
+from adapters_core.mixed.layout import GroupLayout
+from adapters_core.mixed.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
 from tests.models import make_adapter, relative_error, tiny_llama, tokens
 
 ALL = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]

@@ -14,14 +14,14 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import UnsupportedModelError
-from adapters_core.expert_products import ExpertProducts, Routes
-from adapters_core.layout import GroupLayout, Layout, Projection
-from adapters_core.mixed_experts import MixedExperts
-from adapters_core.module_weights import ModuleWeights
-from adapters_core.modules import ModuleKind, weight_shape
-from adapters_core.routing import BatchPlan, Placement, ResidentAdapter, RowAdapters, make_row
-from adapters_core.stacks import Shelf
-from adapters_core.targets import module_at, named_base_modules
+from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.layers.modules import ModuleKind, weight_shape
+from adapters_core.layers.targets import module_at, named_base_modules
+from adapters_core.mixed.expert_products import ExpertProducts, Routes
+from adapters_core.mixed.experts import MixedExperts
+from adapters_core.mixed.layout import GroupLayout, Layout, Projection
+from adapters_core.mixed.routing import BatchPlan, Placement, ResidentAdapter, RowAdapters, make_row
+from adapters_core.mixed.stacks import Shelf
 from tests.mixed.architectures import tiny
 from tests.mixed.resident import Resident, alone, only, paths_of
 from tests.models import (

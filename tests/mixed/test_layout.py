@@ -8,10 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters_core.fused_source import kernel_source
-from adapters_core.layout import Factors, GroupLayout, Layout, Projection, bucket_rank, group_projections
-from adapters_core.routing import ResidentAdapter
-from adapters_core.stacks import Shelf
+from adapters_core.mixed.kernel_source import kernel_source
+from adapters_core.mixed.layout import (
+    Factors,
+    GroupLayout,
+    Layout,
+    Projection,
+    bucket_rank,
+    group_projections,
+)
+from adapters_core.mixed.routing import ResidentAdapter
+from adapters_core.mixed.stacks import Shelf
 
 ranks = st.integers(1, 12)
 sizes = st.integers(1, 9)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters_core.errors import BlendError
-from adapters_core.layout import Layout
-from adapters_core.routing import (
+from adapters_core.mixed.layout import Layout
+from adapters_core.mixed.routing import (
     AdapterRows,
     BatchPlan,
     Placement,

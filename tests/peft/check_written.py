@@ -45,10 +45,10 @@ def write(folder: Path) -> None:
     import numpy as np
 
     from adapters_core.container import AdapterContainer
-    from adapters_core.module_weights import ModuleWeights
-    from adapters_core.modules import dense_weight, factor_shapes
-    from adapters_core.targets import module_at
-    from adapters_core.writing import write_adapter
+    from adapters_core.formats.writing import write_adapter
+    from adapters_core.layers.module_weights import ModuleWeights
+    from adapters_core.layers.modules import dense_weight, factor_shapes
+    from adapters_core.layers.targets import module_at
     from tests.peft.fixtures import model, tokens
 
     rng = np.random.default_rng(3)

@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adapters_core.errors import InvalidAdapterError
-from adapters_core.peft_config import PeftConfig, PeftFields
-from adapters_core.peft_targets import is_target, is_target_parameter, rank_and_scale
+from adapters_core.formats.peft.config import PeftConfig, PeftFields
+from adapters_core.formats.peft.targets import is_target, is_target_parameter, rank_and_scale
 
 _json = st.recursive(
     st.none()

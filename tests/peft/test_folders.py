@@ -8,10 +8,10 @@ import mlx.core as mx
 import pytest
 
 from adapters_core.container import AdapterContainer
-from adapters_core.peft_copies import copies_bytes
-from adapters_core.reading import least_memory_bytes
-from adapters_core.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE, read_weights
-from adapters_core.writing_peft import peft_files
+from adapters_core.formats.peft.copies import copies_bytes
+from adapters_core.formats.peft.writing import peft_files
+from adapters_core.formats.reading import least_memory_bytes
+from adapters_core.formats.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE, read_weights
 from server.adapters.errors import PathNotAllowedError
 from server.adapters.folder import AdapterFolders
 from tests.adapters.support import read_model, site, write_model

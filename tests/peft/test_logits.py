@@ -9,7 +9,7 @@ import pytest
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
-from adapters_core.routing import RoutedModel, Routing, make_row
+from adapters_core.mixed.routing import RoutedModel, Routing, make_row
 from tests.models import snapshot
 from tests.peft import fixtures
 

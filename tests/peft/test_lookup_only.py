@@ -10,14 +10,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from adapters_core.blending import BlendOptions, BlendPart, blend
+from adapters_core.blending.blend import BlendOptions, BlendPart, blend
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import BlendError, InvalidAdapterError, InvalidBlendError
-from adapters_core.fusion import Precision
-from adapters_core.fusion_sums import summed, summed_layers
-from adapters_core.module_weights import ModuleWeights
-from adapters_core.writing_mlx import mlx_files
-from adapters_core.writing_peft import peft_files
+from adapters_core.formats.mlx_writing import mlx_files
+from adapters_core.formats.peft.writing import peft_files
+from adapters_core.fusing.fusion import Precision
+from adapters_core.fusing.sums import summed, summed_layers
+from adapters_core.layers.module_weights import ModuleWeights
 from tests.models import snapshot
 from tests.peft import fixtures
 

@@ -15,11 +15,11 @@ import pytest
 
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import ContainerStateError, InvalidAdapterError
-from adapters_core.module_weights import ModuleWeights
-from adapters_core.patterns import KeyPatterns, PatternError, compiled
-from adapters_core.peft_config import PeftConfig
-from adapters_core.peft_names import Leaf, TensorName, parse_name
-from adapters_core.peft_targets import is_target, is_target_parameter, rank_and_scale
+from adapters_core.formats.peft.config import PeftConfig
+from adapters_core.formats.peft.names import Leaf, TensorName, parse_name
+from adapters_core.formats.peft.patterns import KeyPatterns, PatternError, compiled
+from adapters_core.formats.peft.targets import is_target, is_target_parameter, rank_and_scale
+from adapters_core.layers.module_weights import ModuleWeights
 from tests.peft import fixtures
 
 TOLERANCE = 1e-4

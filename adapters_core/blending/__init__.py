@@ -1,0 +1,1 @@
+"""Several adapters and weights become one."""

@@ -1,0 +1,53 @@
+"""The two files of an adapter's folder, ready to be written: whole, or not at all.
+
+Knows neither format; `mlx_writing` and `peft.writing` make these from what an adapter brings to modules.
+Runs on any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from pydantic import JsonValue
+
+from ..config import CONFIG_FILE
+from ..files import new_folder
+from ..layers.module_weights import ModuleWeights
+from .weights import save_weights
+
+__all__ = ["AdapterFiles", "in_order"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """What adapter_config.json says, and the tensors by name for the file `weights_file`."""
+
+    config: Mapping[str, JsonValue]
+    tensors: Mapping[str, mx.array]
+    weights_file: str
+
+    def write(self, directory: str | Path) -> None:
+        """Make the folder `directory` with both files; if this raises, there is none.
+
+        Raises:
+            FileExistsError: something of this name is there; it is not touched.
+            OSError: a file cannot be written.
+        """
+        text = json.dumps(dict(self.config), indent=4, allow_nan=False) + "\n"
+        with new_folder(Path(directory)) as folder:
+            save_weights(folder / self.weights_file, self.tensors)
+            (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def in_order(weights: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
+    """`weights` by path, layer 2 before layer 10, so that equal adapters make equal files."""
+    return dict(sorted(weights.items(), key=lambda item: _numbered(item[0])))
+
+
+def _numbered(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path)]

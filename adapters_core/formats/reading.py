@@ -1,0 +1,69 @@
+"""Both files of an adapter's folder, read and checked by themselves: which format, its config, its tensors.
+
+The config decides by its content: PEFT's has `peft_type`. The weights of each format lie in a file of its own
+name. Knows no model and does not import mlx-lm, which takes seconds. Runs on any thread.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from ..config import CONFIG_FILE, AdapterConfig, read_values
+from ..errors import InvalidAdapterError
+from .peft.config import PeftConfig
+from .weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE, AdapterWeights, least_file_bytes, read_weights
+
+__all__ = ["least_memory_bytes", "read_files"]
+
+
+def read_files(
+    directory: Path, weights_file: str | None = None
+) -> tuple[AdapterConfig | PeftConfig, AdapterWeights]:
+    """What is in `directory`; the tensors are those of `weights_file`, or of the format's own file.
+
+    Raises:
+        InvalidAdapterError: naming the folder and every problem of both files.
+    """
+    problems: list[str] = []
+    values: object = None
+    config: AdapterConfig | PeftConfig | None = None
+    weights = None
+    try:
+        values = read_values(directory / CONFIG_FILE, directory.name)
+        config = _config(values, directory.name)
+    except InvalidAdapterError as error:
+        problems += error.problems
+    try:
+        weights = read_weights(directory, weights_file or _own_file(values))
+    except InvalidAdapterError as error:
+        problems += error.problems
+    if config is None or weights is None:
+        raise InvalidAdapterError(directory.name, problems)
+    return config, weights
+
+
+def least_memory_bytes(directory: Path, weights_file: str | None = None, copies_bytes: int = 0) -> int:
+    """Bytes that the adapter in `directory` takes beside any base at the very least; reads no tensors.
+
+    Of the file that `read_files` would read, of which up to `copies_bytes` may be the base's own weights. 0
+    if that cannot be told: reading it will say what is wrong.
+    """
+    with suppress(OSError, ValueError, RecursionError, InvalidAdapterError):
+        name = weights_file or _own_file(read_values(directory / CONFIG_FILE, directory.name))
+        return least_file_bytes(directory / name, copies_bytes)
+    return 0
+
+
+def _own_file(values: object) -> str:
+    return PEFT_WEIGHTS_FILE if _is_peft(values) else WEIGHTS_FILE
+
+
+def _config(values: object, source: str) -> AdapterConfig | PeftConfig:
+    if isinstance(values, dict) and _is_peft(values):
+        return PeftConfig.from_values(values, source)
+    return AdapterConfig.from_values(values, source)
+
+
+def _is_peft(values: object) -> bool:
+    return isinstance(values, dict) and "peft_type" in values

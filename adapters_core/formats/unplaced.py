@@ -1,0 +1,221 @@
+"""An adapter's files by themselves, before any model has said where their tensors belong.
+
+Modules have the names that the files give them. What no file says (whether a module is an embedding in
+mlx-lm's format, how the experts of a PEFT file lie) stays open. Does not import mlx-lm, which takes seconds.
+Runs on any thread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import CONFIG_FILE, AdapterConfig, FineTuneType
+from ..errors import InvalidAdapterError
+from ..layers.module_weights import ModuleWeights
+from ..report import Part, parts_of
+from .peft.config import PeftConfig
+from .peft.factors import Factors, sort_tensors
+from .peft.names import HEADS, Leaf, is_head
+from .peft.targets import is_target, rank_and_scale
+from .reading import read_files
+
+__all__ = ["Unplaced", "read_unplaced"]
+
+_LEAVES = ("lora_a", "lora_b", "m")
+_EMBEDDING_LEAVES = (Leaf.EMBEDDING_A, Leaf.EMBEDDING_B)
+_IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
+_EXPERTS = re.compile(r"\.experts(\.\d+\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Unplaced:
+    """An adapter as its files alone describe it.
+
+    `weights` are the modules whose every tensor has a sure meaning, by the file's path; `open` says of each
+    of the others why a model is needed; `parts` are both.
+    """
+
+    format: str
+    type: FineTuneType
+    base_name: str | None
+    ignored_fields: tuple[str, ...]
+    dropout: float
+    size_bytes: int
+    weights: dict[str, ModuleWeights] = field(default_factory=dict)
+    open: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> None:
+        """What the adapter computes has no digest before a model has placed it."""
+        return None
+
+
+def read_unplaced(directory: str | Path) -> Unplaced:
+    """Read the folder `directory`.
+
+    Raises:
+        InvalidAdapterError: naming the folder and every problem that can be seen without a model.
+    """
+    directory = Path(directory)
+    config, weights = read_files(directory)
+    is_peft = isinstance(config, PeftConfig)
+    found = _from_peft(config, weights.tensors) if is_peft else _from_mlx(config, weights.tensors)
+    if found.problems:
+        raise InvalidAdapterError(directory.name, found.problems)
+    return Unplaced(
+        format="peft" if is_peft else "mlx",
+        type=config.type if is_peft else config.fine_tune_type,
+        base_name=(config.fields.base_model_name_or_path or None) if is_peft else config.base_name,
+        ignored_fields=config.ignored if is_peft else config.ignored_fields,
+        dropout=config.fields.lora_dropout if is_peft else config.lora_parameters.dropout,
+        size_bytes=weights.size_bytes,
+        weights=found.sure,
+        open=found.open,
+        parts=parts_of(found.sure) | found.parts,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Modules by path: those that are sure, why the others are open, what is known of these, and problems."""
+
+    sure: dict[str, ModuleWeights] = field(default_factory=dict)
+    open: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, path: str, weights: ModuleWeights, doubt: str | None) -> None:
+        """Keep a module that is whole; `doubt` is why only a model can tell what it is."""
+        if doubt is None:
+            self.sure[path] = weights
+        else:
+            self.open[path] = doubt
+            self.parts.update(parts_of({path: weights}))
+
+
+def _from_mlx(config: AdapterConfig, tensors: Mapping[str, mx.array]) -> _Found:
+    found = _Found()
+    modules: dict[str, dict[str, mx.array]] = defaultdict(dict)
+    for name, tensor in sorted(tensors.items()):
+        path, _, leaf = name.rpartition(".")
+        if leaf in _LEAVES:
+            modules[path][leaf] = tensor
+        else:
+            found.problems.append(
+                f"tensor {name}: not expected: not the name of an adapter's tensor ({', '.join(_LEAVES)})"
+            )
+    parameters = config.lora_parameters
+    for path, leaves in modules.items():
+        problems = _mlx_problems(path, leaves, parameters.rank, config.fine_tune_type is FineTuneType.DORA)
+        found.problems.extend(problems)
+        if not problems:
+            weights = ModuleWeights(leaves["lora_a"], leaves["lora_b"], leaves.get("m"), parameters.scale)
+            is_sure = weights.lora_a.ndim == 3 or _IN_A_LAYER.search(path) or is_head(path)
+            found.add(
+                path, weights, None if is_sure else "the format does not say whether it is an embedding"
+            )
+    return found
+
+
+def _mlx_problems(path: str, leaves: Mapping[str, mx.array], rank: int, is_dora: bool) -> list[str]:
+    problems = [
+        f"tensor {path}.{leaf}: the file has none of this name, but others of this module"
+        for leaf in (_LEAVES if is_dora else _LEAVES[:2])
+        if leaf not in leaves
+    ]
+    if "m" in leaves and not is_dora:
+        problems.append(
+            f"tensor {path}.m: not expected: a magnitude, but fine_tune_type is lora (dora has magnitudes)"
+        )
+    if problems:
+        return problems
+    a, b = leaves["lora_a"].shape, leaves["lora_b"].shape
+    ranks = {2: lambda: (a[1], b[0]), 3: lambda: (a[1], b[2])}.get(len(a))
+    if len(a) != len(b) or ranks is None or ranks() != (rank, rank) or (len(a) == 3 and a[0] != b[0]):
+        problems.append(f"module {path}: expected factors of rank {rank}, got lora_a {a} and lora_b {b}")
+    elif is_dora and leaves["m"].shape not in ((b[-1],), (a[0],)):
+        problems.append(f"tensor {path}.m: expected shape {(b[-1],)}, got {leaves['m'].shape}")
+    return problems
+
+
+def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
+    contents = sort_tensors(tensors)
+    found = _Found(problems=list(contents.problems))
+    found.open.update(
+        (name, "a weight of the base, which only the base can tell from a trained one")
+        for name in contents.base_copies
+    )
+    for (path, depth), factors in contents.factors.items():
+        rank, scale = rank_and_scale(config, path)
+        if Leaf.TOKENS in factors.tensors:
+            found.open[path] = "the rows of trained tokens are seen beside those of the base"
+            found.parts[path] = _part_of(factors, factors.tensors[Leaf.TOKENS].shape[0], 1.0)
+            continue
+        if depth or _EXPERTS.search(path):
+            key = f"{path}.{depth}.experts" if depth else path
+            found.open[path] = "how experts lie depends on the model"
+            found.parts[key] = _part_of(factors, rank, scale)
+            continue
+        is_embedding = not factors.tensors.keys().isdisjoint(_EMBEDDING_LEAVES)
+        problems = _peft_problems(config, factors, rank, is_embedding)
+        found.problems.extend(problems)
+        if not problems:
+            a, b = _EMBEDDING_LEAVES if is_embedding else (Leaf.A, Leaf.B)
+            weights = ModuleWeights(
+                mx.contiguous(factors.tensors[a].T),
+                mx.contiguous(factors.tensors[b].T),
+                factors.tensors.get(Leaf.MAGNITUDE),
+                scale,
+                factors.tensors.get(Leaf.BIAS),
+            )
+            found.add(path, weights, _peft_doubt(config, path, is_embedding))
+    return found
+
+
+def _peft_problems(config: PeftConfig, factors: Factors, rank: int, is_embedding: bool) -> list[str]:
+    at_head = is_head(factors.path)
+    is_tied = at_head and bool(config.fields.ensure_weight_tying)
+    is_wanted = is_target(config.fields, factors.path, is_linear=not is_embedding, is_head=at_head)
+    if not is_wanted and not is_tied:
+        return factors.refused(f"{CONFIG_FILE} leaves module {factors.path} out")
+    leaves = _EMBEDDING_LEAVES if is_embedding else (Leaf.A, Leaf.B)
+    if missing := [leaf for leaf in leaves if leaf not in factors.tensors or factors.tensors[leaf].ndim != 2]:
+        return [f"tensor {factors.path}.{leaf}: expected a matrix, the file has none" for leaf in missing]
+    (_, columns), (rows, _) = (factors.tensors[leaf].shape for leaf in leaves)
+    expected: dict[Leaf, tuple[int, ...]] = {leaves[0]: (rank, columns), leaves[1]: (rows, rank)}
+    if config.fields.use_dora:
+        if is_embedding:
+            return factors.refused(
+                "PEFT's DoRA of an embedding has a magnitude for each feature, which no layer here has"
+            )
+        expected[Leaf.MAGNITUDE] = (rows,)
+    if config.fields.lora_bias:
+        expected[Leaf.BIAS] = (rows,)
+    return factors.problems(expected, rank)
+
+
+def _peft_doubt(config: PeftConfig, path: str, is_embedding: bool) -> str | None:
+    if is_embedding or (path in HEADS and config.fields.ensure_weight_tying):
+        return "it depends on the model whether head and embedding are one"
+    if path.startswith("model.layers.") or path in HEADS:
+        return None
+    return "modules of such names lie elsewhere in MLX models"
+
+
+def _part_of(factors: Factors, rank: int, scale: float) -> Part:
+    """What is known of factors whose layout is open."""
+    b = factors.tensors.get(Leaf.B)
+    return Part(
+        rank=rank,
+        scale=scale,
+        dtypes=frozenset(str(tensor.dtype).rpartition(".")[2] for tensor in factors.tensors.values()),
+        is_silent=scale == 0 or (b is not None and not mx.any(b).item()),
+        kind=None,
+    )

@@ -1,0 +1,53 @@
+"""Writes an adapter as a folder in mlx-lm's or PEFT's format, from what it brings to each module.
+
+Whole, or not at all. Runs on any thread; changes no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import mlx.nn as nn
+
+from ..layers.module_weights import ModuleWeights
+from ..layers.modules import ModuleKind, kind_of
+from ..layers.targets import module_at
+from .adapter_files import AdapterFiles
+from .mlx_writing import mlx_files
+from .peft.writing import peft_files
+from .protocol import FormatName
+
+__all__ = ["write_adapter"]
+
+
+def write_adapter(
+    directory: str | Path,
+    weights: Mapping[str, ModuleWeights],
+    to: FormatName,
+    model: nn.Module | None = None,
+    *,
+    embeddings: Collection[str] = (),
+    base_name: str | None = None,
+    dropout: float = 0.0,
+) -> None:
+    """Make the folder `directory` with `weights`, by full path in the model, in the format `to`.
+
+    `weights` are evaluated. Without the `model`, `embeddings` are the modules that are one, and configs in
+    mlx-lm's format name every module in full. `base_name` goes into the config, `dropout` is for those who
+    train on.
+
+    Raises:
+        InvalidAdapterError: everything that the format cannot say.
+        FileExistsError: something of this name is there; it is not touched.
+        OSError: a file cannot be written; nothing is left of the folder.
+        UnsupportedModelError: the model's layers cannot be reached.
+    """
+    directory = Path(directory)
+    if to == "mlx":
+        files: AdapterFiles = mlx_files(weights, directory.name, model, base_name=base_name, dropout=dropout)
+    else:
+        if model is not None:
+            embeddings = [path for path in weights if kind_of(module_at(model, path)) is ModuleKind.EMBEDDING]
+        files = peft_files(weights, directory.name, embeddings, base_name=base_name, dropout=dropout)
+    files.write(directory)

@@ -1,0 +1,144 @@
+"""How far the outputs of fused layers are from those of the adapted ones, on real prompts.
+
+The weights' error says what was rounded; this says what of it shows. Each adapted layer is given the inputs
+that it has in the adapted model, and so are the base layer and the fused one, so that the error of one layer
+does not carry over into the next. The logits, in turn, are those of the whole fused model. Knows no text: a
+prompt is a row of token ids. Replaces modules of the model that it is given and puts them back: of a model
+that is being served, give it a copy. Runs on any thread that may compute with the model's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..layers.adapted import AdaptedLayer
+from ..layers.surgery import replace_modules
+from .dense import dequantizing
+
+__all__ = ["ActivationReport", "compare_activations"]
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationReport:
+    """What a fusion changed in the outputs, over all tokens of all prompts.
+
+    A layer's error is ‖y' - y‖ / ‖y - y₀‖: y' the fused layer's output, y the adapted one's, y₀ the base's.
+    Layers in which the adapter changes no output at all are left out. `agreement` is the share of tokens
+    after which both models find the same token the likeliest. KL is Σ p log(p / q) in nats, p the adapted
+    model's probabilities of the next token and q the fused one's.
+    """
+
+    prompts: int
+    tokens: int
+    error_mean: float
+    error_worst: float
+    worst_module: str | None
+    agreement: float
+    kl_mean: float
+    kl_max: float
+
+
+class _Observed(nn.Module):
+    """The adapted layer in its place, which notes what the fused one would have made of each input."""
+
+    def __init__(self, adapted: AdaptedLayer, fused: nn.Module) -> None:
+        super().__init__()
+        self["adapted"] = adapted
+        self["fused"] = fused
+        self._noted: list[tuple[mx.array, mx.array]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._note(lambda module: module(*args, **kwargs))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """A tied embedding in its second place, as the head."""
+        return self._note(lambda module: module.as_linear(x))
+
+    def __getattr__(self, key: str) -> Any:
+        # Some models read sizes off their layers.
+        return self[key] if key in self else getattr(self["adapted"], key)
+
+    def take(self) -> tuple[float, float]:
+        """(‖y' - y‖², ‖y - y₀‖²) of the calls since the last one; evaluates them."""
+        noted, self._noted = self._noted, []
+        if not noted:
+            return 0.0, 0.0
+        lost, size = (mx.sum(mx.stack(list(values))) for values in zip(*noted, strict=True))
+        return cast(float, lost.item()), cast(float, size.item())
+
+    def _note(self, call: Callable[[Any], mx.array]) -> mx.array:
+        expected = call(self["adapted"])
+        exact = expected.astype(mx.float32)
+        lost = mx.sum(mx.square(call(self["fused"]).astype(mx.float32) - exact))
+        size = mx.sum(mx.square(exact - call(self["adapted"].reverted()).astype(mx.float32)))
+        self._noted.append((lost, size))
+        return expected
+
+
+def compare_activations(
+    model: Any,
+    layers: Mapping[str, AdaptedLayer],
+    modules: Mapping[str, nn.Module],
+    rows: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ActivationReport:
+    """Compare `model` with `layers` in it and with `modules` in their places; both by path.
+
+    `rows` are prompts, each at least one token; one is computed at a time. `progress` is told how many of
+    how many are done. The model is as before when this returns or raises.
+    """
+    others = dequantizing(model, layers)
+    observed = {path: _Observed(layer, modules[path]) for path, layer in layers.items()}
+    lost, size = dict.fromkeys(observed, 0.0), dict.fromkeys(observed, 0.0)
+    same: list[bool] = []
+    divergences: list[float] = []
+    for index, row in enumerate(rows):
+        tokens = mx.array([list(row)])
+        with _in_place(model, {**others, **observed}):
+            expected = _log_probabilities(model(tokens))
+            mx.eval(expected)
+            for path, layer in observed.items():
+                more_lost, more_size = layer.take()
+                lost[path] += more_lost
+                size[path] += more_size
+        with _in_place(model, {**others, **modules}):
+            actual = _log_probabilities(model(tokens))
+        agrees = mx.argmax(expected, axis=-1) == mx.argmax(actual, axis=-1)
+        kl = mx.sum(mx.exp(expected) * (expected - actual), axis=-1)
+        same += cast(list[bool], agrees.tolist())
+        # Rounding may leave a divergence of nothing a little below it.
+        divergences += cast(list[float], mx.maximum(kl, 0.0).tolist())
+        progress(index + 1, len(rows))
+    errors = {path: (lost[path] / size[path]) ** 0.5 for path in observed if size[path] > 0}
+    worst = max(errors, key=lambda path: errors[path], default=None)
+    return ActivationReport(
+        prompts=len(rows),
+        tokens=len(same),
+        error_mean=sum(errors.values()) / len(errors) if errors else 0.0,
+        error_worst=0.0 if worst is None else errors[worst],
+        worst_module=worst,
+        agreement=sum(same) / len(same),
+        kl_mean=sum(divergences) / len(divergences),
+        kl_max=max(divergences),
+    )
+
+
+def _log_probabilities(logits: mx.array) -> mx.array:
+    """(tokens, vocabulary), float32, of the logits (1, tokens, vocabulary)."""
+    logits = logits[0].astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+@contextmanager
+def _in_place(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    surgery = replace_modules(model, modules)
+    try:
+        yield
+    finally:
+        surgery.undo()

@@ -1,0 +1,1 @@
+"""Rows with different adapters in one forward: who computes with what, where factors lie, the products."""

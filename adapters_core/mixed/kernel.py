@@ -1,0 +1,209 @@
+"""Decoding on CUDA: one kernel adds the low-rank terms to the outputs of all projections of one input.
+
+    o_p = y_p + w·B_p (A_p x)     for each row, with the factors of the row's slot; y_p where it has none;
+    o_p = f_p ⊙ (y_p + w·B_p (A_p x))                                                  for DoRA
+
+Launches are what adapters cost on a GPU, not arithmetic, so shrink, expand, scale and addition are one. A
+row's input is split over a cluster of eight blocks, which add their parts of A x up through distributed
+shared memory (NVIDIA Hopper and later; elsewhere each block computes all of it); each block then writes an
+eighth of the outputs. Sums are in float32, and the delta is rounded to the layer's type before it is added,
+as mlx-lm does. The base layers of a group and the kernel are compiled to one function, because the host is
+slower at building graphs than the GPU at computing them. Knows no routing beyond a pass's packed rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..layers.modules import compute_dtype
+from .kernel_source import kernel_source
+from .layout import GroupLayout
+
+if TYPE_CHECKING:
+    from .routing import Pass
+    from .stacks import Stack
+
+__all__ = ["Call", "Kernels", "on_cuda", "plan_calls", "run_calls"]
+
+_THREADS = 256
+_BLOCKS = 8  # for each row; also the size of a cluster, which is the most that every such GPU allows
+_LARGEST_RANK = 4096  # of a group: two floats each, of the 48 KiB that a block has
+_CLUSTERS_SINCE = 9  # major compute capability
+_MOST_COMPILED = 1024  # functions, for as many sizes of batch and stack; then all are made anew
+
+_Function = Callable[..., Sequence[mx.array]]
+
+
+def on_cuda() -> bool:
+    """Whether MLX's default device is a CUDA GPU."""
+    return mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available()
+
+
+class Kernels:
+    """One kernel for each shape of group and type of input, made when first asked for.
+
+    With `compiles` False, base layers and kernel stay apart, which only a benchmark has a use for.
+    """
+
+    def __init__(self, compiles: bool = True) -> None:
+        capability = mx.device_info(mx.default_device()).get("compute_capability_major", 0)
+        self._clusters = int(capability) >= _CLUSTERS_SINCE
+        self._compiles = compiles
+        self._made: dict[str, _Function] = {}
+        self._compiled: dict[tuple[Any, ...], _Function] = {}
+
+    def get(self, layout: GroupLayout, dtype: mx.Dtype) -> _Function:
+        """The kernel for inputs and outputs of `dtype` and factors in `layout`.
+
+        x (B, 1, in), slab (slots, size), packed rows (B, 2), y_p (B, 1, out_p) → o_p (B, 1, out_p).
+        """
+        name, header, source = kernel_source(layout, dtype, _THREADS, _BLOCKS, self._clusters)
+        if name not in self._made:
+            count = len(layout.projections)
+            kernel = mx.fast.cuda_kernel(
+                name=name,
+                input_names=["x", "slab", "rows", *(f"y{index}" for index in range(count))],
+                output_names=[f"o{index}" for index in range(count)],
+                header=header,
+                source=source,
+            )
+            self._made[name] = cast(_Function, kernel)
+        return self._made[name]
+
+    def compiled(
+        self, kernel: _Function, form: dict[str, Any], linears: Sequence[nn.Module], slots: int
+    ) -> _Function | None:
+        """Base layers and kernel as one function of (x, slab, packed, *the arrays of `linears`).
+
+        Layers of the same form share it. None if these are not to be compiled.
+        """
+        if not self._compiles or any(type(one) not in (nn.Linear, nn.QuantizedLinear) for one in linears):
+            return None
+        key = (kernel, form["grid"], slots, *(_form(linear) for linear in linears))
+        if key not in self._compiled:
+            if len(self._compiled) >= _MOST_COMPILED:
+                self._compiled.clear()
+            # Copies to put other layers' arrays into while the function is traced.
+            self._compiled[key] = mx.compile(_forward(kernel, form, [copy.copy(one) for one in linears]))
+        return self._compiled[key]
+
+
+def _forward(kernel: _Function, form: dict[str, Any], linears: Sequence[nn.Module]) -> _Function:
+    def forward(x: mx.array, slab: mx.array, packed: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
+        left = iter(arrays)
+        for linear in linears:
+            for name in _array_names(linear):
+                linear[name] = next(left)
+        return kernel(inputs=[x, slab, packed, *(linear(x) for linear in linears)], **form)
+
+    return forward
+
+
+def _form(linear: nn.Module) -> tuple[Any, ...]:
+    """What decides how a layer computes, beside the shapes that its group's kernel has in it."""
+    settings = (getattr(linear, name, None) for name in ("bits", "group_size", "mode"))
+    return (type(linear), *settings, *((name, linear[name].dtype) for name in _array_names(linear)))
+
+
+def _array_names(linear: nn.Module) -> list[str]:
+    return [name for name, value in linear.items() if isinstance(value, mx.array)]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One launch for one batch: the kernel, what it reads beside the input, and the form of what it writes.
+
+    `paths` are the layers in the kernel's order, `bases` their base layers' forwards. `compiled` computes
+    these as well, from `arrays`.
+    """
+
+    kernel: _Function
+    form: dict[str, Any]
+    stack: Stack
+    packed: mx.array
+    paths: tuple[str, ...]
+    bases: tuple[Callable[[mx.array], mx.array], ...]
+    compiled: _Function | None
+    arrays: tuple[mx.array, ...]
+
+
+def plan_calls(
+    steps: Sequence[tuple[Pass, Stack]],
+    dtype: mx.Dtype,
+    kernels: Kernels,
+    linears: Mapping[str, nn.Module],
+) -> tuple[Call, ...] | None:
+    """The launches that compute `steps` for inputs of `dtype`, in order; None where the kernel cannot."""
+    if not all(_fits(stack.layout, dtype, linears) for _, stack in steps):
+        return None
+    return tuple(_plan_call(one, stack, dtype, kernels, linears) for one, stack in steps)
+
+
+def _plan_call(
+    one: Pass, stack: Stack, dtype: mx.Dtype, kernels: Kernels, linears: Mapping[str, nn.Module]
+) -> Call:
+    projections = stack.layout.projections
+    mine = [linears[projection.path] for projection in projections]
+    rows = one.packed.shape[0]
+    kernel = _kernel_of(stack, dtype, kernels)
+    form = {
+        "grid": (_THREADS * _BLOCKS, rows, 1),
+        "threadgroup": (_THREADS, 1, 1),
+        "output_shapes": [(rows, 1, projection.out_size) for projection in projections],
+        "output_dtypes": [dtype] * len(projections),
+    }
+    return Call(
+        kernel=kernel,
+        form=form,
+        stack=stack,
+        packed=one.packed,
+        paths=tuple(projection.path for projection in projections),
+        bases=tuple(linear.__call__ for linear in mine),
+        compiled=kernels.compiled(kernel, form, mine, stack.slab.shape[0]),
+        arrays=tuple(linear[name] for linear in mine for name in _array_names(linear)),
+    )
+
+
+def _kernel_of(stack: Stack, dtype: mx.Dtype, kernels: Kernels) -> _Function:
+    """The kernel for a stack, which keeps it: to make its text takes longer than to lay out a batch."""
+    if dtype not in stack.kernels:
+        stack.kernels[dtype] = kernels.get(stack.layout, dtype)
+    return stack.kernels[dtype]
+
+
+def run_calls(x: mx.array, calls: Sequence[Call]) -> dict[str, mx.array]:
+    """The outputs (B, 1, out) of all layers that the calls touch, by path, for x (B, 1, in)."""
+    outputs: dict[str, mx.array] = {}
+    for call in calls:
+        if call.compiled is not None and not outputs:
+            found = call.compiled(x, call.stack.slab, call.packed, *call.arrays)
+        else:
+            layers = zip(call.paths, call.bases, strict=True)
+            ys = [outputs[path] if path in outputs else base(x) for path, base in layers]
+            found = call.kernel(inputs=[x, call.stack.slab, call.packed, *ys], **call.form)
+        outputs.update(zip(call.paths, found, strict=True))
+    return outputs
+
+
+def _fits(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module]) -> bool:
+    """Whether the kernel computes this.
+
+    It wants whole vectors of 16 bytes, outputs of the input's type, sums that fit into a block's own memory,
+    and no bias, neither of a layer whose DoRA would scale it nor of the adapter's own.
+    """
+    if layout.has_bias:
+        return False
+    if dtype.size > layout.dtype.size or not mx.issubdtype(dtype, mx.floating) or layout.rank > _LARGEST_RANK:
+        return False
+    if any(compute_dtype(linears[p.path], dtype) != dtype for p in layout.projections):
+        return False
+    width = 16 // layout.dtype.size
+    if layout.in_size % width or any(p.out_size % width for p in layout.projections):
+        return False
+    return not layout.is_dora or all(linears[p.path].get("bias") is None for p in layout.projections)
