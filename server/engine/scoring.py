@@ -63,10 +63,13 @@ class Scorer:
             self._keep(prompt)
         for answer in step.answers:
             self._emit(answer.request, Scored(answer.answer, answer.logprobs))
-            self.finish(answer.request, {answer.answer})
+            self._finish(answer.request, {answer.answer})
 
-    def finish(self, request: Request, answers: set[int]) -> None:
-        """These answers are scored, or not wanted any more; without any that is open, the request ends."""
+    def cancel(self, request: Request, answers: set[int]) -> None:
+        """Give these answers up; without any that is open, the request ends."""
+        self._finish(request, answers)
+
+    def _finish(self, request: Request, answers: set[int]) -> None:
         request.open -= answers
         self._batch.remove(request)
         if not request.open:
