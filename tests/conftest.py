@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import structlog
 
 from server.blas import load_openblas
 
@@ -18,6 +19,14 @@ load_openblas()
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from server.demo.model import default_cache_dir, demo_model  # noqa: E402 (MLX may be imported only from here on)
+
+# By default, structlog shows an exception with all variables, in colour, which takes a second for each.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 
 @pytest.fixture(scope="session")
