@@ -3,15 +3,16 @@
     python -m benchmarks.page [FILE.json…] [--gpu FILE.json]
 
 A block begins with `<!-- bench: NAME -->` and ends with `<!-- end -->`. NAME is `goals` (the figures with
-goals of all reports), `conditions` (what the reports depend on), `gpu` (the report of benchmarks.gpu) or a
-case's name (its own table). What lies between the two is replaced; a block that no report has anything for
-stays as it is. Computes nothing.
+goals of all reports), `gpu` (the report of benchmarks.gpu) or a case's name (its own table). Each says which
+run it is of and what that depends on. What lies between the two is replaced; a block that no report has
+anything for stays as it is. Computes nothing.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +77,7 @@ def filled(text: str, reports: Sequence[Report], gpu: GpuReport | None = None) -
         return f"{found[1]}{new}\n{found[4]}"
 
     text = _BLOCK.sub(replaced, text)
-    if not set(names) - {"conditions"}:
+    if not names:
         raise PageError("expected a line <!-- bench: NAME --> that the reports have figures for, found none")
     return text, names
 
@@ -99,17 +100,16 @@ def fill_blocks(text: str, blocks: Mapping[str, str]) -> str:
 
 def block(name: str, reports: Sequence[Report]) -> str | None:
     """The Markdown of a block, None if the reports have nothing for it."""
-    if name == "conditions":
-        return "\n\n".join(map(_conditions, reports)) or None
     if name == "goals":
-        return _goals([case for report in reports for case in report.cases])
-    cases = [case for report in reports for case in report.cases if case.name == name and case.measures]
-    return "\n".join(_case(cases[-1])) if cases else None
+        return "\n\n".join(filter(None, map(_goals, reports))) or None
+    cases = [(report, case) for report in reports for case in report.cases if case.name == name]
+    found = [(report, case) for report, case in cases if case.measures]
+    return "\n\n".join(["\n".join(_case(found[-1][1])), _conditions(found[-1][0])]) if found else None
 
 
 def _conditions(report: Report) -> str:
-    lines = [f"- {_escaped(line)}" for line in conditions(report)]
-    return "\n".join([f"{_escaped(run_of(report))}", "", *lines])
+    lines = " ".join(conditions(report))
+    return f"<details><summary>{escape(run_of(report))}</summary>\n\n{_escaped(lines)}\n\n</details>"
 
 
 def _gpu(report: GpuReport) -> str:
@@ -150,28 +150,28 @@ def _host_ms(profile: GpuProfile) -> tuple[float, float, float]:
     return profile.build_ms, profile.submit_ms, profile.wait_ms
 
 
-def _goals(cases: Sequence[CaseRecord]) -> str | None:
+def _goals(report: Report) -> str | None:
     """All figures with goals, how many answers were the same, and what went other than planned.
 
     A case of the table that failed is named, so that no figure is missing unseen.
     """
-    with_goals = [case for case in cases if any(figure.goal for figure in case.figures)]
-    if not with_goals:
+    cases = [case for case in report.cases if any(figure.goal for figure in case.figures)]
+    if not cases:
         return None
-    lines = [_figures([figure for case in with_goals for figure in case.figures if figure.goal])]
-    pairs = [pair for case in with_goals for pair in case.same_answers]
+    lines = [_figures([figure for case in cases for figure in case.figures if figure.goal])]
+    pairs = [pair for case in cases for pair in case.same_answers]
     if pairs:
         same, compared = sum(pair.same for pair in pairs), sum(pair.compared for pair in pairs)
         lines.append(
             f"Of {compared} answers of sides that were asked the same, {same} are equal, word for word."
         )
-    lines += [f"Note: {_escaped(note)}." for case in with_goals for note in case.notes]
+    lines += [f"Note: {_escaped(note)}." for case in cases for note in case.notes]
     lines += [
         f"Failed: {case.name}: {_escaped(case.failure)}"
-        for case in cases
+        for case in report.cases
         if case.failure and case.name in TABLE
     ]
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, _conditions(report)])
 
 
 def _figures(figures: Sequence[FigureRecord]) -> str:

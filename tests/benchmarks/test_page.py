@@ -26,20 +26,18 @@ between
 <!-- bench: zipf -->
 kept
 <!-- end -->
-<!-- bench: conditions -->
-<!-- end -->
 """
 
 
 def test_blocks_are_filled_and_the_rest_stays(tiny_model_path: Path) -> None:
-    text, names = filled(PAGE, [report_of(tiny_model_path)])
-    assert names == ["goals", "concurrency", "conditions"]
+    report = report_of(tiny_model_path)
+    text, names = filled(PAGE, [report])
+    assert names == ["goals", "concurrency"]
     lines = text.splitlines()
     assert "| ours ÷ theirs [x] | **3.00** | 2.00 to 4.00 | ≥ 3.5 | no | 2 |" in lines
     assert "| growth | **12.0%** | 6.00 to 24.0% | ≤ 12% | yes | 3 |" in lines
     assert "| mlx-graft, base, 4 requests | 12.0 | 1000 | 150 | 3 |" in lines
     assert "| mixed ÷ base | **0.62** | 0.50 to 0.75 |  |  | 2 |" in lines
-    assert "- Note: a note" in lines
     assert "Of 3 answers of sides that were asked the same, 1 are equal, word for word." in lines
     assert "Failed: churn: it broke [off] its log" in lines
     assert "old" not in lines
@@ -47,21 +45,24 @@ def test_blocks_are_filled_and_the_rest_stays(tiny_model_path: Path) -> None:
     assert filled(text, [report_of(tiny_model_path)])[0].count("ours ÷ theirs") == 1
 
 
-def test_each_report_has_conditions_of_its_own(tiny_model_path: Path) -> None:
+def test_each_block_says_which_run_it_is_of(tiny_model_path: Path) -> None:
     first = report_of(tiny_model_path)
-    second = first.model_copy(update={"command": "mlx-graft bench all", "seconds": 99.0})
+    second = first.model_copy(
+        update={"command": "mlx-graft bench concurrency", "seconds": 99.0, "cases": first.cases[1:2]}
+    )
     text, _ = filled(PAGE, [first, second])
-    between = text.partition("<!-- bench: conditions -->\n")[2].partition("<!-- end -->")[0]
-    head, *paragraphs = between.strip().split("\n\n")
-    assert head == f"Run of {first.created:%Y-%m-%d %H:%M} UTC. Command: {first.command}"
-    lists, heads = paragraphs[::2], paragraphs[1::2]
-    assert heads == [f"Run of {first.created:%Y-%m-%d %H:%M} UTC. Command: mlx-graft bench all"]
-    assert [one.count("- Model: tiny, F32.") for one in lists] == [1, 1]
-    assert ["took 12 seconds" in one for one in lists] == [True, False]
-    assert "took 99 seconds" in lists[1]
+    goals, concurrency = (
+        text.partition(f"<!-- bench: {name} -->\n")[2].partition("<!-- end -->")[0]
+        for name in ("goals", "concurrency")
+    )
+    for block, report, seconds in ((goals, first, 12), (concurrency, second, 99)):
+        run = f"Run of {report.created:%Y-%m-%d %H:%M} UTC. Command: {report.command}"
+        assert f"<summary>{run}</summary>\n\nValues of a measure are " in block
+        assert block.count("Run of") == block.count("Model: tiny, F32.") == 1
+        assert f"took {seconds} seconds. Note: a note\n\n</details>\n" in block
 
 
-@pytest.mark.parametrize("page", ["# Title\n", "<!-- bench: conditions -->\n<!-- end -->\n"])
+@pytest.mark.parametrize("page", ["# Title\n", "<!-- bench: zipf -->\n<!-- end -->\n"])
 def test_a_page_without_a_place_is_an_error(tiny_model_path: Path, page: str) -> None:
     with pytest.raises(PageError, match="expected a line <!-- bench: NAME -->"):
         filled(page, [report_of(tiny_model_path)])
@@ -112,7 +113,7 @@ def test_the_block_about_a_gpu_is_filled_from_its_own_report(tmp_path: Path) -> 
 
 def test_the_projects_own_page_has_a_place_for_the_goals(tiny_model_path: Path) -> None:
     _, names = filled(OWN_PAGE.read_text(), [report_of(tiny_model_path)])
-    assert names == ["conditions", "goals", "concurrency"]
+    assert names == ["goals", "concurrency"]
 
 
 def test_a_plot_depends_on_the_report_alone(tiny_model_path: Path, tmp_path: Path) -> None:
