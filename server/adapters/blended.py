@@ -15,7 +15,7 @@ from adapters_core.blending.blend import BlendOptions, BlendPart, BlendReport, b
 from adapters_core.container import AdapterContainer
 
 from .errors import BlendPartChangedError
-from .loading import read_folder
+from .memory.loading import read_folder
 from .source import Made, Source, folder_of
 
 __all__ = ["Blended", "Part", "make_blend", "read_source"]

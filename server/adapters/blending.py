@@ -31,7 +31,7 @@ from .errors import (
 )
 from .folder import check_id
 from .names import parse_name
-from .registry import Terms
+from .pins import Terms
 from .service import AdapterService, Loaded
 
 __all__ = ["Blender"]

@@ -13,7 +13,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -23,11 +24,12 @@ import structlog
 
 from adapters_core.bank import PreparedAdapter
 from adapters_core.formats.weights import digest_of
-from server.engine.container import ModelContainer
 
 from .aside import run_aside
 from .errors import VersionGoneError
-from .registry import Registry, Version
+from .memory.memory import Memory
+from .registry import Registry
+from .versions import Entry, Version
 
 __all__ = ["Keeper", "PrivateFolder"]
 
@@ -89,11 +91,9 @@ class _Copy:
 class Keeper:
     """The copies of one registry's versions, in `folder`, `limit_bytes` at most."""
 
-    def __init__(
-        self, container: ModelContainer, registry: Registry, folder: PrivateFolder, limit_bytes: int
-    ) -> None:
+    def __init__(self, memory: Memory, registry: Registry, folder: PrivateFolder, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._container = container
+        self._memory = memory
         self._registry = registry
         self._folder = folder
         self._copies: dict[Version, _Copy] = {}  # oldest first
@@ -117,9 +117,7 @@ class Keeper:
             if version.kept:
                 return True
             if prepared is None:
-                prepared = await self._container.perform(
-                    lambda context: context.bank.copy_of(version.resident)
-                )
+                prepared = await self._memory.copy_of(version)
             if prepared is None or not self._make_room(version.size_bytes, beside):
                 return False
             try:
@@ -145,6 +143,18 @@ class Keeper:
             self.drop(version)
             raise VersionGoneError(version.resident.digest)
         return replace(prepared, resident=version.resident)
+
+    @contextmanager
+    def unless_replaced(self, entry: Entry | None) -> Iterator[None]:
+        """Whoever fails to replace the current version of `entry` leaves no copy of it behind."""
+        replaced = None if entry is None or entry.current.kept else entry.current
+        try:
+            yield
+        except BaseException:
+            # If another has replaced it meanwhile, the copy is what a rollback needs.
+            if replaced is not None and entry is not None and entry.previous is not replaced:
+                self.drop(replaced)
+            raise
 
     def drop(self, version: Version) -> None:
         """Have no copy of `version` any more; no rollback leads to it then."""

@@ -2,7 +2,7 @@
 
 Plain state, changed at one instant each time; nothing here waits. A name is resolved to a Pin, which keeps
 the versions that it names until it is released, whatever becomes of the name meanwhile. An adapter that is
-registered need not be in memory: that is the business of `residency`. Knows no weights, files or threads.
+registered need not be in memory: that is the business of `memory`. Knows no weights, files or threads.
 Used on the event loop only.
 """
 
@@ -11,10 +11,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
-from adapters_core.bank import ResidentAdapter, RowAdapters, make_row
+from adapters_core.bank import make_row
 
 from .errors import (
     AdapterNotFoundError,
@@ -24,127 +22,11 @@ from .errors import (
     UnknownVersionError,
     quoted,
 )
-from .folder import AdapterFolder
-from .names import parse_name
-from .source import Source, folder_of
+from .names import checkpoint_of, parse_name
+from .pins import Kind, Pin, Resolved, Terms
+from .versions import Entry, Version
 
-__all__ = ["Entry", "Kind", "Pin", "Registry", "Resolved", "State", "Terms", "Version"]
-
-Kind = Literal["base", "adapter", "blend"]
-State = Literal["ready", "draining", "fused"]
-
-Terms = Sequence[tuple[str, float]]
-"""What a request adds to the base, by name: (id, weight)."""
-
-
-@dataclass(eq=False, slots=True)
-class Version:
-    """One content of one id: what it is, where it came from, and how many requests use it.
-
-    `resident` describes it and stays the same object when it leaves memory and comes back, so that a row may
-    name it before it is there. `in_memory` says whether the bank has it, `loading` whether it is on its way,
-    `kept` whether there is a private copy to bring it back from, whatever becomes of its source.
-    """
-
-    number: int
-    resident: ResidentAdapter
-    source: Source
-    created: float = field(default_factory=time.time)
-    load_seconds: float = 0.0
-    pins: int = 0
-    pinned: bool = False
-    in_memory: bool = False
-    loading: bool = False
-    kept: bool = False
-
-    @property
-    def folder(self) -> AdapterFolder:
-        """The folder that it was read from. Raises AdapterNotReadableError if it was not read from any."""
-        return folder_of(self.source)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that it takes in memory."""
-        return self.resident.size_bytes
-
-
-@dataclass(eq=False, slots=True)
-class Entry:
-    """An id: its current version, the one that a rollback leads to, and others still in use.
-
-    `previous` is kept, so that it can come back whatever its folder holds by now; `retired` are versions that
-    requests in flight began with and no name means any more. `newest` is the last that was loaded, which
-    need not live: numbers go up from there. `checkpoints` are the steps that were seen in its folder.
-    """
-
-    id: str
-    current: Version
-    newest: Version
-    previous: Version | None = None
-    checkpoints: Sequence[int] = ()
-    retired: list[Version] = field(default_factory=list)
-    state: State = "ready"
-    requests: int = 0
-    last_used: float | None = None
-
-    @property
-    def pinned(self) -> bool:
-        """Whether what the id means stays in memory."""
-        return self.current.pinned
-
-    @property
-    def named(self) -> list[Version]:
-        """Those that a request may name, the current one first."""
-        return [self.current] if self.previous is None else [self.current, self.previous]
-
-    @property
-    def versions(self) -> list[Version]:
-        """All that may lie in the bank."""
-        return [*self.named, *self.retired]
-
-    @property
-    def in_flight(self) -> int:
-        """Pins on any version."""
-        return sum(version.pins for version in self.versions)
-
-    @property
-    def uses(self) -> int:
-        """Pins, and loads under way."""
-        return sum(version.pins + version.loading for version in self.versions)
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """What a request names, at this instant, and the row that computes with it.
-
-    `versions` are what the row computes with or what was named at weight 0, each once, and `entries` where
-    each of them belongs. `served_name` is what the answer calls it.
-    """
-
-    entries: tuple[Entry, ...]
-    versions: tuple[Version, ...]
-    row: RowAdapters
-    served_name: str
-
-
-class Pin:
-    """What a request computes with, kept until `release`.
-
-    `served_name` is the adapter's name where it is one alone, else the base's.
-    """
-
-    __slots__ = ("_release", "row", "served_name")
-
-    def __init__(self, row: RowAdapters, served_name: str, release: Callable[[], None]) -> None:
-        self.row = row
-        self.served_name = served_name
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """Let go; only the first call counts."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+__all__ = ["Registry"]
 
 
 class Registry:
@@ -196,6 +78,17 @@ class Registry:
         if entry is None:
             raise AdapterNotFoundError(f"No adapter {quoted(adapter_id)} is loaded.")
         return entry
+
+    def was_unloaded(self, adapter_id: str) -> bool:
+        """By a call, itself or the adapter that it is a checkpoint of."""
+        checkpoint = checkpoint_of(adapter_id)
+        trained = None if checkpoint is None else checkpoint.id
+        return not self.unloaded.isdisjoint({adapter_id, trained})
+
+    def refuse_if_fused(self, refused: str) -> None:
+        """Raises BaseIsFusedError, which says what is `refused`, if anything is fused into the base."""
+        if self.fused is not None:
+            raise BaseIsFusedError(self.fused, refused)
 
     def terms(self, model: str | None, adapters: Terms | None) -> Terms:
         """The adapters that a request names, as of now; they need not be loaded.

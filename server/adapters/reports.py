@@ -1,15 +1,18 @@
-"""The load reports of versions, beside the base that is served. Pure but for the log."""
+"""What is told of loads: lines in the log, warnings of load reports, seconds for the metrics."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import structlog
 
 from adapters_core.report import LoadReport
 from server.engine.model import ModelInfo
 
-from .registry import Registry, Version
+from .registry import Registry
+from .versions import Version
 
-__all__ = ["log_warnings", "report_on"]
+__all__ = ["Journal", "report_on"]
 
 _log = structlog.get_logger(__name__)
 
@@ -20,8 +23,37 @@ def report_on(version: Version, registry: Registry, info: ModelInfo) -> LoadRepo
     return None if report is None else report.beside((info.model_id, info.path.name, registry.base))
 
 
-def log_warnings(adapter_id: str, version: Version, registry: Registry, info: ModelInfo) -> None:
-    """One line for each warning of the report."""
-    report = report_on(version, registry, info)
-    for warning in () if report is None else report.warnings:
-        _log.warning("adapter_report", adapter=adapter_id, version=version.number, warning=warning)
+class Journal:
+    """Of the loads beside one base; `on_load` is told how many seconds each took."""
+
+    def __init__(self, registry: Registry, info: ModelInfo, on_load: Callable[[float], None]) -> None:
+        self._registry = registry
+        self._info = info
+        self._on_load = on_load
+
+    def loaded(self, adapter_id: str, version: Version) -> None:
+        """A call, a request or the watch made `version` what an id means."""
+        self._on_load(version.load_seconds)
+        digest = version.resident.digest
+        _log.info("adapter_loaded", adapter=adapter_id, version=version.number, digest=digest)
+        self._warn(adapter_id, version)
+
+    def reloaded(self, seconds: float) -> None:
+        """A version came back into memory, or its successor came."""
+        self._on_load(seconds)
+
+    def changed(self, adapter_id: str, version: Version, before: Version) -> None:
+        """The folder of `before` held something else when that was to come back: `version`."""
+        _log.warning(
+            "adapter_folder_changed",
+            adapter=adapter_id,
+            version=version.number,
+            digest=version.resident.digest,
+            before=before.resident.digest,
+        )
+        self._warn(adapter_id, version)
+
+    def _warn(self, adapter_id: str, version: Version) -> None:
+        report = report_on(version, self._registry, self._info)
+        for warning in () if report is None else report.warnings:
+            _log.warning("adapter_report", adapter=adapter_id, version=version.number, warning=warning)

@@ -6,9 +6,10 @@ from typing import Any
 
 from server.engine.model import ModelInfo
 
-from .registry import Entry, Registry
+from .registry import Registry
 from .reports import report_on
 from .source import Made
+from .versions import Entry, Version
 
 __all__ = ["adapter_in_full", "adapter_object", "base_model_object", "model_object"]
 
@@ -73,10 +74,11 @@ def base_model_object(registry: Registry, root: str, created: float, context_tok
     }
 
 
-def model_object(entry: Entry, registry: Registry) -> dict[str, Any]:
-    """An adapter as a model that descends from the base."""
-    version = entry.current
-    return _model(entry.id, version.created, version.source.shown, registry.base, state=entry.state)
+def model_object(entry: Entry, registry: Registry, version: Version | None = None) -> dict[str, Any]:
+    """An adapter as a model that descends from the base; a `version` is named with its number."""
+    shown = entry.current if version is None else version
+    name = entry.id if version is None else f"{entry.id}@{version.number}"
+    return _model(name, shown.created, shown.source.shown, registry.base, state=entry.state)
 
 
 def _model(name: str, created: float, root: str | None, parent: str | None, **more: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters_core.mixed.routing import RowAdapters
-from server.adapters.registry import Terms
+from server.adapters.pins import Terms
 from server.engine.messages import SamplingParams, Submit
 from server.engine.model import ModelInfo
 from server.errors import InvalidRequestError

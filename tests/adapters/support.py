@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from adapters_core.container import AdapterContainer
 from adapters_core.mixed.routing import ResidentAdapter
 from server.adapters.folder import AdapterFolders
-from server.adapters.registry import Pin
+from server.adapters.pins import Pin
 from server.adapters.service import AdapterService, ServiceOptions
 from server.app import create_app
 from server.engine.container import ModelContainer

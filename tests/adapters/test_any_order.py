@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
 from server.adapters.errors import AdapterMemoryBusyError, AdapterMemoryError, LifeCycleError
-from server.adapters.registry import Pin
+from server.adapters.pins import Pin
 from tests.adapters.support import House, greedy, house, make_adapters, read_model, tokens_of
 
 FOLDERS = ["a", "b", "d", "broken", "nowhere"]

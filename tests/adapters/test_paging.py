@@ -24,7 +24,7 @@ from server.adapters.errors import (
     AdapterNotFoundError,
     UnknownModelError,
 )
-from server.adapters.registry import Pin
+from server.adapters.pins import Pin
 from server.engine.container import ModelContainer, ModelContext
 from tests.adapters.support import NAMES, House, answer_of, house, in_memory, read_model, tokens_of, turns
 from tests.models import adapter_tensors, adapter_values, make_adapter, write_adapter

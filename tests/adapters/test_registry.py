@@ -18,7 +18,9 @@ from server.adapters.errors import (
     UnknownModelError,
 )
 from server.adapters.folder import AdapterFolder
-from server.adapters.registry import Pin, Registry, Version
+from server.adapters.pins import Pin
+from server.adapters.registry import Registry
+from server.adapters.versions import Version
 
 BASE = "foo"
 IDS = ["foobar", "fo", "foo2", "Foo"]

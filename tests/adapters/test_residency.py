@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters_core.mixed.routing import ResidentAdapter
-from server.adapters.budget import DEFAULT_SHARE, default_memory_bytes
 from server.adapters.errors import AdapterMemoryError
 from server.adapters.folder import AdapterFolder
-from server.adapters.registry import Version
-from server.adapters.residency import Reservation, Residency
+from server.adapters.memory.budget import DEFAULT_SHARE, default_memory_bytes
+from server.adapters.memory.residency import Reservation, Residency
+from server.adapters.versions import Version
 
 LIMIT_BYTES = 10
 

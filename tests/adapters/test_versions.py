@@ -25,8 +25,8 @@ from server.adapters.errors import (
 )
 from server.adapters.keeping import PrivateFolder
 from server.adapters.names import Name, checkpoint_of, parse_name
-from server.adapters.registry import Entry
 from server.adapters.source import Made
+from server.adapters.versions import Entry
 from server.engine.container import ModelContainer, ModelContext
 from tests.adapters.support import House, Site, answer_of, house, in_memory, read_model, tokens_of
 from tests.models import make_adapter

@@ -12,7 +12,7 @@ import pytest
 
 from server.adapters.errors import AdapterMemoryBusyError, AdapterMemoryError, UnknownModelError
 from server.adapters.gate import Gate
-from server.adapters.line import Line
+from server.adapters.memory.line import Line
 from server.engine.container import ModelContainer, ModelContext
 from server.engine.messages import SamplingParams, Submit
 from tests.adapters.support import NAMES, house, site, tokens_of, turns
@@ -175,20 +175,20 @@ async def test_the_first_in_line_gets_its_room_although_others_come_for_what_is_
 
 
 async def test_a_line_has_room_for_so_many() -> None:
-    line = Line(Gate(), max_waiting=3)
+    line = Line(Gate(), max_waiting=3, wait_seconds=20)
     free = False
 
     def attempt(is_next: bool) -> bool | None:
         return free or None
 
-    waiting = [asyncio.create_task(line.in_turn(attempt, 20)) for _ in range(3)]
+    waiting = [asyncio.create_task(line.in_turn(attempt)) for _ in range(3)]
     await asyncio.sleep(0)
     with pytest.raises(AdapterMemoryBusyError, match="3 requests wait"):
-        await line.in_turn(attempt, 20)
+        await line.in_turn(attempt)
     waiting.pop(1).cancel()
     await asyncio.sleep(0)
     assert len(line) == 2
-    waiting.append(asyncio.create_task(line.in_turn(attempt, 20)))
+    waiting.append(asyncio.create_task(line.in_turn(attempt)))
     await asyncio.sleep(0)
     free = True
     line.look_again()

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from .errors import AdapterMemoryError
-from .registry import Version
+from ..errors import AdapterMemoryError
+from ..versions import Version
 
 __all__ = ["Reservation", "Residency"]
 

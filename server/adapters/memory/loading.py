@@ -16,9 +16,9 @@ from adapters_core.container import AdapterContainer
 from adapters_core.formats.reading import least_memory_bytes
 from server.engine.container import ModelContainer, ModelContext
 
-from .aside import run_aside
-from .errors import AdapterMemoryError
-from .folder import AdapterFolder, AdapterFolders
+from ..aside import run_aside
+from ..errors import AdapterMemoryError
+from ..folder import AdapterFolder, AdapterFolders
 
 __all__ = [
     "Unfinished",

@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
-from .errors import AdapterMemoryBusyError
-from .gate import Gate
+from ..errors import AdapterMemoryBusyError
+from ..gate import Gate
 
 __all__ = ["Attempt", "Line"]
 
@@ -26,12 +26,13 @@ there before, and it may take only what those would not want."""
 class Line:
     """Attempts are made while `gate` is open; the first in line tries again at each `look_again`.
 
-    At most `max_waiting` wait.
+    At most `max_waiting` wait, for `wait_seconds` each.
     """
 
-    def __init__(self, gate: Gate, max_waiting: int) -> None:
+    def __init__(self, gate: Gate, max_waiting: int, wait_seconds: float) -> None:
+        self.max_waiting = max_waiting
         self._gate = gate
-        self._max_waiting = max_waiting
+        self._wait_seconds = wait_seconds
         self._waiting: OrderedDict[asyncio.Event, None] = OrderedDict()
         self._closed = False
 
@@ -49,24 +50,24 @@ class Line:
         for looked in self._waiting:
             looked.set()
 
-    async def in_turn(self, attempt: Attempt[_T], wait_seconds: float) -> _T:
+    async def in_turn(self, attempt: Attempt[_T]) -> _T:
         """What `attempt` returns or raises. Whoever stops waiting, for whatever reason, leaves the line.
 
         Raises:
-            AdapterMemoryBusyError: it waited for `wait_seconds`, or until the line was closed, in vain; or
+            AdapterMemoryBusyError: it waited as long as one may, or until the line was closed, in vain; or
                 it did not wait, for as many as may wait already.
         """
         await self._gate.opened()
         got = attempt(not self._waiting)
         if got is not None:
             return got
-        if len(self._waiting) >= self._max_waiting:
+        if len(self._waiting) >= self.max_waiting:
             raise AdapterMemoryBusyError.crowded(len(self._waiting))
         started = time.monotonic()
         looked = asyncio.Event()
         self._waiting[looked] = None
         try:
-            async with asyncio.timeout(wait_seconds):
+            async with asyncio.timeout(self._wait_seconds):
                 while not self._closed:
                     if self._first is looked:
                         await self._gate.opened()

@@ -1,0 +1,112 @@
+"""Gives ids new versions, and old ones back, as calls ask for it. Runs on the event loop.
+
+Changes of one id take turns, those of different ids do not wait for each other. On failure everything is as
+before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from adapters_core.container import AdapterContainer
+
+from .errors import AdapterExistsError, quoted
+from .folder import AdapterFolders
+from .keeping import Keeper
+from .memory.placing import Placer, Wish
+from .memory.returning import Returner
+from .registry import Registry
+from .reports import Journal
+from .source import Made
+from .tasks import Tasks
+from .versions import Entry, Version
+
+__all__ = ["Changes", "Loaded", "Wishes"]
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """`entry` has a new version; `created` says whether its id is new as well."""
+
+    entry: Entry
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a call wants of a load besides its content; `pinned` None leaves it as it is."""
+
+    pinned: bool | None = None
+    activate: bool = False
+    replace: bool = False
+
+
+class Changes:
+    """The changes of what ids mean."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        folders: AdapterFolders,
+        tasks: Tasks,
+        keeper: Keeper,
+        placer: Placer,
+        returner: Returner,
+        journal: Journal,
+    ) -> None:
+        self._registry = registry
+        self._folders = folders
+        self._tasks = tasks
+        self._keeper = keeper
+        self._placer = placer
+        self._returner = returner
+        self._journal = journal
+
+    async def load(self, adapter_id: str, path: str | None, wishes: Wishes) -> Loaded:
+        """Load what a folder holds. Raises as `AdapterService.load`."""
+        async with self._tasks.lock(adapter_id):
+            entry = self._replaceable(adapter_id, wishes)
+            folder = await asyncio.to_thread(self._folders.find, adapter_id, path)
+            with self._keeper.unless_replaced(entry):
+                version = await self._placer.load_in_turn(Wish(adapter_id, folder, entry))
+                return self._publish(adapter_id, version, wishes, entry)
+
+    async def load_made(
+        self, adapter_id: str, made: Made, make: Callable[[], AdapterContainer], wishes: Wishes
+    ) -> Loaded:
+        """Load what `make` makes. Raises as `AdapterService.load_made`."""
+        async with self._tasks.lock(adapter_id):
+            entry = self._replaceable(adapter_id, wishes)
+            with self._keeper.unless_replaced(entry):
+                version = await self._returner.place_made(adapter_id, made, make, entry)
+                return self._publish(adapter_id, version, wishes, entry)
+
+    async def roll_back(self, adapter_id: str) -> Entry:
+        """Make the previous version the current one. Raises as `AdapterService.roll_back`."""
+        async with self._tasks.lock(adapter_id):
+            entry = self._registry.get(adapter_id)
+            with self._keeper.unless_replaced(entry):
+                await self._returner.roll_back(entry)
+            _log.info("adapter_rolled_back", adapter=adapter_id, version=entry.current.number)
+            return entry
+
+    def _replaceable(self, adapter_id: str, wishes: Wishes) -> Entry | None:
+        """What is to be replaced, if there is anything."""
+        self._registry.refuse_if_fused(f"{quoted(adapter_id)} cannot be loaded")
+        entry = self._registry.find(adapter_id)
+        if entry is not None and not wishes.replace:
+            raise AdapterExistsError(adapter_id)
+        return entry
+
+    def _publish(self, adapter_id: str, version: Version, wishes: Wishes, before: Entry | None) -> Loaded:
+        self._journal.loaded(adapter_id, version)
+        entry = self._registry.publish(adapter_id, version, wishes.pinned)
+        if wishes.activate:
+            self._registry.activate(adapter_id)
+        return Loaded(entry, created=before is None)

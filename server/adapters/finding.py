@@ -1,0 +1,107 @@
+"""Loads what no call asked for: folders that requests name, and what the watch of the root finds.
+
+Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from .errors import quoted
+from .folder import AdapterFolder, AdapterFolders
+from .gate import Gate
+from .keeping import Keeper
+from .memory.placing import Accept, Placer, Wish
+from .names import checkpoint_of
+from .registry import Registry
+from .reports import Journal
+from .tasks import Tasks
+from .versions import Version
+
+__all__ = ["Finder"]
+
+
+class Finder:
+    """What a call unloaded is not found again, until a call loads it."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        folders: AdapterFolders,
+        tasks: Tasks,
+        gate: Gate,
+        keeper: Keeper,
+        placer: Placer,
+        journal: Journal,
+    ) -> None:
+        self._registry = registry
+        self._folders = folders
+        self._tasks = tasks
+        self._gate = gate
+        self._keeper = keeper
+        self._placer = placer
+        self._journal = journal
+        self._demanded: dict[str, asyncio.Task[None]] = {}
+
+    async def demand(self, adapter_id: str) -> None:
+        """Load the adapter if it may be; those who want it at the same time wait for one load.
+
+        Without room at once it is registered, and the requests that name it wait for room.
+
+        Raises:
+            InvalidAdapterError, AdapterMemoryError, BaseIsFusedError
+        """
+        task = self._demanded.get(adapter_id)
+        if task is None:
+            task = self._demanded[adapter_id] = self._tasks.start(self._demand(adapter_id))
+            task.add_done_callback(lambda _: self._demanded.pop(adapter_id, None))
+        await asyncio.shield(task)
+
+    async def load(self, adapter_id: str, folder: AdapterFolder, accept: Accept) -> None:
+        """Load what is in a watched folder, as the first or the next version of an id.
+
+        Raises:
+            InvalidAdapterError, AdapterMemoryError, BaseIsFusedError, and what `accept` raises.
+        """
+        async with self._tasks.lock(adapter_id):
+            entry = self._registry.find(adapter_id)
+            wish = Wish(adapter_id, folder, entry, accept)
+            with self._keeper.unless_replaced(entry):
+                if entry is not None and entry.current.in_memory:
+                    self._publish(wish, await self._placer.load_in_turn(wish))
+                    return
+                async with self._gate.shared():
+                    self._refuse_if_fused(adapter_id)
+                    if adapter_id not in self._registry.unloaded:
+                        # Nobody waits for it, so nothing leaves memory for it.
+                        self._publish(wish, await self._placer.load(wish, may_evict=False))
+
+    async def _demand(self, adapter_id: str) -> None:
+        folder = await asyncio.to_thread(self._folder_of, adapter_id)
+        if folder is None or not await self._placer.reader.has_settled(folder):
+            return
+        async with self._tasks.lock(adapter_id), self._gate.shared():
+            self._refuse_if_fused(adapter_id)
+            if self._registry.find(adapter_id) is None and not self._registry.was_unloaded(adapter_id):
+                wish = Wish(adapter_id, folder)
+                self._publish(wish, await self._placer.load(wish))
+
+    def _folder_of(self, adapter_id: str) -> AdapterFolder | None:
+        checkpoint = checkpoint_of(adapter_id)
+        if checkpoint is None:
+            return self._folders.on_demand(adapter_id)
+        trained = self._registry.find(checkpoint.id)
+        source = None if trained is None else trained.newest.source
+        parent = source if isinstance(source, AdapterFolder) else None
+        return self._folders.checkpoint(checkpoint.id, checkpoint.step, parent)
+
+    def _publish(self, wish: Wish, version: Version) -> None:
+        entry = self._registry.find(wish.adapter_id)
+        if entry is not None and entry.newest.resident.digest == version.resident.digest:
+            self._registry.retire(entry, version)  # a request was faster, which found the same
+            return
+        self._journal.loaded(wish.adapter_id, version)
+        self._registry.publish(wish.adapter_id, version)
+
+    def _refuse_if_fused(self, adapter_id: str) -> None:
+        self._registry.refuse_if_fused(f"{quoted(adapter_id)} cannot be loaded")

@@ -1,0 +1,128 @@
+"""Brings what has a private copy into memory, for calls: what is rolled back to, and what was made.
+
+Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from adapters_core.container import AdapterContainer
+
+from ..errors import NoPreviousVersionError, VersionNotKeptError, quoted
+from ..gate import Gate
+from ..keeping import Keeper
+from ..registry import Registry
+from ..source import Made
+from ..unloading import Unloader
+from ..versions import Entry, Version
+from .memory import Memory
+from .reading import Reader
+from .reloading import Reloader
+
+__all__ = ["Returner"]
+
+
+class Returner:
+    """Waits in line, outside the gate, for the room that such a version takes."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        memory: Memory,
+        gate: Gate,
+        keeper: Keeper,
+        reader: Reader,
+        reloader: Reloader,
+        unloader: Unloader,
+    ) -> None:
+        self._registry = registry
+        self._memory = memory
+        self._gate = gate
+        self._keeper = keeper
+        self._reader = reader
+        self._reloader = reloader
+        self._unloader = unloader
+
+    async def place_made(
+        self, adapter_id: str, made: Made, make: Callable[[], AdapterContainer], entry: Entry | None
+    ) -> Version:
+        """The next version of `entry`, or the first of the id, in memory: what `make` makes, on a thread.
+
+        A copy of it is kept first. Whoever asks publishes it at the very instant at which this returns.
+
+        Raises:
+            InvalidAdapterError, BaseIsFusedError, and what `make` raises.
+            AdapterMemoryError: there was no room for it in time.
+            VersionNotKeptError: no copy of it could be kept.
+        """
+        refused = f"{quoted(adapter_id)} cannot be loaded"
+        started = time.perf_counter()
+        async with self._gate.shared():
+            self._registry.refuse_if_fused(refused)
+            async with self._reader.turns:
+                prepared = await self._reader.made(make)
+            version = Version(0, prepared.resident, made)
+            if not await self._keeper.keep(version, prepared):
+                raise VersionNotKeptError(adapter_id)
+            del prepared
+        try:
+            if entry is not None:
+                async with self._gate.shared():
+                    await self._reader.keep(entry.current)
+            await self._bring_back(version, entry, lambda: self._registry.refuse_if_fused(refused))
+        except BaseException:
+            async with self._gate.shared():  # nothing comes of a version that was never published
+                await self._unloader.remove([version])
+            raise
+        version.load_seconds = time.perf_counter() - started
+        # Only now: while this waited, a request may have found a next version in the folder.
+        version.number = 1 if entry is None else entry.newest.number + 1
+        return version
+
+    async def roll_back(self, entry: Entry) -> None:
+        """Make the previous version of `entry` the current one again, in memory.
+
+        If this raises, nothing has changed.
+
+        Raises:
+            NoPreviousVersionError: there is none.
+            VersionGoneError: its copy cannot be read.
+            AdapterMemoryError: there was no room for it in time.
+            BaseIsFusedError
+        """
+        version = entry.previous
+
+        def check() -> None:
+            self._registry.refuse_if_fused(f"{quoted(entry.id)} cannot be rolled back")
+            if version is None or entry.previous is not version:
+                raise NoPreviousVersionError(entry.id, entry.current.number)
+
+        check()
+        if version is None:
+            return
+        async with self._gate.shared():
+            check()
+            await self._reader.keep(entry.current, beside=version)
+        await self._bring_back(version, entry, check)
+        self._registry.roll_back(entry)
+
+    async def _bring_back(self, version: Version, entry: Entry | None, check: Callable[[], None]) -> None:
+        """Have `version`, which is kept, in memory, in the place of the current version of `entry`."""
+
+        def attempt(is_next: bool) -> list[asyncio.Task[None]] | None:
+            check()
+            load = self._reloader.load_of(version)
+            if load is None and not version.in_memory:
+                replaces = None if entry is None else entry.current
+                reservation = self._memory.residency.reserve(version.size_bytes, replaces, is_next)
+                if reservation is None:
+                    return None
+                load = self._reloader.start(entry, version, reservation)
+            return [] if load is None else [load]
+
+        while loads := await self._memory.in_turn(attempt, version.size_bytes):
+            await asyncio.wait(loads)
+            loads[0].result()
