@@ -44,8 +44,8 @@ from benchmarks.fusing_report import (  # noqa: E402
     read_fusing_report,
 )
 from benchmarks.page import fill_blocks  # noqa: E402
-from server.adapters.probes import probe_rows  # noqa: E402
-from server.adapters.saving import bare_copy  # noqa: E402
+from server.adapters.bare import bare_copy  # noqa: E402
+from server.adapters.fusing.probes import probe_rows  # noqa: E402
 from server.demo.model import MODEL_NAME, default_cache_dir, demo_model  # noqa: E402
 
 _PAGE = Path(__file__).resolve().parents[1] / "docs" / "fusing.md"

@@ -17,8 +17,9 @@ from pydantic import BaseModel, Field
 from starlette.middleware import Middleware
 
 from server.adapters.blending import Blender
-from server.adapters.budget import default_memory_bytes
 from server.adapters.folder import AdapterFolders, configured_folders
+from server.adapters.memory.budget import default_memory_bytes
+from server.adapters.saving.adapters import AdapterSaver
 from server.adapters.service import AdapterService, ServiceOptions
 from server.auth import require_api_key
 from server.engine.engine import Engine
@@ -35,7 +36,7 @@ from server.middleware import (
 from server.openai.comparing import ComparisonService
 from server.openai.service import TextService
 from server.routes import adapters as adapter_routes
-from server.routes import chat, compare, compat, completions, fusing, health, models
+from server.routes import chat, compare, compat, completions, fusing, health, models, saving
 from server.settings import Settings
 
 __all__ = ["create_app"]
@@ -80,7 +81,7 @@ def create_app(
     app.state.settings = settings
     app.state.metrics = metrics
     install(app)
-    for guarded in (chat, compare, completions, models, adapter_routes, fusing, compat):
+    for guarded in (chat, compare, completions, models, adapter_routes, fusing, saving, compat):
         app.include_router(guarded.router, dependencies=_KEY)
     app.include_router(health.router)  # open, but for what it guards itself
 
@@ -150,6 +151,7 @@ def _lifespan(
             app.state.engine = engine
             app.state.adapters = service
             app.state.blender = Blender(service)
+            app.state.saver = AdapterSaver(service, settings.adapters_dir)
             app.state.text_service = text_service
             app.state.comparison_service = ComparisonService(engine, service, text_service)
             yield

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import mlx.core as mx
@@ -27,6 +27,7 @@ from ..errors import InvalidBlendError
 from ..layers.module_weights import ModuleWeights
 from .deltas import DisjointMean, WeightedSum, drop, trim
 from .ranks import LowRank, truncate_matrix, truncate_product
+from .side_by_side import side_by_side
 
 __all__ = ["MAX_PARTS", "Blend", "BlendMethod", "BlendOptions", "BlendPart", "BlendReport", "blend"]
 
@@ -206,17 +207,15 @@ def _problems_of_module(path: str, terms: Sequence[_Term], options: BlendOptions
 
 
 def _merge(path: str, terms: Sequence[_Term], options: BlendOptions, rank: int) -> _Merged:
-    if options.method == "linear":
-        return _Merged(_module(*_side_by_side(terms), terms), 0.0)
-    if options.method == "svd":
-        pairs = zip(*_side_by_side(terms), strict=True)
+    if options.method in ("linear", "svd"):
+        whole = side_by_side([(term.module, term.weight) for term in terms])
+        if options.method == "linear":
+            return _Merged(whole, 0.0)
+        pairs = zip(*_scaled_factors(whole), strict=True)
         found = [truncate_product(left, right, rank) for left, right in pairs]
-    else:
-        found = [truncate_matrix(delta, rank) for delta in _merged_deltas(path, terms, options)]
-    left, right = (
-        np.stack(factors) for factors in zip(*((each.left, each.right) for each in found), strict=True)
-    )
-    return _Merged(_module(left, right, terms), _relative_error(found))
+        return _Merged(_with_factors(whole, found), _relative_error(found))
+    found = [truncate_matrix(delta, rank) for delta in _merged_deltas(path, terms, options)]
+    return _Merged(_with_factors(terms[0].module, found), _relative_error(found))
 
 
 def _merged_deltas(path: str, terms: Sequence[_Term], options: BlendOptions) -> Iterator[np.ndarray]:
@@ -249,29 +248,14 @@ def _scaled_factors(module: ModuleWeights) -> tuple[np.ndarray, np.ndarray]:
     return left, right * np.float32(module.scale)
 
 
-def _side_by_side(terms: Sequence[_Term]) -> tuple[np.ndarray, np.ndarray]:
-    """Factors whose product is the weighted sum of all products."""
-    factors = [_scaled_factors(term.module) for term in terms]
-    left = np.concatenate([left for left, _ in factors], axis=2)
-    right = np.concatenate(
-        [np.float32(term.weight) * right for term, (_, right) in zip(terms, factors, strict=True)], axis=1
-    )
-    return left, right
-
-
-def _module(left: np.ndarray, right: np.ndarray, terms: Sequence[_Term]) -> ModuleWeights:
-    """The module with these factors, in the orientation of its parts, and the sum of their biases."""
-    is_switch = terms[0].module.lora_a.ndim == 3
+def _with_factors(module: ModuleWeights, found: Sequence[LowRank]) -> ModuleWeights:
+    """`module` with these factors, one pair for each of its matrices, at scale 1."""
+    left = mx.array(np.stack([each.left for each in found]))
+    right = mx.array(np.stack([each.right for each in found]))
+    is_switch = module.lora_a.ndim == 3
     a, b = (right, left) if is_switch else (left[0], right[0])
-    biases = [
-        term.weight * term.module.scale * term.module.bias.astype(mx.float32)
-        for term in terms
-        if term.module.bias is not None
-    ]
-    bias = sum(biases[1:], biases[0]) if biases else None
-    if bias is not None:
-        mx.eval(bias)
-    return ModuleWeights(mx.array(a), mx.array(b), None, 1.0, bias, terms[0].module.lookup_only)
+    mx.eval(a, b)
+    return replace(module, lora_a=a, lora_b=b, scale=1.0, parts=())
 
 
 def _outer_shape(module: ModuleWeights) -> tuple[int, ...]:

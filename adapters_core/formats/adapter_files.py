@@ -38,10 +38,14 @@ class AdapterFiles:
             FileExistsError: something of this name is there; it is not touched.
             OSError: a file cannot be written.
         """
-        text = json.dumps(dict(self.config), indent=4, allow_nan=False) + "\n"
         with new_folder(Path(directory)) as folder:
-            save_weights(folder / self.weights_file, self.tensors)
-            (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+            self.write_into(folder)
+
+    def write_into(self, folder: Path) -> None:
+        """Write both files into a folder that is there. Raises OSError; then some may be there."""
+        text = json.dumps(dict(self.config), indent=4, allow_nan=False) + "\n"
+        save_weights(folder / self.weights_file, self.tensors)
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def in_order(weights: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:

@@ -18,7 +18,7 @@ from .mlx_writing import mlx_files
 from .peft.writing import peft_files
 from .protocol import FormatName
 
-__all__ = ["write_adapter"]
+__all__ = ["adapter_files", "write_adapter"]
 
 
 def write_adapter(
@@ -43,11 +43,26 @@ def write_adapter(
         OSError: a file cannot be written; nothing is left of the folder.
         UnsupportedModelError: the model's layers cannot be reached.
     """
-    directory = Path(directory)
-    if to == "mlx":
-        files: AdapterFiles = mlx_files(weights, directory.name, model, base_name=base_name, dropout=dropout)
-    else:
-        if model is not None:
-            embeddings = [path for path in weights if kind_of(module_at(model, path)) is ModuleKind.EMBEDDING]
-        files = peft_files(weights, directory.name, embeddings, base_name=base_name, dropout=dropout)
+    name = Path(directory).name
+    files = adapter_files(
+        weights, to, name, model, embeddings=embeddings, base_name=base_name, dropout=dropout
+    )
     files.write(directory)
+
+
+def adapter_files(
+    weights: Mapping[str, ModuleWeights],
+    to: FormatName,
+    source: str,
+    model: nn.Module | None = None,
+    *,
+    embeddings: Collection[str] = (),
+    base_name: str | None = None,
+    dropout: float = 0.0,
+) -> AdapterFiles:
+    """What `write_adapter` writes, with `source` in errors. Raises what it raises, but for the files."""
+    if to == "mlx":
+        return mlx_files(weights, source, model, base_name=base_name, dropout=dropout)
+    if model is not None:
+        embeddings = [path for path in weights if kind_of(module_at(model, path)) is ModuleKind.EMBEDDING]
+    return peft_files(weights, source, embeddings, base_name=base_name, dropout=dropout)

@@ -19,11 +19,14 @@ LifeCycleError
 ├── NoPreviousVersionError  409, nothing to roll back to
 ├── AdaptersLoadedError     409, others are loaded
 ├── ModelExistsError        409, a folder that would be overwritten
+├── AdapterFolderExistsError 409, likewise, of an adapter
+├── AdapterNotWritableError 422, an adapter that a format cannot say
 ├── AdapterChangingError    503, its folder is being written
 ├── AdapterMemoryBusyError  503, adapters in use left no room in memory for long, or too many wait
 ├── AdapterMemoryError      507, more than memory for adapters can hold
 ├── VersionNotKeptError     507, a version without a folder could not be copied aside
-└── ModelNotSavedError      507, a model folder could not be written
+├── ModelNotSavedError      507, a model folder could not be written
+└── AdapterNotSavedError    507, likewise, an adapter's
 
 No message holds an absolute path, and what a client sent is quoted on one line and cut.
 """
@@ -38,11 +41,14 @@ __all__ = [
     "AdapterChangedError",
     "AdapterChangingError",
     "AdapterExistsError",
+    "AdapterFolderExistsError",
     "AdapterMemoryBusyError",
     "AdapterMemoryError",
     "AdapterNotFoundError",
     "AdapterNotFusedError",
     "AdapterNotReadableError",
+    "AdapterNotSavedError",
+    "AdapterNotWritableError",
     "AdaptersLoadedError",
     "AdaptersWithModelError",
     "BaseIsFusedError",
@@ -251,6 +257,26 @@ class ModelExistsError(LifeCycleError):
         super().__init__(f"There is a {quoted(name)} under the models root already; choose another name.")
 
 
+class AdapterFolderExistsError(LifeCycleError):
+    status, code, param = 409, "adapter_folder_exists", "save_to"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is a {quoted(name)} under the adapters root already; choose another name.")
+
+
+class AdapterNotWritableError(LifeCycleError):
+    """`problems` are all reasons why the format `to` cannot say what the adapter is."""
+
+    status, code, param = 422, "adapter_not_writable", "format"
+
+    def __init__(self, adapter_id: str, to: str, problems: Sequence[str]) -> None:
+        super().__init__(
+            f"Adapter {quoted(adapter_id)} cannot be written as {to}, for {len(problems)} reason(s): "
+            f"{'; '.join(problems)}. Try the other format, {'peft' if to == 'mlx' else 'mlx'}."
+        )
+        self.details = list(problems)
+
+
 class AdapterChangingError(LifeCycleError):
     status, code = 503, "adapter_changing"
 
@@ -312,3 +338,10 @@ class ModelNotSavedError(LifeCycleError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"The model {quoted(name)} could not be written: {reason}. Nothing of it is left.")
+
+
+class AdapterNotSavedError(LifeCycleError):
+    status, code, param = 507, "adapter_not_saved", "save_to"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"The adapter {quoted(name)} could not be written: {reason}. Nothing of it is left.")

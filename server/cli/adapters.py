@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from server.cli.client import ApiKey, ApiKeyFile, Client, ClientError, Url, adapter_path
+from server.cli.blend import blend
+from server.cli.calls import DEFAULT_URL, Id, Json, run_call
+from server.cli.client import ApiKey, ApiKeyFile, Url, adapter_path
 from server.cli.fusing import call_with_bar, weighted
 from server.cli.inspect import inspect
 from server.cli.output import (
@@ -24,19 +26,13 @@ from server.cli.output import (
     show,
     warn,
 )
+from server.cli.save import save
 
-__all__ = ["DEFAULT_URL", "Id", "Json", "adapters_app", "run_call"]
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-
-Id = Annotated[str, typer.Argument(metavar="ID", help="Name of the adapter.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON as it is, and nothing else.")]
+__all__ = ["adapters_app"]
 
 
 def adapters_app() -> typer.Typer:
     """The group of commands."""
-    from server.cli.blend import blend  # it needs this module
-
     app = typer.Typer(help="Look after the adapters of a running server; inspect folders.")
     app.command("list")(list_adapters)
     app.command("load")(load)
@@ -44,6 +40,7 @@ def adapters_app() -> typer.Typer:
     app.command("unload")(unload)
     app.command("rollback")(rollback)
     app.command("swap")(swap)
+    app.command("save")(save)
     app.command("fuse")(fuse)
     app.command("unfuse")(unfuse)
     app.command("inspect")(inspect)
@@ -226,33 +223,3 @@ def unfuse(
         say(f"Unfused {id}: the base is what it was.")
 
     run_call(url, api_key, api_key_file, json, tell, "DELETE", adapter_path(id, "fuse"))
-
-
-def run_call(
-    url: str,
-    api_key: str | None,
-    api_key_file: Any,
-    json: bool,
-    tell: Callable[[Mapping[str, Any]], None],
-    method: str,
-    path: str,
-    body: Mapping[str, Any] | None = None,
-    params: Mapping[str, float] | None = None,
-    call: Callable[[Client, str, Mapping[str, Any]], str] | None = None,
-) -> None:
-    """One call, made by `call` if given; its answer as JSON or as `tell` puts it.
-
-    An error is a sentence and exit code 1.
-    """
-    try:
-        with Client(url, api_key, api_key_file) as client:
-            text = call(client, path, body or {}) if call else client.call(method, path, body, params)
-            answer = client.parse(text)
-    except ClientError as error:
-        if json and error.body is not None:
-            typer.echo(error.body)
-        fail(str(error))
-    if json:
-        typer.echo(text)
-    else:
-        tell(answer)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.cli.adapters import DEFAULT_URL, Id, Json, run_call
+from server.cli.calls import DEFAULT_URL, Id, Json, run_call
 from server.cli.client import ApiKey, ApiKeyFile, Url
 from server.cli.fusing import weighted
 from server.cli.output import adapter_sentence, say

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.cli.adapters import DEFAULT_URL
+from server.cli.calls import DEFAULT_URL
 from server.cli.client import ApiKey, ApiKeyFile, Client, ClientError, Url
 from server.cli.output import fail, say, warn
 from server.printable import escape_controls

@@ -14,9 +14,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from server.cli.adapters import DEFAULT_URL
-from server.cli.client import ApiKey, ApiKeyFile, Client, ClientError, Url
-from server.cli.output import fail, say
+from server.cli.calls import DEFAULT_URL, Json, run_call
+from server.cli.client import ApiKey, ApiKeyFile, Client, Url
 from server.printable import escape_controls
 
 __all__ = ["compare", "comparison_view"]
@@ -55,9 +54,7 @@ def compare(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the server's JSON as it is, and nothing else.")
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Ask several models the same, and show how likely each finds the others' answers."""
     messages = [{"role": "system", "content": system}] if system else []
@@ -67,18 +64,14 @@ def compare(
         "temperature": temperature,
         **{name: value for name, value in given.items() if value is not None},
     }
-    try:
-        with Client(url, api_key, api_key_file) as client:
-            text = client.call("POST", "/v1/compare", {**body, "models": _names(client, models)})
-            answer = client.parse(text)
-    except ClientError as error:
-        if json and error.body:
-            say(error.body)
-        fail(str(error))
-    if json:
-        say(text)
-    else:
-        Console().print(comparison_view(answer))
+
+    def call(client: Client, path: str, body: Mapping[str, Any]) -> str:
+        return client.call("POST", path, {**body, "models": _names(client, models)})
+
+    def tell(comparison: Mapping[str, Any]) -> None:
+        Console().print(comparison_view(comparison))
+
+    run_call(url, api_key, api_key_file, json, tell, "POST", "/v1/compare", body, call=call)
 
 
 def _names(client: Client, given: str) -> list[str]:

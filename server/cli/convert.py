@@ -57,6 +57,7 @@ def convert(
     """Write an adapter in mlx-lm's or PEFT's format. Needs no server."""
     require_mlx()
     from adapters_core.errors import InvalidAdapterError, UnsupportedModelError
+    from adapters_core.formats.notes import writing_notes
     from adapters_core.formats.writing import write_adapter
 
     if not source.is_dir():
@@ -76,7 +77,7 @@ def convert(
         fail(f"there is a {target.name!r} already; nothing was written. Choose another name.")
     except OSError as error:
         fail(f"{target.name!r} cannot be written: {error.strerror or error}. Nothing of it is left.")
-    notes = _notes(read.weights) if to is _Form.MLX else _names(read.weights)
+    notes = writing_notes(read.weights, to.value)
     if json:
         done = {"target": target.name, "format": to.value, "modules": len(read.weights), "notes": notes}
         typer.echo(json_format.dumps(done | {"checked": model is not None}))
@@ -106,30 +107,3 @@ def _on_model(source: Path, folder: Path) -> _Source:
     model = lazy_model(folder)
     weights = container.check(model)
     return _Source(container.format, weights, container.base_name, container.dropout, model)
-
-
-def _names(weights: Mapping[str, ModuleWeights]) -> list[str]:
-    """Whether transformers may name modules otherwise than the MLX model does."""
-    known = ("model.layers.", "model.embed_tokens", "lm_head")
-    others = [path for path in weights if not path.startswith(known)]
-    if not others:
-        return []
-    return [
-        f"{len(others)} module(s), such as {min(others)}, are named as in the MLX model; transformers may "
-        "name them otherwise, and PEFT would not find them then."
-    ]
-
-
-def _notes(weights: Mapping[str, ModuleWeights]) -> list[str]:
-    """What mlx-lm's format, with its one rank and scale, made of modules that differ in them."""
-    ranks = sorted({module.rank for module in weights.values()})
-    scales = sorted({module.scale for module in weights.values()})
-    notes = []
-    if len(ranks) > 1:
-        notes.append(f"Ranks differ ({', '.join(map(str, ranks))}): zeros fill factors up to {ranks[-1]}.")
-    if len(scales) > 1:
-        shown = ", ".join(f"{scale:.6g}" for scale in scales)
-        notes.append(
-            f"Scales differ ({shown}): they have gone into B, in float32 where the ratio is no power of two."
-        )
-    return notes

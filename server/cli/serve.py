@@ -15,6 +15,7 @@ import typer
 
 from server.cli.configuration import InvalidSettingsError, load_settings
 from server.cli.listening import AddressError, bind, url_of
+from server.cli.models import require_mlx
 from server.cli.output import fail, say, warn
 from server.cli.progress import Progress
 from server.logs import configure_logging
@@ -67,13 +68,7 @@ def prepare_mlx() -> None:
         load_openblas()
     for warning in caught:
         warn(f"warning: {warning.message}")
-    try:
-        import mlx.core  # noqa: F401
-    except ImportError as error:
-        fail(
-            f"MLX cannot be imported: {error}. On Linux exactly one of its back ends has to be installed: "
-            f"mlx-graft[cpu] or mlx-graft[cuda13]."
-        )
+    require_mlx()
 
 
 def serve_model(

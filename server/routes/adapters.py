@@ -5,27 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
 
 from server.adapters.blending import Blender
-from server.adapters.service import AdapterService
 from server.adapters.views import adapter_in_full, adapter_object
 from server.json_body import JsonRoute
 from server.routes.blending import BlendFields
-from server.routes.dependencies import adapter_service, blender
+from server.routes.bodies import Body, Text
+from server.routes.dependencies import Adapters, blender
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/adapters", tags=["Adapters"], route_class=JsonRoute)
 
-Service = Annotated[AdapterService, Depends(adapter_service)]
 Blends = Annotated[Blender, Depends(blender)]
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
-
-
-class _Body(BaseModel):
-    # An option that is misspelt would be lost without a word.
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class LoadBody(BlendFields):
@@ -43,7 +35,7 @@ class LoadBody(BlendFields):
     """Load a new version if it is loaded; requests in flight finish on the old one."""
 
 
-class SwapBody(_Body):
+class SwapBody(Body):
     """What "default" means from now on."""
 
     id: Text | None
@@ -53,7 +45,7 @@ class SwapBody(_Body):
 
 
 @router.get("")
-async def list_adapters(service: Service) -> dict[str, Any]:
+async def list_adapters(service: Adapters) -> dict[str, Any]:
     """The adapters that are loaded, and the ids of those that could be."""
     listing = await service.list()
     return {
@@ -69,7 +61,7 @@ async def list_adapters(service: Service) -> dict[str, Any]:
 
 @router.post("", status_code=201, responses={200: {"description": "A new version of a loaded adapter"}})
 async def load_adapter(
-    body: LoadBody, service: Service, blends: Blends, response: Response
+    body: LoadBody, service: Adapters, blends: Blends, response: Response
 ) -> dict[str, Any]:
     """Load an adapter from its folder, or blend one of others; or a new version of one."""
     wishes: Any = {"pinned": body.pinned, "activate": body.activate, "replace": body.replace}
@@ -82,7 +74,7 @@ async def load_adapter(
 
 
 @router.put("/active")
-async def swap_adapter(body: SwapBody, service: Service) -> dict[str, Any]:
+async def swap_adapter(body: SwapBody, service: Adapters) -> dict[str, Any]:
     """Change at one instant which adapter answers requests that name none."""
     swapped = await service.swap(body.id, body.unload_previous)
     return {
@@ -93,7 +85,7 @@ async def swap_adapter(body: SwapBody, service: Service) -> dict[str, Any]:
 
 
 @router.get("/{id}")
-async def get_adapter(id: str, service: Service) -> dict[str, Any]:
+async def get_adapter(id: str, service: Adapters) -> dict[str, Any]:
     """One adapter, with the report on what was loaded."""
     entry = service.registry.get(id)
     await service.look_for_checkpoints(entry)
@@ -103,7 +95,7 @@ async def get_adapter(id: str, service: Service) -> dict[str, Any]:
 @router.delete("/{id}")
 async def unload_adapter(
     id: str,
-    service: Service,
+    service: Adapters,
     timeout_seconds: Annotated[float | None, Query(ge=0, le=3600, allow_inf_nan=False)] = None,
 ) -> dict[str, Any]:
     """Unload an adapter once the requests that use it have finished."""
@@ -112,6 +104,6 @@ async def unload_adapter(
 
 
 @router.post("/{id}/rollback")
-async def roll_back_adapter(id: str, service: Service) -> dict[str, Any]:
+async def roll_back_adapter(id: str, service: Adapters) -> dict[str, Any]:
     """Make an adapter's previous version the current one; requests in flight finish on theirs."""
     return adapter_object(await service.roll_back(id), service.registry)

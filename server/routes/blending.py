@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from adapters_core.blending.blend import MAX_PARTS, BlendMethod, BlendOptions
+from server.routes.bodies import Body
 
 __all__ = ["BlendFields", "BlendTerm"]
 
-_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 _OPTIONS = ("method", "density", "rank", "seed")
 
 
-class BlendTerm(BaseModel):
+class BlendTerm(Body):
     """An adapter in a blend."""
-
-    model_config = _CONFIG
 
     id: Annotated[str, Field(min_length=1, max_length=300)]
     """An adapter, one of its versions (`id@2`) or checkpoints (`id@step-100`); `base:` may precede."""
@@ -26,10 +24,8 @@ class BlendTerm(BaseModel):
     """The factor that its change gets."""
 
 
-class BlendFields(BaseModel):
+class BlendFields(Body):
     """How adapters are blended. Which options go with which method is checked where they are used."""
-
-    model_config = _CONFIG
 
     blend: Annotated[list[BlendTerm], Field(min_length=1, max_length=MAX_PARTS)] | None = None
     """Adapters to be made into one, instead of a folder to be loaded."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from fastapi import Request
+from typing import Annotated
+
+from fastapi import Depends, Request
 
 from server.adapters.blending import Blender
+from server.adapters.saving.adapters import AdapterSaver
 from server.adapters.service import AdapterService
 from server.engine.engine import Engine
 from server.openai.service import TextService
 from server.settings import Settings
 
-__all__ = ["adapter_service", "blender", "engine", "settings", "text_service"]
+__all__ = ["Adapters", "adapter_service", "blender", "engine", "saver", "settings", "text_service"]
 
 
 async def adapter_service(request: Request) -> AdapterService:
     """The adapters' life cycle."""
     return request.app.state.adapters
+
+
+Adapters = Annotated[AdapterService, Depends(adapter_service)]
 
 
 async def blender(request: Request) -> Blender:
@@ -26,6 +32,11 @@ async def blender(request: Request) -> Blender:
 async def engine(request: Request) -> Engine:
     """The generation thread's face."""
     return request.app.state.engine
+
+
+async def saver(request: Request) -> AdapterSaver:
+    """What writes adapters to folders."""
+    return request.app.state.saver
 
 
 async def settings(request: Request) -> Settings:

@@ -3,52 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from server.adapters.fusing import FuseResult, Precision, Tell, no_tell
-from server.adapters.service import AdapterService
+from adapters_core.fusing.fusion import Precision
+from server.adapters.fusing.fuser import FuseResult
+from server.adapters.fusing.progress import Tell, no_tell
 from server.adapters.views import adapter_object
 from server.json_body import JsonRoute
-from server.routes.dependencies import adapter_service
+from server.routes.bodies import Body, Text
+from server.routes.dependencies import Adapters
 from server.routes.progress import with_progress
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/adapters", tags=["Adapters"], route_class=JsonRoute)
 
-Service = Annotated[AdapterService, Depends(adapter_service)]
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Weight = Annotated[float, Field(allow_inf_nan=False)]
 
-
-class _Body(BaseModel):
-    # An option that is misspelt would be lost without a word.
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class WeightedAdapter(_Body):
+class WeightedAdapter(Body):
     """One more adapter of a sum."""
 
     id: Text
     """A loaded adapter."""
-    weight: Weight = 1.0
+    weight: float = 1.0
     """What its change is multiplied with."""
 
 
-class FuseBody(_Body):
+class FuseBody(Body):
     """How an adapter is fused."""
 
     precision: Precision = "auto"
     """How adapted layers are stored: `requantize` quantises them again, as the base is; `dequantize` makes
     them dense; `keep` leaves them and puts the adapter beside them; `auto` takes the smallest plain form that
     keeps the adapter."""
-    weight: Weight = 1.0
+    weight: float = 1.0
     """What the adapter's change is multiplied with."""
-    adapters: Annotated[list[WeightedAdapter], Field(max_length=64)] = []
+    adapters: list[WeightedAdapter] = Field(default=[], max_length=64)
     """Others that are fused with it: the sum of all their changes, each times its weight."""
     unload_others: bool = False
     """Unload the adapters that are not fused, which cannot be used while the base is fused."""
@@ -59,7 +52,7 @@ class FuseBody(_Body):
 
 
 @router.post("/{id}/fuse")
-async def fuse_adapter(id: str, service: Service, body: FuseBody | None = None) -> Response:
+async def fuse_adapter(id: str, service: Adapters, body: FuseBody | None = None) -> Response:
     """Fuse an adapter, or a sum of several, into the resident base, or into a copy of it on disk."""
     body = body or FuseBody()
     terms = [(id, body.weight), *((other.id, other.weight) for other in body.adapters)]
@@ -75,7 +68,7 @@ async def fuse_adapter(id: str, service: Service, body: FuseBody | None = None) 
 
 
 @router.delete("/{id}/fuse")
-async def unfuse_adapter(id: str, service: Service) -> dict[str, Any]:
+async def unfuse_adapter(id: str, service: Adapters) -> dict[str, Any]:
     """Make the base, bit for bit, what it was before an adapter was fused into it."""
     return adapter_object(await service.unfuse(id), service.registry)
 

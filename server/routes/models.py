@@ -7,34 +7,39 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from server.adapters.errors import UnknownModelError
+from server.adapters.names import parse_name
 from server.adapters.service import AdapterService
 from server.adapters.views import base_model_object, model_object
-from server.routes.dependencies import adapter_service, settings
+from server.routes.dependencies import Adapters, settings
 from server.settings import Settings
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/models", tags=["OpenAI"])
 
-Service = Annotated[AdapterService, Depends(adapter_service)]
 Configured = Annotated[Settings, Depends(settings)]
 
 
 @router.get("")
-async def list_models(service: Service, configured: Configured) -> dict[str, Any]:
+async def list_models(service: Adapters, configured: Configured) -> dict[str, Any]:
     """The names that requests may use in `model`."""
     names = service.registry.served
     return {"object": "list", "data": [_object(name, service, configured.model) for name in names]}
 
 
 @router.get("/{name:path}")
-async def get_model(name: str, service: Service, configured: Configured) -> dict[str, Any]:
-    """One of them; an adapter also as `<base>:<adapter>`."""
-    served = service.registry.served
-    found = name if name in served else name.removeprefix(f"{service.registry.base}:")
-    if found not in served:
+async def get_model(name: str, service: Adapters, configured: Configured) -> dict[str, Any]:
+    """One of them; an adapter also as `<base>:<adapter>`, and a version that lives as `<adapter>@2`."""
+    registry = service.registry
+    served = registry.served
+    found = name if name in served else name.removeprefix(f"{registry.base}:")
+    if found in served:
+        return _object(found, service, configured.model)
+    asked = parse_name(found, registry.base)
+    if asked is None or asked.version is None or asked.entry not in served:
         raise UnknownModelError(name, served)
-    return _object(found, service, configured.model)
+    resolved = registry.resolve(found)
+    return model_object(resolved.entries[0], registry, resolved.versions[0])
 
 
 def _object(name: str, service: AdapterService, root: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import structlog
 from fastapi import Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
-from server.adapters.fusing import FuseProgress, Tell
+from server.adapters.fusing.progress import FuseProgress, Tell
 from server.errors import InternalError, to_api_error
 
 __all__ = ["with_progress"]

@@ -17,7 +17,7 @@ from server.adapters.errors import (
     AdaptersLoadedError,
     BaseIsFusedError,
 )
-from server.adapters.probes import CONVERSATIONS, probe_rows
+from server.adapters.fusing.probes import CONVERSATIONS, probe_rows
 from tests.adapters.support import BASE, House, Site, greedy, house, make_adapters, read_model, write_model
 
 SUM = [("a", 0.7), ("b", -0.5)]

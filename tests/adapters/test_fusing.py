@@ -18,6 +18,7 @@ from mlx_lm.models import llama
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
+from server.adapters.bare import bare_copy
 from server.adapters.errors import (
     AdapterBusyError,
     AdapterChangedError,
@@ -30,7 +31,7 @@ from server.adapters.errors import (
     PathNotAllowedError,
     UnknownModelError,
 )
-from server.adapters.saving import bare_copy, config_of
+from server.adapters.saving.models import config_of
 from server.engine.container import ModelContainer, ModelContext
 from tests.adapters.support import House, greedy, house, make_adapters, read_model, tokens_of, write_model
 from tests.models import logits, make_adapter, relative_error, tiny_llama

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from fastapi.sse import EventSourceResponse
 
-from server.adapters.fusing import FuseProgress, Tell
+from server.adapters.fusing.progress import FuseProgress, Tell
 from server.routes.progress import with_progress
 
 

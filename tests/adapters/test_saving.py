@@ -15,8 +15,9 @@ import mlx.nn as nn
 import pytest
 
 from server.adapters.errors import ModelNotSavedError, UnmergedModelError
-from server.adapters.fusing import FuseProgress
-from server.adapters.saving import SavedModels, config_of
+from server.adapters.fusing.progress import FuseProgress
+from server.adapters.saving.folders import MODELS, SavedFolders
+from server.adapters.saving.models import ModelDraft, config_of
 from tests.adapters.support import BASE, Site, house
 from tests.models import tiny_llama
 
@@ -53,7 +54,7 @@ async def test_a_model_that_does_not_fit_is_not_begun(tmp_path: Path) -> None:
         asked.append(folder)
         return 10
 
-    draft = SavedModels(tmp_path, free_bytes=nothing_free).draft("x")
+    draft = ModelDraft(SavedFolders(tmp_path, MODELS, nothing_free), "x")
     with pytest.raises(ModelNotSavedError, match="10 are free"):
         draft.write(tiny_llama(), None)  # pyright: ignore[reportArgumentType]
     assert asked == [tmp_path]

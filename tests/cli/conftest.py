@@ -103,6 +103,14 @@ def canned_app(server: CannedServer) -> FastAPI:
     async def roll_back(name: str) -> dict[str, Any]:
         return {**ADAPTER, "id": name}
 
+    @app.post("/v1/adapters/{name}/save")
+    async def save(name: str, request: Request) -> dict[str, Any]:
+        body = await request.json()
+        version, form = body.get("version", 3), body.get("format", "mlx")
+        notes = ["Ranks differ (4, 8): zeros fill factors up to 8."] if form == "mlx" else []
+        told = {"id": name, "version": version, "path": body["save_to"], "format": form, "notes": notes}
+        return {**told, "modules": 60, "bytes": 1843200}
+
     @app.post("/v1/adapters/{name}/fuse")
     async def fuse(name: str) -> dict[str, Any]:
         return {"id": name, "modules": 60, "precision": {"dense": 60}, "error_mean": 1.5e-07, "seconds": 0.5}

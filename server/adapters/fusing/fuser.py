@@ -1,4 +1,4 @@
-"""Fusing adapters into the resident base, undoing that, and writing a fused model to a folder.
+"""Fusing adapters into the resident base, undoing that, and writing a fused model to a folder, step by step.
 
 The fused layers are computed and compared on a worker thread, beside the base's own and without touching
 them. Only then are new requests held back, those in flight awaited, and layers exchanged, on the generation
@@ -9,42 +9,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 import structlog
 
-from adapters_core.bank import ResidentAdapter, make_row
 from adapters_core.container import AdapterContainer
-from adapters_core.errors import BlendError
 from adapters_core.fusing.activations import ActivationReport
 from adapters_core.fusing.fusion import AUTO_THRESHOLD, FuseReport, Precision
 from adapters_core.layers.surgery import replace_modules
-from server.engine.container import ModelContainer, ModelContext
+from server.engine.container import ModelContainer
 from server.engine.model import ModelInfo
 
-from .aside import run_aside
-from .blended import read_source
-from .errors import (
-    AdapterBusyError,
-    AdapterChangedError,
-    AdapterNotFusedError,
-    AdaptersLoadedError,
-    BaseIsFusedError,
-    UnmergedModelError,
-    quoted,
-)
-from .fusing_work import FuseProgress, Merged, Stage, Tell, merge, no_tell
-from .gate import Gate
+from ..aside import run_aside
+from ..bare import bare_copy
+from ..errors import AdapterNotFusedError, UnmergedModelError
+from ..gate import Gate
+from ..memory.residency import Residency
+from ..pins import Terms
+from ..registry import Registry
+from ..saving.folders import MODELS, SavedFolders
+from ..saving.models import ModelDraft
+from ..versions import Entry
+from .choice import Choice, choose
+from .exchange import FusedLayers, install, take_out
+from .merging import Merged, merge
 from .probes import probe_rows
-from .registry import Entry, Registry, Terms, Version
-from .residency import Residency
-from .saving import ModelDraft, SavedModels, bare_copy
+from .progress import FuseProgress, Tell, no_tell, on_loop
 
-__all__ = ["FuseOptions", "FuseProgress", "FuseResult", "Fuser", "Precision", "Tell", "no_tell"]
+__all__ = ["FuseOptions", "FuseResult", "Fuser"]
 
 _log = structlog.get_logger(__name__)
 
@@ -75,24 +70,6 @@ class FuseResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sum:
-    """What is to be fused: entries, each once, and weights; `versions` are what they mean at this instant."""
-
-    entries: tuple[Entry, ...]
-    weights: tuple[float, ...]
-    versions: tuple[Version, ...]
-
-    @property
-    def is_alone(self) -> bool:
-        """One adapter as it is: then the base answers as a request that names it would be answered."""
-        return self.weights == (1.0,)
-
-    @property
-    def terms(self) -> Terms:
-        return [(entry.id, weight) for entry, weight in zip(self.entries, self.weights, strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
 class _Work:
     """Adapters that were read again, what came of merging them, and the copy of the module tree for that."""
 
@@ -103,12 +80,10 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Fused:
-    """What is fused: the adapter that comes back into the bank (None for a sum), and its layers."""
+    """What is fused now, by entry, and its layers."""
 
     entries: tuple[Entry, ...]
-    adapter: AdapterContainer | None
-    modules: Mapping[str, nn.Module]
-    mark: str
+    layers: FusedLayers
 
 
 class Fuser:
@@ -131,7 +106,7 @@ class Fuser:
         self._gate = gate
         self._idle = idle
         self._threshold = options.threshold
-        self._models = SavedModels(options.models_dir)
+        self._folders = SavedFolders(options.models_dir, MODELS)
         self._fused: _Fused | None = None
 
     async def fuse(
@@ -155,27 +130,18 @@ class Fuser:
         started = time.perf_counter()
         chosen, model, rows = await self._start(terms, unload_others)
         work = await self._work(chosen, model, rows, precision, tell)
+        adapter = work.adapters[0] if chosen.is_alone else None
+        layers = FusedLayers(work.merged.modules, adapter, chosen.mark(precision, self._threshold))
         async with self._gate.alone():
-            self._require_unchanged(chosen, self._ready(terms, unload_others))
+            chosen.require_same(choose(self._registry, terms, unload_others))
             await self._idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
-            adapter = work.adapters[0] if chosen.is_alone else None
-            fused = _Fused(
-                chosen.entries, adapter, work.merged.modules, _mark(chosen, precision, self._threshold)
-            )
             try:
-                await self._container.update(lambda context: _install(context, fused), drain=True)
+                await self._container.update(lambda context: install(context, layers), drain=True)
             except BaseException:
                 await self._forget_what_left()
                 raise
-            self._residency.clear()
-            self._fused = fused
-            for other in self._registry.entries:
-                if other not in chosen.entries:
-                    self._registry.remove(other)
-            for entry in chosen.entries:
-                entry.retired = []
-            self._registry.start_fused(chosen.entries, is_sum=not chosen.is_alone)
-        return self._result("adapter_fused", chosen, work.merged, started)
+            self._note_fused(chosen, layers)
+        return _result("adapter_fused", chosen, work.merged, started)
 
     async def save(self, terms: Terms, precision: Precision, name: str, tell: Tell = no_tell) -> FuseResult:
         """Write the base with the terms merged in to a new model folder; the resident base is not touched.
@@ -192,11 +158,11 @@ class Fuser:
         if precision == "keep":
             raise UnmergedModelError
         chosen, model, rows = await self._start(terms, unload_others=True)
-        draft = await asyncio.to_thread(self._models.draft, name)
+        draft = await asyncio.to_thread(ModelDraft, self._folders, name)
         work = await self._work(chosen, model, rows, precision, tell)
         replace_modules(work.model, work.merged.modules)
-        await self._write(draft, work.model, chosen.entries[0].id, tell)
-        return self._result("fused_model_saved", chosen, work.merged, started, name)
+        await self._write(draft, work.model, chosen.name, tell)
+        return _result("fused_model_saved", chosen, work.merged, started, name)
 
     async def unfuse(self, adapter_id: str, timeout_seconds: float) -> Entry:
         """Put the base's own layers back, the very ones, and the adapter into the bank.
@@ -212,7 +178,9 @@ class Fuser:
         async with self._gate.alone():
             entry, fused = self._require_fused(adapter_id)
             await self._idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
-            resident = await self._container.update(lambda context: _take_out(context, fused), drain=True)
+            resident = await self._container.update(
+                lambda context: take_out(context, fused.layers), drain=True
+            )
             if resident is not None:
                 entry.current.resident = resident
                 self._residency.put(entry.current)
@@ -227,13 +195,13 @@ class Fuser:
             raise AdapterNotFusedError(adapter_id, self._registry.fused)
         return entry, self._fused
 
-    async def _start(self, terms: Terms, unload_others: bool) -> tuple[_Sum, Any, list[list[int]]]:
+    async def _start(self, terms: Terms, unload_others: bool) -> tuple[Choice, Any, list[list[int]]]:
         """What is to be fused, a copy of the bare module tree, and prompts to compare with.
 
         Only this passes the gate: what is computed from the copy is not disturbed by any change of the model.
         """
         async with self._gate.shared():
-            chosen = self._ready(terms, unload_others)
+            chosen = choose(self._registry, terms, unload_others)
             model, rows = await self._container.perform(
                 lambda context: (
                     bare_copy(context.model),
@@ -242,48 +210,19 @@ class Fuser:
             )
         return chosen, model, rows
 
-    def _ready(self, terms: Terms, unload_others: bool) -> _Sum:
-        weights: dict[str, float] = {}
-        for adapter_id, weight in terms:
-            weights[adapter_id] = weights.get(adapter_id, 0.0) + weight
-        entries = tuple(self._registry.get(adapter_id) for adapter_id in weights)
-        if self._registry.fused is not None:
-            raise BaseIsFusedError(self._registry.fused, "nothing else can be fused")
-        draining = [other for other in self._registry.entries if other.state == "draining"]
-        if draining:
-            names = quoted(draining[0].id)
-            raise AdapterBusyError(
-                f"Adapter {names} is being unloaded. Try again when it is gone.", draining[0].in_flight
-            )
-        versions = tuple(entry.current for entry in entries)
-        row = make_row(zip((version.resident for version in versions), weights.values(), strict=True))
-        if len(row) < len(entries):
-            raise BlendError("a weight of 0 fuses nothing; leave that adapter out")
-        others = [other.id for other in self._registry.entries if other not in entries]
-        if others and not unload_others:
-            raise AdaptersLoadedError(entries[0].id, others)
-        return _Sum(entries, tuple(weights.values()), versions)
-
-    @staticmethod
-    def _require_unchanged(chosen: _Sum, now: _Sum) -> None:
-        for entry, version, current in zip(chosen.entries, chosen.versions, now.versions, strict=True):
-            if version is not current:
-                raise AdapterChangedError(entry.id)
-
     async def _work(
-        self, chosen: _Sum, model: Any, rows: list[list[int]], precision: Precision, tell: Tell
+        self, chosen: Choice, model: Any, rows: list[list[int]], precision: Precision, tell: Tell
     ) -> _Work:
         """Read, merge and compare; nothing that is served changes."""
-        name = chosen.entries[0].id
-        adapters = await run_aside(_read_again, chosen, model)
+        adapters = await run_aside(chosen.read_again, model)
         terms = list(zip(adapters, chosen.weights, strict=True))
-        tell = _on_loop(tell, name)
-        merged = await run_aside(merge, model, terms, precision, self._threshold, rows, name, tell)
+        tell = on_loop(tell, chosen.name)
+        merged = await run_aside(merge, model, terms, precision, self._threshold, rows, chosen.name, tell)
         return _Work(adapters, merged, model)
 
     async def _write(self, draft: ModelDraft, model: Any, adapter_id: str, tell: Tell) -> None:
         """Write a model folder, and look now and then how much of it there is."""
-        tell = _on_loop(tell, adapter_id)
+        tell = on_loop(tell, adapter_id)
         total_bytes, written_bytes = draft.expected_bytes(model), 0
         writing = asyncio.ensure_future(run_aside(draft.write, model, self._info))
         while not writing.done():
@@ -295,23 +234,16 @@ class Fuser:
         await writing
         tell(FuseProgress("writing", total_bytes, total_bytes))
 
-    def _result(
-        self, event: str, chosen: _Sum, merged: Merged, started: float, saved_to: str | None = None
-    ) -> FuseResult:
-        report, activations = merged.report, merged.activations
-        seconds = time.perf_counter() - started
-        _log.info(
-            event,
-            adapter=chosen.entries[0].id,
-            terms=list(chosen.terms),
-            saved_to=saved_to,
-            precision=report.precision,
-            error=report.error_mean,
-            agreement=activations.agreement,
-            kl=activations.kl_mean,
-            seconds=round(seconds, 3),
-        )
-        return FuseResult(chosen.entries[0].id, chosen.terms, report, activations, seconds, saved_to)
+    def _note_fused(self, chosen: Choice, layers: FusedLayers) -> None:
+        """Bring the books in line with a base that has these layers, beside which there are no others."""
+        self._residency.clear()
+        self._fused = _Fused(chosen.entries, layers)
+        for other in self._registry.entries:
+            if other not in chosen.entries:
+                self._registry.remove(other)
+        for entry in chosen.entries:
+            entry.retired = []
+        self._registry.start_fused(chosen.entries, is_sum=not chosen.is_alone)
 
     async def _forget_what_left(self) -> None:
         """A fusion that failed may have emptied the bank: what is not there comes back when it is named."""
@@ -321,56 +253,21 @@ class Fuser:
                 self._residency.drop(version)
 
 
-def _read_again(chosen: _Sum, model: nn.Module) -> list[AdapterContainer]:
-    """The adapters as they were loaded, from where they came. Runs on a worker thread."""
-    adapters = []
-    for entry, version in zip(chosen.entries, chosen.versions, strict=True):
-        adapter = read_source(version.source, model, entry.id)
-        if adapter.digest != version.resident.digest:
-            raise AdapterChangedError(entry.id)
-        adapters.append(adapter)
-    return adapters
-
-
-def _mark(chosen: _Sum, precision: Precision, threshold: float) -> str:
-    """What tells this fused base from any other: the same adapters at another precision are another base."""
-    pairs = zip(chosen.versions, chosen.weights, strict=True)
-    terms = "+".join(f"{weight!r}*{version.resident.digest}" for version, weight in pairs)
-    return f"{terms}@{precision}@{threshold!r}"
-
-
-def _on_loop(tell: Tell, adapter_id: str) -> Tell:
-    """`tell` for calls from any thread; the beginning of each stage is logged."""
-    loop = asyncio.get_running_loop()
-    stages: set[Stage] = set()
-
-    def hear(progress: FuseProgress) -> None:
-        if progress.stage not in stages:
-            stages.add(progress.stage)
-            _log.info("fuse_progress", adapter=adapter_id, stage=progress.stage, total=progress.total)
-        tell(progress)
-
-    return lambda progress: loop.call_soon_threadsafe(hear, progress) and None
-
-
-def _install(context: ModelContext, fused: _Fused) -> None:
-    """Empty the bank and exchange the layers. Runs on the generation thread, with no request in flight."""
-    context.bank.close()
-    context.fusion = replace_modules(context.model, fused.modules)
-    context.fused_digest = fused.mark
-    context.prompt_cache.clear()  # all of it was computed with the base as it was
-
-
-def _take_out(context: ModelContext, fused: _Fused) -> ResidentAdapter | None:
-    """Undo `_install` for the base and an adapter fused alone. Runs on the generation thread, likewise."""
-    stale = context.cache_key(())
-    context.fusion.undo()
-    try:
-        resident = None if fused.adapter is None else context.bank.add(fused.adapter)
-    except BaseException:
-        context.fusion = replace_modules(context.model, fused.modules)
-        raise
-    context.fusion = None
-    context.fused_digest = None
-    context.prompt_cache.drop(lambda key: key == stale)
-    return resident
+def _result(
+    event: str, chosen: Choice, merged: Merged, started: float, saved_to: str | None = None
+) -> FuseResult:
+    """What the caller gets, and the log."""
+    report, activations = merged.report, merged.activations
+    seconds = time.perf_counter() - started
+    _log.info(
+        event,
+        adapter=chosen.name,
+        terms=list(chosen.terms),
+        saved_to=saved_to,
+        precision=report.precision,
+        error=report.error_mean,
+        agreement=activations.agreement,
+        kl=activations.kl_mean,
+        seconds=round(seconds, 3),
+    )
+    return FuseResult(chosen.name, chosen.terms, report, activations, seconds, saved_to)

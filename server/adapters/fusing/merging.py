@@ -7,9 +7,9 @@ none waits in its queue. Knows no names. Runs on a worker thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.nn as nn
 
@@ -18,25 +18,9 @@ from adapters_core.fusing.activations import ActivationReport, compare_activatio
 from adapters_core.fusing.fusion import FuseReport, Precision, fuse_layers
 from adapters_core.fusing.sums import summed_layers
 
-__all__ = ["FuseProgress", "Merged", "Stage", "Tell", "merge", "no_tell"]
+from .progress import FuseProgress, Tell
 
-Stage = Literal["merging", "comparing", "writing"]
-
-
-@dataclass(frozen=True, slots=True)
-class FuseProgress:
-    """How far a fusion is: layers that are merged, prompts that are compared, bytes that are written."""
-
-    stage: Stage
-    done: int
-    total: int
-
-
-Tell = Callable[[FuseProgress], None]
-
-
-def no_tell(progress: FuseProgress) -> None:
-    """For a caller that does not want to know."""
+__all__ = ["Merged", "merge"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,155 @@
+"""Writes what is loaded as an adapter folder under the adapters root: blends, older versions, any adapter.
+
+A version is read from where it came, or made again, and known by its digest; what was written is read back
+before the folder gets its name. Nothing that is served changes. One at a time, since a blend that is made
+again holds whole matrices. Runs on the event loop; reads and writes on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.nn as nn
+import structlog
+
+from adapters_core.container import AdapterContainer
+from adapters_core.errors import InvalidAdapterError
+from adapters_core.files import new_folder
+from adapters_core.formats.adapter_files import AdapterFiles
+from adapters_core.formats.notes import writing_notes
+from adapters_core.formats.protocol import FormatName
+from adapters_core.formats.writing import adapter_files
+
+from ..aside import run_aside
+from ..blended import read_source
+from ..errors import (
+    AdapterChangedError,
+    AdapterNotFoundError,
+    AdapterNotSavedError,
+    AdapterNotWritableError,
+    InvalidAdapterIdError,
+    UnknownVersionError,
+    quoted,
+    some_of,
+)
+from ..folder import check_id
+from ..names import parse_name
+from ..registry import Registry
+from ..service import AdapterService
+from ..versions import Version
+from .folders import ADAPTERS, SavedFolders
+
+__all__ = ["AdapterSaver", "SavedAdapter"]
+
+_log = structlog.get_logger(__name__)
+
+_REST_BYTES = 1 << 20  # the config, and the header of the tensors
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """A folder that was written: of which version of which id, and what it holds.
+
+    `name` is its name under the adapters root, `size_bytes` what its files take, `digest` that of the adapter
+    in it, which may differ from the version's: formats say the same otherwise. `notes` are sentences.
+    """
+
+    id: str
+    version: int
+    name: str
+    format: FormatName
+    modules: int
+    size_bytes: int
+    digest: str
+    notes: tuple[str, ...]
+
+
+class AdapterSaver:
+    """Saves adapters of `service` under `root` (None: there is no adapters root)."""
+
+    def __init__(self, service: AdapterService, root: Path | None) -> None:
+        self._service = service
+        self._folders = SavedFolders(root, ADAPTERS)
+        self._turn = asyncio.Lock()
+
+    async def save(
+        self, adapter_id: str, name: str, to: FormatName = "mlx", number: int | None = None
+    ) -> SavedAdapter:
+        """Write an adapter that is loaded, as a request may name it, to the new folder `name`.
+
+        `number` asks for a version that lives, as `adapter_id` itself may (`id@2`).
+
+        Raises:
+            AdapterNotFoundError, UnknownVersionError: it is not loaded, or not in this version.
+            PathNotAllowedError, InvalidAdapterIdError: there is no adapters root, or `name` is not that of an
+                adapter's folder in it.
+            AdapterFolderExistsError: there is one of this name.
+            AdapterNotWritableError: the format cannot say what the adapter is; every reason is listed.
+            AdapterNotSavedError: it cannot be written, and nothing of it is left.
+            AdapterChangedError, BlendPartChangedError, InvalidAdapterError: its folder, or that of a part of
+                a blend, does not hold what was loaded.
+            BaseIsFusedError: while anything is fused.
+        """
+        entry_id, version = _living(self._service.registry, adapter_id, number)
+        await asyncio.to_thread(self._folders.check, name)
+        _require_usable(name, self._service.registry.base)
+        async with self._turn:
+            model = await self._service.bare_model(f"{quoted(entry_id)} cannot be saved")
+            saved = await run_aside(self._write, entry_id, version, name, to, model)
+        _log.info("adapter_saved", adapter=entry_id, version=saved.version, saved_to=name, format=to)
+        return saved
+
+    def _write(
+        self, entry_id: str, version: Version, name: str, to: FormatName, model: nn.Module
+    ) -> SavedAdapter:
+        adapter = read_source(version.source, model, entry_id)
+        if adapter.digest != version.resident.digest:
+            raise AdapterChangedError(entry_id)
+        weights = adapter.check(model)
+        base_name = adapter.base_name or self._service.info.model_id
+        try:
+            files = adapter_files(weights, to, entry_id, model, base_name=base_name, dropout=adapter.dropout)
+        except InvalidAdapterError as error:
+            raise AdapterNotWritableError(entry_id, to, error.problems) from error
+        needed_bytes = sum(tensor.nbytes for tensor in files.tensors.values()) + _REST_BYTES
+        with self._folders.saving(name, needed_bytes) as path, new_folder(path) as temporary:
+            digest = _write_and_read(files, temporary, name, model)
+            size_bytes = sum(file.stat().st_size for file in temporary.iterdir())
+        notes = tuple(writing_notes(weights, to))
+        return SavedAdapter(entry_id, version.number, name, to, len(weights), size_bytes, digest, notes)
+
+
+def _write_and_read(files: AdapterFiles, folder: Path, name: str, model: nn.Module) -> str:
+    """The digest of what was written to `folder`, as whoever loads it will find it."""
+    files.write_into(folder)
+    try:
+        written = AdapterContainer.from_directory(folder)
+        written.check(model)
+    except InvalidAdapterError as error:
+        raise AdapterNotSavedError(name, f"it does not read back: {error.problems[0]}") from error
+    return written.digest
+
+
+def _living(registry: Registry, text: str, number: int | None) -> tuple[str, Version]:
+    """The id, and the version that `text` and `number` name now."""
+    name = parse_name(text.removeprefix(f"{registry.base}:"), registry.base)
+    entry = None if name is None else registry.find(name.entry)
+    if name is None or entry is None:
+        loaded = [each.id for each in registry.entries]
+        raise AdapterNotFoundError(f"No adapter {quoted(text)} is loaded. Loaded are: {some_of(loaded)}.")
+    wanted = name.version if number is None else number
+    for version in entry.named:
+        if wanted in (None, version.number) and name.version in (None, version.number):
+            return entry.id, version
+    raise UnknownVersionError(entry.id, wanted, [each.number for each in entry.named], "version")
+
+
+def _require_usable(name: str, base: str) -> None:
+    """Refuse what could be a folder and not the id of the adapter in it."""
+    try:
+        check_id(name, base)
+    except InvalidAdapterIdError as error:
+        error.param = "save_to"
+        raise
