@@ -7,12 +7,11 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 
 from server.engine.engine import Engine, Generation
@@ -23,107 +22,20 @@ from server.engine.errors import (
     InvalidSubmitError,
     ModelLoadError,
 )
-from server.engine.loop import LoopOptions
-from server.engine.messages import ChoiceFinished, Event, Failed, Finished, SamplingParams, Submit, Token
+from server.engine.messages import ChoiceFinished, Failed, Finished, SamplingParams, Submit, Token
 from server.engine.model import LoadedModel
+from tests.engine.engines import (
+    ENDLESS_TOKENS,
+    WAIT_SECONDS,
+    Ends,
+    Gate,
+    Gated,
+    collect,
+    make_engine,
+    tokens,
+)
 from tests.engine.support import loaded, reference, submit
 from tests.models import tiny_llama
-
-WAIT_SECONDS = 30
-
-
-class Gate:
-    """Where forwards wait until a test opens it; a test can wait until the first one has come."""
-
-    def __init__(self) -> None:
-        self._open = threading.Event()
-        self._reached = threading.Event()
-
-    def open(self) -> None:
-        self._open.set()
-
-    def wait(self) -> None:
-        self._reached.set()
-        if not self._open.wait(WAIT_SECONDS):
-            raise TimeoutError("the test never opened the gate")
-
-    async def reached(self) -> None:
-        assert await asyncio.to_thread(self._reached.wait, WAIT_SECONDS)
-
-
-class Gated(nn.Module):
-    """A model whose forwards wait at a gate, so that a test can say when the engine goes on."""
-
-    def __init__(self, model: Any, gate: Gate) -> None:
-        super().__init__()
-        self.model = model
-        self._gate = gate
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        return self.model.layers
-
-    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        self._gate.wait()
-        return self.model(inputs, cache=cache)
-
-
-def make_engine(
-    load: Callable[[], LoadedModel],
-    *,
-    max_waiting: int = 16,
-    prompt_cache_bytes: int = 1 << 22,
-    **options: int,
-) -> Engine:
-    return Engine(
-        load, LoopOptions(**options), prompt_cache_bytes=prompt_cache_bytes, max_waiting=max_waiting
-    )
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[Engine]:
-    engine = make_engine(lambda: loaded(tiny_llama()), max_batch_size=4)
-    await engine.start()
-    yield engine
-    await engine.stop(0.0)
-
-
-@pytest.fixture
-async def gated() -> AsyncIterator[tuple[Engine, Gate]]:
-    """An engine of one row that waits for nobody else, and its gate, closed."""
-    gate = Gate()
-    engine = make_engine(
-        lambda: loaded(Gated(tiny_llama(), gate)), max_batch_size=1, prefill_batch_size=1, max_waiting=2
-    )
-    await engine.start()
-    yield engine, gate
-    gate.open()
-    await engine.stop(0.0)
-
-
-async def collect(generation: Generation) -> list[Event]:
-    async with asyncio.timeout(WAIT_SECONDS):
-        return [event async for event in generation]
-
-
-def tokens(events: list[Event]) -> list[int]:
-    return [event.token for event in events if isinstance(event, Token)]
-
-
-class Ends:
-    """Counts the ends that were told, and waits for them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._told = asyncio.Event()
-
-    def __call__(self) -> None:
-        self.count += 1
-        self._told.set()
-
-    async def wait(self) -> None:
-        async with asyncio.timeout(WAIT_SECONDS):
-            await self._told.wait()
 
 
 async def test_requests_side_by_side_stream_their_tokens(engine: Engine) -> None:
@@ -175,7 +87,7 @@ async def test_the_thread_beats_when_there_is_nothing_to_do(engine: Engine) -> N
 @pytest.mark.parametrize("how", ["aclose", "with", "drop", "task"])
 async def test_leaving_early_cancels_and_the_end_is_told_once(engine: Engine, how: str) -> None:
     ends = Ends()
-    generation = engine.generate(submit("r", [1, 2, 3], 3000), ends)
+    generation = engine.generate(submit("r", [1, 2, 3], ENDLESS_TOKENS), ends)
     assert isinstance(await anext(generation), Token)
     if how == "aclose":
         await generation.aclose()
@@ -198,7 +110,7 @@ async def test_leaving_early_cancels_and_the_end_is_told_once(engine: Engine, ho
     gc.collect()
     await ends.wait()
     assert ends.count == 1
-    assert engine.stats.completion_tokens < 3000
+    assert engine.stats.completion_tokens < ENDLESS_TOKENS
     assert engine.stats.running_rows == 0
     again = await collect(engine.generate(submit("r", [1, 2, 3], 4)))
     assert tokens(again) == reference(tiny_llama(), [1, 2, 3], 4)
@@ -238,17 +150,23 @@ async def test_a_finished_request_is_not_cancelled_by_closing_it(engine: Engine)
     assert ends.count == 1
 
 
-async def test_one_choice_can_be_stopped(engine: Engine) -> None:
-    generation = engine.generate(submit("r", [1, 2, 3], 400, choices=2))
-    events: list[Event] = []
-    async for event in generation:
-        events.append(event)
-        if event == events[0]:
-            generation.cancel_choice(0)
+async def test_one_choice_can_be_stopped() -> None:
+    gate = Gate()
+    engine = make_engine(lambda: loaded(Gated(tiny_llama(), gate)), max_batch_size=2)
+    await engine.start()
+    generation = engine.generate(submit("r", [1, 2, 3], 40, choices=2))
+    begins = asyncio.create_task(anext(generation))
+    while not begins.done():
+        gate.let_one()
+        await asyncio.sleep(0.02)
+    generation.cancel_choice(0)
+    gate.open()
+    events = [await begins, *await collect(generation)]
     ends = {event.choice: event for event in events if isinstance(event, ChoiceFinished)}
     assert ends[0].reason == "stop"
-    assert ends[0].completion_tokens < 400
-    assert ends[1] == ChoiceFinished(1, "length", 400)
+    assert ends[0].completion_tokens < 40
+    assert ends[1] == ChoiceFinished(1, "length", 40)
+    await engine.stop(0.0)
 
 
 async def test_an_end_that_cannot_be_told_harms_nobody_else(engine: Engine) -> None:
@@ -431,7 +349,7 @@ async def test_stopping_lets_requests_finish_and_takes_no_more(gated: tuple[Engi
 
 async def test_what_does_not_finish_in_time_fails_at_the_stop(engine: Engine) -> None:
     ends = Ends()
-    generation = engine.generate(submit("r", [1, 2, 3], 3500), ends)
+    generation = engine.generate(submit("r", [1, 2, 3], ENDLESS_TOKENS), ends)
     assert isinstance(await anext(generation), Token)
     drain = asyncio.create_task(engine.container.update(lambda context: None, drain=True))
     await asyncio.sleep(0)

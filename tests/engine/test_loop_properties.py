@@ -136,7 +136,7 @@ class LoopMachine(RuleBasedStateMachine):
         def run(context: Any) -> None:
             self.ran.append(number)
             if drain:
-                assert self.loop.stats.running_rows == 0
+                assert self.loop.stats.running_rows == self.loop.stats.scoring_rows == 0
             if fails:
                 raise ValueError(number)
 

@@ -17,11 +17,11 @@ from adapters_core.mixed.routing import RowAdapters
 from server.engine.engine import check_scoring
 from server.engine.errors import EngineStoppedError, InvalidSubmitError
 from server.engine.loop import GenerationLoop, LoopOptions
-from server.engine.messages import Cancel, Failed, Finished, SamplingParams, Scored, Scoring, Token
+from server.engine.messages import Cancel, Failed, Finished, SamplingParams, Scoring, Token
 from tests.engine.architectures import tiny_falcon, tiny_lfm2, tiny_mamba
+from tests.engine.scores import check, expected, scores, scoring
 from tests.engine.support import (
     CountingModel,
-    Poisoned,
     Transcript,
     make_context,
     prompts,
@@ -35,38 +35,6 @@ from tests.models import VOCABULARY, make_adapter, tiny_llama
 
 MODELS = [tiny_llama, tiny_gemma, tiny_mamba, tiny_lfm2, tiny_falcon]
 KINDS = [("lora", 1), ("dora", 2), ("lora", 3)]
-
-
-def scoring(name: str, prompt: list[int], *answers: list[int], row: RowAdapters = ()) -> Scoring:
-    return Scoring(name, row, tuple(prompt), tuple(map(tuple, answers)))
-
-
-def expected(model: nn.Module, prompt: list[int], answer: list[int]) -> list[float]:
-    """Log-probabilities from one forward of the whole text, by NumPy."""
-    logits = np.array(model(mx.array([[*prompt, *answer]])))[0, len(prompt) - 1 : -1].astype(np.float64)
-    peak = logits.max(axis=-1)
-    chosen = logits[np.arange(len(answer)), answer]
-    return (chosen - peak - np.log(np.exp(logits - peak[:, None]).sum(axis=-1))).tolist()
-
-
-def scores(transcript: Transcript, name: str) -> dict[int, list[float]]:
-    """By answer; each must come once, before the end."""
-    *events, end = transcript.events[name]
-    assert isinstance(end, Finished)
-    assert all(isinstance(event, Scored) for event in events)
-    found = {event.answer: list(event.logprobs) for event in events if isinstance(event, Scored)}
-    assert len(found) == len(events)
-    return found
-
-
-def check(model: nn.Module, transcript: Transcript, *jobs: Scoring) -> None:
-    for job in jobs:
-        found = scores(transcript, job.request_id)
-        assert sorted(found) == list(range(len(job.answers)))
-        for index, answer in enumerate(job.answers):
-            assert found[index] == pytest.approx(
-                expected(model, list(job.prompt_tokens), list(answer)), abs=1e-4
-            )
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -256,26 +224,6 @@ def test_cancelling_at_any_moment_spares_the_others(make: Callable[[], nn.Module
         assert logprobs == pytest.approx(expected(model, kept, answers[index]), abs=1e-4)
     assert transcript.tokens("stream") == reference(model, kept, 12)
     assert loop.stats.scoring_rows == 0
-
-
-@pytest.mark.parametrize("where", ["prompt", "answer"])
-def test_a_forward_that_raises_fails_what_was_scored_and_no_stream(where: str) -> None:
-    model = tiny_llama()
-    loop = small_loop(Poisoned(model), max_batch_size=8)
-    prompt, answer, stream = ([token % 90 for token in one] for one in prompts([12, 8, 6], seed=32))
-    poisoned = [*prompt[:5], Poisoned.token, *prompt[5:]]
-    bad = scoring("bad", poisoned, answer) if where == "prompt" else scoring("bad", prompt, poisoned)
-    mute = SamplingParams(temperature=0.0, logit_bias=((Poisoned.token, -1e9),))
-    transcript = run(
-        loop, submit("stream", stream, 20, sampling=mute), bad, scoring("beside", prompt, answer, [1] * 90)
-    )
-    assert transcript.end("bad") == transcript.end("beside")
-    assert isinstance(transcript.end("bad"), Failed)
-    assert len(transcript.tokens("stream")) == 20
-    assert isinstance(transcript.end("stream"), Finished)
-    assert loop.stats.failures == 1
-    later = scoring("later", prompt, answer)
-    check(model, run(loop, later), later)
 
 
 def test_fail_all_ends_it_too() -> None:
