@@ -18,6 +18,7 @@ from .errors import ContainerStateError, UnsupportedModelError
 from .formats.peft.copies import copies_bytes
 from .layers.module_weights import ModuleWeights
 from .layers.modules import ModuleKind, kind_of
+from .layers.split import undivided
 from .layers.surgery import replace_modules
 from .layers.targets import module_at
 from .mixed.embedding import MixedEmbedding, TiedHead
@@ -26,10 +27,11 @@ from .mixed.laying_out import float_dtype, group_modules, lay_out
 from .mixed.layout import GroupLayout, Layout
 from .mixed.linear import MixedLinear, ProjectionGroup
 from .mixed.routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
+from .mixed.split import MixedSplitLinear
 from .mixed.stacks import Shelf
 from .report import LoadReport, parts_of
 
-Mixed = MixedLinear | MixedEmbedding | MixedExperts
+Mixed = MixedLinear | MixedSplitLinear | MixedEmbedding | MixedExperts
 
 __all__ = ["AdapterBank", "PreparedAdapter", "ResidentAdapter", "RowAdapters", "make_row", "row_key"]
 
@@ -92,7 +94,7 @@ class AdapterBank:
         resident = ResidentAdapter(
             digest=container.digest,
             type=container.type.value,
-            rank=max(module.lora_a.shape[1] for module in weights.values()),
+            rank=max(module.file_rank for module in weights.values()),
             scale=max((module.scale for module in weights.values()), key=abs),
             paths=tuple(sorted(weights)),
             size_bytes=sum(row.nbytes for row in laid_out.rows.values()),
@@ -192,6 +194,8 @@ class AdapterBank:
         match kind_of(module):
             case ModuleKind.LINEAR:
                 return MixedLinear(place, module, owner)
+            case ModuleKind.SPLIT:
+                return MixedSplitLinear(place, module, owner)
             case ModuleKind.EMBEDDING:
                 return MixedEmbedding(place, module, owner)
             case _:
@@ -243,4 +247,10 @@ def _report(
 
 def _as_linear(module: nn.Module) -> nn.Module:
     """The linear layer that a group computes the base output with."""
-    return TiedHead(module) if kind_of(module) is ModuleKind.EMBEDDING else module
+    match kind_of(module):
+        case ModuleKind.SPLIT:
+            return undivided(module)
+        case ModuleKind.EMBEDDING:
+            return TiedHead(module)
+        case _:
+            return module

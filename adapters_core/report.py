@@ -48,7 +48,7 @@ class Described(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One adapted module: `kind` is linear, embedding or switch, or None while no model has said so.
+    """One adapted module: `kind` is a `ModuleKind`, or None while no model has said so.
 
     `is_silent` if it changes nothing, because its scale or all of its B is zero.
     """
@@ -151,7 +151,7 @@ def parts_of(
     heard = cast("list[Any]", mx.stack([mx.any(each.lora_b) for each in weights.values()]).tolist())
     return {
         path: Part(
-            rank=module.rank,
+            rank=module.file_rank,
             scale=module.scale,
             dtypes=frozenset(
                 str(array.dtype).rpartition(".")[2]

@@ -6,7 +6,7 @@ changes no model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,11 +17,10 @@ from ..config import CONFIG_FILE, AdapterConfig, FineTuneType
 from ..layers.module_weights import ModuleWeights
 from ..layers.modules import factor_shapes
 from ..layers.targets import find_targets, named_modules
-from .protocol import FormatName, Mapped, tensors_of
+from .protocol import FormatName, Mapped
+from .tensor_names import LEAVES, is_leaf, split_name, tensors_of, weights_of
 
 __all__ = ["MlxFormat"]
-
-_LEAVES = ("lora_a", "lora_b", "m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +68,8 @@ class MlxFormat:
         targets, problems = find_targets(model, self.config)
         rank = self.config.lora_parameters.rank
         is_dora = self.type is FineTuneType.DORA
-        expected: dict[str, tuple[int, ...]] = {}
-        for path, module in targets.items():
-            shapes = factor_shapes(module, rank, is_dora)
-            expected |= {f"{path}.{leaf}": shape for leaf, shape in shapes.items()}
+        shapes = {path: factor_shapes(module, rank, is_dora) for path, module in targets.items()}
+        expected = {f"{path}.{leaf}": shape for path in shapes for leaf, shape in shapes[path].items()}
         for name, shape in expected.items():
             if name not in self.tensors:
                 problems.append(f"tensor {name}: expected shape {shape}, the file has none of this name")
@@ -83,27 +80,31 @@ class MlxFormat:
         left_over = sorted(self.tensors.keys() - expected.keys())
         if left_over:
             known = {path for path, _ in named_modules(model)}
-            problems += [_left_over(name, known, self.config) for name in left_over]
-        return Mapped({} if problems else {path: self._weights(path) for path in targets}, problems)
+            problems += [_left_over(name, known, shapes, self.config) for name in left_over]
+        if problems:
+            return Mapped({}, problems)
+        scale = self.config.lora_parameters.scale
+        leaves = {path: {leaf: self.tensors[f"{path}.{leaf}"] for leaf in shapes[path]} for path in shapes}
+        return Mapped({path: weights_of(leaves[path], scale) for path in leaves}, [])
 
     def with_weights(self, weights: Mapping[str, ModuleWeights]) -> MlxFormat:
         """The same config with other values."""
         return MlxFormat(self.config, tensors_of(weights))
 
-    def _weights(self, path: str) -> ModuleWeights:
-        tensors, scale = self.tensors, self.config.lora_parameters.scale
-        magnitude = tensors.get(f"{path}.m")
-        return ModuleWeights(tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], magnitude, scale)
 
-
-def _left_over(name: str, modules: set[str], config: AdapterConfig) -> str:
-    path, _, leaf = name.rpartition(".")
+def _left_over(
+    name: str, modules: set[str], targets: Mapping[str, Collection[str]], config: AdapterConfig
+) -> str:
+    """Why a tensor is a problem; `targets` are what the adapted modules' tensors are called."""
+    path, leaf = split_name(name)
     if leaf == "m" and config.fine_tune_type is FineTuneType.LORA and path in modules:
         return f"tensor {name}: not expected: a magnitude, but fine_tune_type is lora (dora has magnitudes)"
-    if leaf not in _LEAVES:
-        return f"tensor {name}: not expected: not the name of an adapter's tensor (lora_a, lora_b, m)"
+    if not is_leaf(leaf):
+        return f"tensor {name}: not expected: not the name of an adapter's tensor ({', '.join(LEAVES)})"
     if path not in modules:
         return f"tensor {name}: not expected: the model has no module {path}"
+    if path in targets:
+        return f"tensor {name}: not expected: the tensors of this module are {', '.join(targets[path])}"
     return (
         f"tensor {name}: not expected: {CONFIG_FILE} leaves this module out "
         f"(num_layers {config.num_layers}, keys {config.lora_parameters.keys})"

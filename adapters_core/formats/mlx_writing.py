@@ -2,7 +2,8 @@
 
 The format has one kind, one rank and one scale for all modules. Smaller ranks are padded with zeros, which
 changes no product. Other scales go into B: exactly where the ratio of the scales is a power of two, else in
-float32, where the rounding of one product remains (about 1e-7 of each entry). What the format cannot say is
+float32, where the rounding of one product remains (about 1e-7 of each entry). The format has factors for each
+output of a split layer; those of a product for all of them are taken apart. What the format cannot say is
 refused. Changes nothing; runs on any thread.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,8 +21,10 @@ from pydantic import JsonValue
 from ..config import MAX_RANK, AdapterConfig
 from ..errors import InvalidAdapterError
 from ..layers.module_weights import ModuleWeights
-from ..layers.targets import adaptable_layers, find_targets
+from ..layers.modules import ModuleKind, kind_of, output_sizes
+from ..layers.targets import adaptable_layers, find_targets, module_at
 from .adapter_files import AdapterFiles, in_order
+from .tensor_names import tensors_of
 from .weights import WEIGHTS_FILE
 
 __all__ = ["mlx_files"]
@@ -46,15 +50,14 @@ def mlx_files(
     if problems := _problems(weights):
         raise InvalidAdapterError(source, problems)
     weights = in_order(weights)
-    rank = max(module.rank for module in weights.values())
+    if model is not None:
+        weights = {path: _divided(one, module_at(model, path)) for path, one in weights.items()}
+    if problems := _too_large(weights):
+        raise InvalidAdapterError(source, problems)
+    rank = max(module.file_rank for module in weights.values())
     scale = _common_scale(module.scale for module in weights.values())
     is_dora = any(module.magnitude is not None for module in weights.values())
-    tensors: dict[str, mx.array] = {}
-    for path, module in weights.items():
-        a, b = _padded(*_scaled(module, scale), rank)
-        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = a, b
-        if module.magnitude is not None:
-            tensors[f"{path}.m"] = module.magnitude
+    tensors = tensors_of({path: _fitted(module, rank, scale) for path, module in weights.items()})
     mx.eval(tensors)
     kind = "dora" if is_dora else "lora"
     parameters: dict[str, JsonValue] = {"rank": rank, "scale": scale, "dropout": dropout}
@@ -89,12 +92,38 @@ def _problems(weights: Mapping[str, ModuleWeights]) -> list[str]:
             f"module {path}: it has no magnitudes and others have; mlx-lm's format has one kind for all"
             for path in bare
         ]
-    problems += [
-        f"module {path}: expected a rank of at most {MAX_RANK}, got {module.rank}"
-        for path, module in weights.items()
-        if module.rank > MAX_RANK
-    ]
     return problems
+
+
+def _too_large(weights: Mapping[str, ModuleWeights]) -> list[str]:
+    return [
+        f"module {path}: expected a rank of at most {MAX_RANK}, got {module.file_rank}"
+        for path, module in weights.items()
+        if module.file_rank > MAX_RANK
+    ]
+
+
+def _divided(weights: ModuleWeights, module: nn.Module) -> ModuleWeights:
+    """With factors for each output, if `module` is a split layer; what is nought in them is left out."""
+    if kind_of(module) is not ModuleKind.SPLIT or weights.parts:
+        return weights
+    parts = [_without_zeros(a, b) for a, b in weights.divided(output_sizes(module))]
+    return ModuleWeights.of_parts(parts, weights.scale, weights.bias)
+
+
+def _without_zeros(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+    """A and B, of a product of which they may hold more than this output needs."""
+    heard = cast("list[bool]", mx.any(b, axis=1).tolist())
+    kept = mx.array([at for at, is_heard in enumerate(heard) if is_heard] or [0])
+    return a[:, kept], b[kept]
+
+
+def _fitted(module: ModuleWeights, rank: int, scale: float) -> ModuleWeights:
+    """The same change, times `scale` and with factors of this rank."""
+    pairs = [_padded(*_scaled(*pair, module.scale, scale), rank) for pair in module.pairs]
+    if module.parts:
+        return ModuleWeights.of_parts(pairs, scale)
+    return ModuleWeights(*pairs[0], module.magnitude, scale)
 
 
 def _common_scale(scales: Iterable[float]) -> float:
@@ -103,12 +132,11 @@ def _common_scale(scales: Iterable[float]) -> float:
     return max(counts, key=lambda scale: (counts[scale], abs(scale)), default=0.0)
 
 
-def _scaled(module: ModuleWeights, scale: float) -> tuple[mx.array, mx.array]:
-    """A and B such that `scale`·B A is the module's own change."""
-    a, b = module.lora_a, module.lora_b
-    if module.scale == scale:
+def _scaled(a: mx.array, b: mx.array, old: float, new: float) -> tuple[mx.array, mx.array]:
+    """A and B such that `new`·B A is what `old`·B A was."""
+    if old == new:
         return a, b
-    ratio = module.scale / scale
+    ratio = old / new
     if abs(math.frexp(ratio)[0]) in (0.0, 0.5):
         exact = b * ratio
         if not ratio or mx.array_equal(exact / ratio, b).item():

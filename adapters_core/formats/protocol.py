@@ -17,10 +17,11 @@ from pydantic import JsonValue
 
 from ..config import FineTuneType
 from ..layers.module_weights import ModuleWeights
-from ..layers.modules import factor_shapes, kind_of
+from ..layers.modules import ModuleKind, kind_of, no_dora, output_sizes, product_shapes
 from ..layers.targets import named_base_modules
+from .tensor_names import tensors_of
 
-__all__ = ["AdapterFormat", "FormatName", "Mapped", "ModulesFormat", "tensors_of"]
+__all__ = ["AdapterFormat", "FormatName", "Mapped", "ModulesFormat"]
 
 FormatName = Literal["mlx", "peft"]
 
@@ -139,25 +140,20 @@ class ModulesFormat:
         return ModulesFormat(weights, self.name, self.base_name, self.dropout, self.ignored_fields)
 
 
-def tensors_of(weights: Mapping[str, ModuleWeights]) -> dict[str, mx.array]:
-    """The tensors by path in the model, as mlx-lm names them; a bias, which mlx-lm lacks, as `lora_bias`."""
-    tensors: dict[str, mx.array] = {}
-    for path, module in weights.items():
-        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = module.lora_a, module.lora_b
-        if module.magnitude is not None:
-            tensors[f"{path}.m"] = module.magnitude
-        if module.bias is not None:
-            tensors[f"{path}.lora_bias"] = module.bias
-    return tensors
-
-
 def _shape_problems(path: str, module: nn.Module, weights: ModuleWeights) -> list[str]:
-    rank = weights.lora_b.shape[-1] if weights.lora_b.ndim == 3 else weights.lora_b.shape[0]
-    expected = factor_shapes(module, rank, weights.magnitude is not None)
-    actual = {name.rpartition(".")[2]: tensor.shape for name, tensor in tensors_of({path: weights}).items()}
-    actual.pop("lora_bias", None)
+    is_dora = weights.magnitude is not None
+    if is_dora and (reason := no_dora(module)):
+        return [f"module {path}: a {type(module).__name__} cannot have magnitudes: {reason}"]
+    expected = product_shapes(module, weights.rank, is_dora)
+    actual = {"lora_a": weights.lora_a.shape, "lora_b": weights.lora_b.shape}
+    if weights.magnitude is not None:
+        actual["m"] = weights.magnitude.shape
     if weights.bias is not None and weights.bias.shape != weights.lora_b.shape[1:]:
         actual["lora_bias"] = weights.bias.shape
+    if weights.parts:
+        sizes = output_sizes(module) if kind_of(module) is ModuleKind.SPLIT else []
+        expected["parts"] = tuple(sizes)
+        actual["parts"] = tuple(b.shape[1] for _, b in weights.parts)
     return [
         f"module {path}: {leaf}: expected shape {expected.get(leaf)}, got {actual.get(leaf)}"
         for leaf in sorted({*expected, *actual})

@@ -24,10 +24,10 @@ from .peft.factors import Factors, sort_tensors
 from .peft.names import HEADS, Leaf, is_head
 from .peft.targets import is_target, rank_and_scale
 from .reading import read_files
+from .tensor_names import LEAVES, is_leaf, part_problems, split_name, weights_of
 
 __all__ = ["Unplaced", "read_unplaced"]
 
-_LEAVES = ("lora_a", "lora_b", "m")
 _EMBEDDING_LEAVES = (Leaf.EMBEDDING_A, Leaf.EMBEDDING_B)
 _IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
 _EXPERTS = re.compile(r"\.experts(\.\d+\.|$)")
@@ -104,19 +104,19 @@ def _from_mlx(config: AdapterConfig, tensors: Mapping[str, mx.array]) -> _Found:
     found = _Found()
     modules: dict[str, dict[str, mx.array]] = defaultdict(dict)
     for name, tensor in sorted(tensors.items()):
-        path, _, leaf = name.rpartition(".")
-        if leaf in _LEAVES:
+        path, leaf = split_name(name)
+        if is_leaf(leaf):
             modules[path][leaf] = tensor
         else:
             found.problems.append(
-                f"tensor {name}: not expected: not the name of an adapter's tensor ({', '.join(_LEAVES)})"
+                f"tensor {name}: not expected: not the name of an adapter's tensor ({', '.join(LEAVES)})"
             )
     parameters = config.lora_parameters
     for path, leaves in modules.items():
         problems = _mlx_problems(path, leaves, parameters.rank, config.fine_tune_type is FineTuneType.DORA)
         found.problems.extend(problems)
         if not problems:
-            weights = ModuleWeights(leaves["lora_a"], leaves["lora_b"], leaves.get("m"), parameters.scale)
+            weights = weights_of(leaves, parameters.scale)
             is_sure = weights.lora_a.ndim == 3 or _IN_A_LAYER.search(path) or is_head(path)
             found.add(
                 path, weights, None if is_sure else "the format does not say whether it is an embedding"
@@ -125,9 +125,11 @@ def _from_mlx(config: AdapterConfig, tensors: Mapping[str, mx.array]) -> _Found:
 
 
 def _mlx_problems(path: str, leaves: Mapping[str, mx.array], rank: int, is_dora: bool) -> list[str]:
+    if any("." in leaf for leaf in leaves):
+        return part_problems(path, leaves, rank)
     problems = [
         f"tensor {path}.{leaf}: the file has none of this name, but others of this module"
-        for leaf in (_LEAVES if is_dora else _LEAVES[:2])
+        for leaf in (LEAVES if is_dora else LEAVES[:2])
         if leaf not in leaves
     ]
     if "m" in leaves and not is_dora:

@@ -53,7 +53,7 @@ class _Observed(nn.Module):
         self["fused"] = fused
         self._noted: list[tuple[mx.array, mx.array]] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._note(lambda module: module(*args, **kwargs))
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -72,13 +72,19 @@ class _Observed(nn.Module):
         lost, size = (mx.sum(mx.stack(list(values))) for values in zip(*noted, strict=True))
         return cast(float, lost.item()), cast(float, size.item())
 
-    def _note(self, call: Callable[[Any], mx.array]) -> mx.array:
+    def _note(self, call: Callable[[Any], Any]) -> Any:
         expected = call(self["adapted"])
-        exact = expected.astype(mx.float32)
-        lost = mx.sum(mx.square(call(self["fused"]).astype(mx.float32) - exact))
-        size = mx.sum(mx.square(exact - call(self["adapted"].reverted()).astype(mx.float32)))
+        exact = _whole(expected)
+        lost = mx.sum(mx.square(_whole(call(self["fused"])) - exact))
+        size = mx.sum(mx.square(exact - _whole(call(self["adapted"].reverted()))))
         self._noted.append((lost, size))
         return expected
+
+
+def _whole(output: mx.array | Sequence[mx.array]) -> mx.array:
+    """A layer's output in float32; of a split layer, all of its outputs."""
+    whole = output if isinstance(output, mx.array) else mx.concatenate(list(output), axis=-1)
+    return whole.astype(mx.float32)
 
 
 def compare_activations(

@@ -27,12 +27,13 @@ class _Dequantizing(nn.Module):
         super().__init__()
         self["base"] = base
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array) -> Any:
         base: Any = self["base"]
         if kind_of(base) is ModuleKind.EMBEDDING:
             return base(x)
         y = self.as_linear(x)
-        return y if base.get("bias") is None else y + base.bias
+        y = y if base.get("bias") is None else y + base.bias
+        return mx.split(y, base["indices"], axis=-1) if kind_of(base) is ModuleKind.SPLIT else y
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x (…, in) → (…, out), without the bias."""
@@ -50,7 +51,7 @@ def dequantizing(model: nn.Module, leave: Collection[str]) -> dict[str, nn.Modul
     """
     if mx.default_device().type != mx.DeviceType.cpu:
         return {}
-    kinds = (ModuleKind.LINEAR, ModuleKind.EMBEDDING)
+    kinds = (ModuleKind.LINEAR, ModuleKind.SPLIT, ModuleKind.EMBEDDING)
     return {
         path: _Dequantizing(module)
         for path, module in named_base_modules(model)

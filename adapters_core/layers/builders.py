@@ -12,13 +12,27 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from .modules import ModuleKind, compute_dtype, kind_of, weight_shape
+from .modules import ModuleKind, compute_dtype, is_quantized, kind_of, output_sizes, weight_shape
 from .surgery import copy_modes
 
 __all__ = ["dense_like", "quantized_like"]
 
+
+class _SplitLinear(nn.Linear):
+    """A dense split layer, which stands for a quantised one: `indices` say where its output is divided."""
+
+    @property
+    def output_dims(self) -> list[int]:
+        """The sizes of its outputs."""
+        return output_sizes(self)
+
+    def __call__(self, x: mx.array) -> Any:
+        return mx.split(super().__call__(x), self["indices"], axis=-1)
+
+
 _DENSE: dict[ModuleKind, type[nn.Module]] = {
     ModuleKind.LINEAR: nn.Linear,
+    ModuleKind.SPLIT: _SplitLinear,
     ModuleKind.EMBEDDING: nn.Embedding,
     ModuleKind.SWITCH: SwitchLinear,
 }
@@ -29,7 +43,8 @@ def dense_like(base: nn.Module, weight: mx.array, bias: mx.array | None = None) 
 
     `bias` stands in for the base's own, if given.
     """
-    dense = _empty(_DENSE[_kind(base)], base, bias)
+    is_own = _kind(base) is ModuleKind.SPLIT and not is_quantized(base)
+    dense = _empty(type(base) if is_own else _DENSE[_kind(base)], base, bias)
     dense.weight = weight.astype(compute_dtype(base))
     return dense
 
@@ -75,5 +90,7 @@ def _empty(made: type[nn.Module], base: nn.Module, bias: mx.array | None) -> nn.
         bias = bias.astype(compute_dtype(base))
     if bias is not None:
         module.bias = bias
+    if kind_of(base) is ModuleKind.SPLIT:
+        module["indices"] = base["indices"]
     copy_modes(base, module)
     return module

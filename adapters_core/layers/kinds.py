@@ -1,7 +1,7 @@
 """Layers with one adapter each, of every kind: the seed of training, and what `load` puts into a model.
 
-Which class stands for which module and adapter; the classes are in `linear.py`, `embedding.py` and
-`switch.py`. Parameter paths equal mlx-lm's. Knows no files and no model. Runs on the thread that
+Which class stands for which module and adapter; the classes are in `linear.py`, `split.py`, `embedding.py`
+and `switch.py`. Parameter paths equal mlx-lm's. Knows no files and no model. Runs on the thread that
 owns the model.
 """
 
@@ -19,6 +19,7 @@ from .embedding import DoRAEmbedding, LoRAEmbedding
 from .linear import DoRALinear, LoRALinear, QDoRALinear, QLoRALinear
 from .module_weights import ModuleWeights
 from .modules import ModuleKind, factor_shapes, is_quantized, kind_of
+from .split import LoRASplitLinear
 from .switch import LoRASwitchLinear
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
+    "LoRASplitLinear",
     "LoRASwitchLinear",
     "QDoRALinear",
     "QLoRALinear",
@@ -61,10 +63,17 @@ def adapted(module: nn.Module, config: AdapterConfig) -> AdaptedLayer:
     """
     parameters = config.lora_parameters
     shapes = factor_shapes(module, parameters.rank, config.fine_tune_type is FineTuneType.DORA)
-    shape = shapes["lora_a"]
+    names = [name for name in shapes if name.startswith("lora_a")]
+    shape = shapes[names[0]]
     bound = 1 / math.sqrt(shape[-1] if kind_of(module) is ModuleKind.SWITCH else shape[0])
-    lora_a = mx.random.uniform(low=-bound, high=bound, shape=shape)
-    weights = ModuleWeights(lora_a, mx.zeros(shapes["lora_b"]), None, parameters.scale)
+    pairs = [
+        (mx.random.uniform(low=-bound, high=bound, shape=shape), mx.zeros(shapes[f"lora_b{name[6:]}"]))
+        for name in names
+    ]
+    if kind_of(module) is ModuleKind.SPLIT:
+        weights = ModuleWeights.of_parts(pairs, parameters.scale)
+    else:
+        weights = ModuleWeights(*pairs[0], None, parameters.scale)
     return with_weights(module, weights, config)
 
 
@@ -84,6 +93,8 @@ def _class_for(module: nn.Module, is_dora: bool) -> type[AdaptedLayer]:
             return QDoRALinear if is_quantized(module) else DoRALinear
         case ModuleKind.LINEAR, False:
             return QLoRALinear if is_quantized(module) else LoRALinear
+        case ModuleKind.SPLIT, False:
+            return LoRASplitLinear
         case ModuleKind.EMBEDDING, True:
             return DoRAEmbedding
         case ModuleKind.EMBEDDING, False:

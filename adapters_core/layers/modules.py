@@ -7,6 +7,7 @@ mode. Knows no adapters and no paths; reads modules and changes none.
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,9 @@ __all__ = [
     "factor_shapes",
     "is_quantized",
     "kind_of",
+    "no_dora",
+    "output_sizes",
+    "product_shapes",
     "weight_shape",
 ]
 
@@ -27,9 +31,13 @@ _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
 class ModuleKind(StrEnum):
-    """What a module does with its weight: a product, a look-up, or a product with one of many experts'."""
+    """What a module does with its weight.
+
+    A product, one whose result is divided into several, a look-up, or a product with one of many experts'.
+    """
 
     LINEAR = "linear"
+    SPLIT = "split"
     EMBEDDING = "embedding"
     SWITCH = "switch"
 
@@ -44,12 +52,14 @@ _KINDS: dict[ModuleKind, tuple[type[nn.Module], ...]] = {
 def kind_of(module: nn.Module) -> ModuleKind | None:
     """The kind of `module`; None if it cannot be adapted.
 
-    Modules that bring their own `to_lora` are none of these, whatever they derive from: their adapters have
-    other tensors.
+    A linear layer is a split one if it has `indices`, where its output is divided, and says so by its
+    `output_dims`. Other modules that bring their own `to_lora` are of no kind, whatever they derive from:
+    their adapters have tensors that are not known.
     """
-    if hasattr(module, "to_lora"):
-        return None
-    return next((kind for kind, types in _KINDS.items() if isinstance(module, types)), None)
+    kind = next((kind for kind, types in _KINDS.items() if isinstance(module, types)), None)
+    if kind is ModuleKind.LINEAR and _is_split(module):
+        return ModuleKind.SPLIT
+    return None if hasattr(module, "to_lora") else kind
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -68,14 +78,40 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     return (*rows, columns)
 
 
+def output_sizes(module: nn.Module) -> list[int]:
+    """The sizes of the outputs of a split layer."""
+    return [end - start for start, end in pairwise([0, *module["indices"], module["weight"].shape[0]])]
+
+
+def no_dora(module: nn.Module) -> str | None:
+    """Why there is no DoRA of `module`, of any of the kinds; None if there is."""
+    match kind_of(module):
+        case ModuleKind.SPLIT:
+            return "mlx-lm's DoRA has one output, and this layer several"
+        case ModuleKind.SWITCH:
+            return "there is LoRA of experts and no DoRA"
+        case _:
+            return None
+
+
 def factor_shapes(module: nn.Module, rank: int, is_dora: bool) -> dict[str, tuple[int, ...]]:
     """The tensors of an adapter of `rank` for `module`, with mlx-lm's names and shapes.
 
     Raises:
         ValueError: no adapter of this form fits this module.
     """
+    shapes = product_shapes(module, rank, is_dora)
+    if kind_of(module) is not ModuleKind.SPLIT:
+        return shapes
+    sizes = enumerate(output_sizes(module))
+    parts = {index: (shapes["lora_a"], (rank, size)) for index, size in sizes}
+    return {f"lora_{name}.{index}": part[at] for index, part in parts.items() for at, name in enumerate("ab")}
+
+
+def product_shapes(module: nn.Module, rank: int, is_dora: bool) -> dict[str, tuple[int, ...]]:
+    """As `factor_shapes`, of a split layer the factors of one product for all of its outputs together."""
     kind = kind_of(module)
-    if kind is None or (kind is ModuleKind.SWITCH and is_dora):
+    if kind is None or (is_dora and no_dora(module)):
         raise ValueError(f"no {'DoRA' if is_dora else 'LoRA'} fits a {type(module).__name__}")
     *experts, rows, columns = weight_shape(module)
     if kind is ModuleKind.SWITCH:
@@ -110,6 +146,14 @@ def compute_dtype(module: nn.Module, default: mx.Dtype = mx.bfloat16) -> mx.Dtyp
         if array is not None and mx.issubdtype(array.dtype, mx.floating):
             return array.dtype
     return default
+
+
+def _is_split(module: Any) -> bool:
+    indices = module.get("indices")
+    if not isinstance(indices, list) or not indices or not all(isinstance(at, int) for at in indices):
+        return False
+    sizes = output_sizes(module)
+    return min(sizes) > 0 and list(getattr(module, "output_dims", ())) == sizes
 
 
 def _dequantized(

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ..config import AdapterConfig, FineTuneType
 from ..errors import InvalidAdapterError, UnsupportedModelError
-from .modules import ModuleKind, kind_of
+from .modules import kind_of, no_dora
 from .surgery import locate
 
 __all__ = [
@@ -190,13 +190,13 @@ def _unmatched(key: str, exists: bool, num_layers: int) -> str:
 
 def _unfit(path: str, module: nn.Module, is_dora: bool) -> str | None:
     """Why the module at `path` cannot be adapted; None if it can."""
-    kind, name = kind_of(module), type(module).__name__
-    if hasattr(module, "to_lora"):
+    name = type(module).__name__
+    if kind_of(module) is not None:
+        if not is_dora or (why := no_dora(module)) is None:
+            return None
+        reason = f"a {name}: {why}"
+    elif hasattr(module, "to_lora"):
         reason = f"a {name}, which has adapters of a form of its own (its to_lora)"
-    elif kind is None:
-        reason = f"a {name}; only linear layers, embeddings and switch layers of experts can be adapted"
-    elif kind is ModuleKind.SWITCH and is_dora:
-        reason = f"a {name}, of which there is LoRA but no DoRA"
     else:
-        return None
+        reason = f"a {name}; only linear layers, embeddings and switch layers of experts can be adapted"
     return f"{path} is {reason}. Train the adapter with lora_parameters.keys that leave it out"

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import (
+    afm7,
     falcon_h1,
     gemma3_text,
     llama,
@@ -128,6 +129,24 @@ def _phi3() -> nn.Module:
     return phi3.Model(phi3.ModelArgs(model_type="phi3", **_COMMON))
 
 
+def _afm7() -> nn.Module:
+    arguments = afm7.ModelArgs(
+        model_type="afm7",
+        vocab_size=VOCABULARY,
+        hidden_dim=64,
+        num_layers=4,
+        num_kv_reuse_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        hidden_dim_scale_factor=1.5,
+    )
+    model = afm7.Model(arguments)
+    for layer in model.model.layers:
+        # It rounds keys and values to whole multiples of these.
+        layer.self_attn.quant_key_scale = layer.self_attn.quant_value_scale = mx.array(1 / 32)
+    return model
+
+
 def _qwen3_next() -> nn.Module:
     arguments = qwen3_next.ModelArgs(
         model_type="qwen3_next",
@@ -155,6 +174,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "qwen3, tied head": _qwen3,
     "gemma3, sliding windows": _gemma3,
     "phi3, fused query, key and value": _phi3,
+    "afm7, split query, key and value": _afm7,
     "mixtral, tied head": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "olmoe, flat tokens and biases": _olmoe,
@@ -170,13 +190,15 @@ def tiny(name: str, quantize_bits: int | None = None, mode: str = "affine", seed
     model = ARCHITECTURES[name]()
     if quantize_bits is not None:
         group_size = {"nvfp4": 16}.get(mode, 32)
+        # Some layers have no mode to choose.
+        settings = {"group_size": group_size, "bits": quantize_bits}
+        settings |= {} if mode == "affine" else {"mode": mode}
         nn.quantize(
             model,
             group_size,
             quantize_bits,
-            mode=mode,
             class_predicate=lambda path, module: (
-                hasattr(module, "to_quantized") and not path.endswith("gate")
+                hasattr(module, "to_quantized") and not path.endswith("gate") and settings
             ),
         )
     mx.eval(model.parameters())

@@ -31,7 +31,8 @@ def recipes(model: nn.Module) -> list[dict[str, Any]]:
     keys = default_keys(model)
     whole = [path for path in ("lm_head",) if path in dict(named_base_modules(model))]
     embeddings, switch = (paths_of(model, kind) for kind in (ModuleKind.EMBEDDING, ModuleKind.SWITCH))
-    linear = [key for key in keys if not any(path.endswith(f".{key}") for path in switch)]
+    without_dora = (*switch, *paths_of(model, ModuleKind.SPLIT))
+    linear = [key for key in keys if not any(path.endswith(f".{key}") for path in without_dora)]
     found: list[dict[str, Any]] = [
         {"kind": "lora", "rank": 4, "keys": None, "size": 0.1},
         {"kind": "lora", "rank": 6, "keys": [*keys, *embeddings, *whole], "size": 0.1},
@@ -80,7 +81,12 @@ def test_mixed_rows_equal_one_at_a_time_and_mlx_lm(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("qwen3, tied head", 3), ("mixtral, tied head", 4), ("qwen3_next, recurrent, experts", 6)],
+    [
+        ("qwen3, tied head", 3),
+        ("afm7, split query, key and value", 4),
+        ("mixtral, tied head", 4),
+        ("qwen3_next, recurrent, experts", 6),
+    ],
 )
 def test_mixed_rows_over_quantised_bases_equal_one_at_a_time(name: str, bits: int, tmp_path: Path) -> None:
     # mlx-lm errs in DoRA of quantised embeddings, and at 3 bits; our own layers have tests of their own.
@@ -97,6 +103,7 @@ def test_mixed_rows_over_quantised_bases_equal_one_at_a_time(name: str, bits: in
     [
         *((name, None) for name in ARCHITECTURES),
         ("qwen3, tied head", 4),
+        ("afm7, split query, key and value", 4),
         ("olmoe, flat tokens and biases", 4),
     ],
 )

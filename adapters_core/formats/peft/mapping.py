@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ...config import CONFIG_FILE
 from ...layers.module_weights import ModuleWeights
-from ...layers.modules import ModuleKind, kind_of, weight_shape
+from ...layers.modules import ModuleKind, kind_of, no_dora, weight_shape
 from ...layers.targets import named_base_modules
 from ..protocol import Mapped
 from .config import PeftConfig
@@ -109,6 +109,11 @@ class _Mapping:
         rows, columns = weight_shape(module)
         expected: dict[Leaf, tuple[int, ...]] = {Leaf.A: (rank, columns), Leaf.B: (rows, rank)}
         if self._config.fields.use_dora:
+            if reason := no_dora(module):
+                self._problems += factors.refused(
+                    f"a {type(module).__name__} cannot have magnitudes: {reason}"
+                )
+                return None
             expected[Leaf.MAGNITUDE] = (rows,)
         if self._config.fields.lora_bias:
             expected[Leaf.BIAS] = (rows,)
@@ -203,7 +208,7 @@ class _Mapping:
             )
 
     def _is_target(self, name: str, module: nn.Module) -> bool:
-        is_linear = kind_of(module) is ModuleKind.LINEAR
+        is_linear = kind_of(module) in (ModuleKind.LINEAR, ModuleKind.SPLIT)
         return is_target(self._config.fields, name, is_linear=is_linear, is_head=is_head(name))
 
     def _leaves_out(self, name: str) -> str:

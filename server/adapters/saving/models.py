@@ -18,6 +18,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import save
 
 from adapters_core.files import new_folder
+from adapters_core.layers.modules import ModuleKind, kind_of
 from server.engine.model import ModelInfo
 
 from .folders import SavedFolders
@@ -96,7 +97,10 @@ def config_of(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 def _quantization_of(module: nn.Module) -> dict[str, Any] | bool:
     if not isinstance(module, _QUANTIZED):
         return False
-    return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+    found = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+    if kind_of(module) is ModuleKind.SPLIT:
+        del found["mode"]  # mlx-lm's are affine, and fail to load where one is named
+    return found
 
 
 def _weight_bytes(folder: Path) -> int:
