@@ -58,34 +58,6 @@ def test_lora_over_every_quantisation_gives_the_logits_of_mlx_lm(
     assert relative_error(logits(ours), logits(theirs)) < 1e-4
 
 
-@pytest.mark.parametrize(("bits", "mode"), QUANTISED)
-def test_dora_over_every_quantisation_equals_dora_over_the_dequantised_model(
-    tmp_path: Path, bits: int, mode: str
-) -> None:
-    # mlx-lm computes a wrong input size at 3 and 6 bits, so its reference is a dense model of equal weights.
-    ours, dense = (tiny_llama(3, bits, mode=mode) for _ in range(2))
-    for layer in dense.layers:
-        for name in ("q_proj", "k_proj", "v_proj"):
-            quantised = layer.self_attn[name]
-            plain = nn.Linear(64, quantised.weight.shape[0])
-            plain.bias = quantised.bias
-            plain.weight = mx.dequantize(
-                quantised.weight,
-                quantised.scales,
-                quantised.get("biases"),
-                group_size=quantised.group_size,
-                bits=bits,
-                mode=mode,
-                dtype=mx.float32,
-            )
-            layer.self_attn[name] = plain
-    folder = make_adapter(tmp_path / "a", ours, "dora")
-    AdapterContainer.from_directory(folder).load(into=ours)
-    load_adapters(dense, str(folder))
-    dense.eval()
-    assert relative_error(logits(ours), logits(dense)) < 1e-4
-
-
 @pytest.mark.parametrize("num_layers", [-1, 0, 1, 2, 3, 16])
 @pytest.mark.parametrize("keys", [None, ["self_attn.v_proj"], ["mlp.up_proj", "lm_head"]])
 def test_an_adapter_saved_by_mlx_lm_is_the_one_that_we_expect(

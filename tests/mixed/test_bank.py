@@ -74,19 +74,6 @@ def test_mixed_rows_equal_mlx_lm_one_at_a_time(
         assert relative_error(mixed[row], base[row]) > 1e-2, "the adapter has no effect to be checked"
 
 
-@pytest.mark.parametrize("bits", [3, 6])
-def test_dora_rows_on_bit_widths_that_do_not_divide_32(bits: int, tmp_path: Path) -> None:
-    model = tiny_llama(0, bits, group_size=32)
-    folder = make_adapter(tmp_path / "dora", model, "dora", rank=4)
-    resident = Resident(model)
-    row = only(resident.add(folder))
-    inputs = tokens(1, 9)
-    mixed = resident.logits(inputs, [row])
-    resident.bank.close()
-    AdapterContainer.from_directory(folder).load(into=model)
-    assert relative_error(mixed, np.array(model(inputs))) < 1e-4
-
-
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_a_half_precision_base_keeps_its_dtype_beside_float32_factors(
     dtype: mx.Dtype, tmp_path: Path
