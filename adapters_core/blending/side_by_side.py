@@ -3,7 +3,8 @@
     Σ wᵢ·sᵢ·Bᵢ Aᵢ = B A,   A = [A₁; A₂; …],   B = [w₁·s₁·B₁, w₂·s₂·B₂, …]
 
 so that a sum is a LoRA whose rank is the sum of the ranks, with scale 1, and no entry is rounded but once, to
-float32. Knows no adapters and no model. Runs on any thread.
+float32. Where each output of a split layer has a LoRA of its own, so has it in the sum. Knows no adapters and
+no model. Runs on any thread.
 """
 
 from __future__ import annotations
@@ -22,15 +23,30 @@ def side_by_side(terms: Sequence[tuple[ModuleWeights, float]]) -> ModuleWeights:
 
     The modules have the same outer shapes, no magnitudes, and the same `lookup_only`.
     """
-    # Experts have (experts, r, in) and (experts, out, r), all others (in, r) and (r, out).
-    a_axis, b_axis = (1, 2) if terms[0][0].lora_a.ndim == 3 else (1, 0)
-    lora_a = mx.concatenate([module.lora_a.astype(mx.float32) for module, _ in terms], axis=a_axis)
-    lora_b = mx.concatenate([_scaled(module.lora_b, module, weight) for module, weight in terms], axis=b_axis)
-    biases = [_scaled(module.bias, module, weight) for module, weight in terms if module.bias is not None]
+    factors = [weight * module.scale for module, weight in terms]
+    biases = [
+        module.bias.astype(mx.float32) * factor
+        for (module, _), factor in zip(terms, factors, strict=True)
+        if module.bias is not None
+    ]
     bias = sum(biases[1:], biases[0]) if biases else None
-    mx.eval([lora_a, lora_b, *([] if bias is None else [bias])])
-    return ModuleWeights(lora_a, lora_b, None, 1.0, bias, terms[0][0].lookup_only)
+    modules = [module for module, _ in terms]
+    if all(module.parts for module in modules):
+        by_output = zip(*(module.parts for module in modules), strict=True)
+        whole = ModuleWeights.of_parts([_joined(pairs, factors) for pairs in by_output], 1.0, bias)
+    else:
+        a, b = _joined([(module.lora_a, module.lora_b) for module in modules], factors)
+        whole = ModuleWeights(a, b, None, 1.0, bias, modules[0].lookup_only)
+    mx.eval(whole.lora_a, whole.lora_b, [array for array in whole.arrays if array is not None])
+    return whole
 
 
-def _scaled(array: mx.array, module: ModuleWeights, weight: float) -> mx.array:
-    return array.astype(mx.float32) * (weight * module.scale)
+def _joined(
+    pairs: Sequence[tuple[mx.array, mx.array]], factors: Sequence[float]
+) -> tuple[mx.array, mx.array]:
+    """A and B of the sum of `factors` times B A, not evaluated."""
+    # Experts have (experts, r, in) and (experts, out, r), all others (in, r) and (r, out).
+    a_axis, b_axis = (1, 2) if pairs[0][0].ndim == 3 else (1, 0)
+    scaled = [b.astype(mx.float32) * factor for (_, b), factor in zip(pairs, factors, strict=True)]
+    lora_a = mx.concatenate([a.astype(mx.float32) for a, _ in pairs], axis=a_axis)
+    return lora_a, mx.concatenate(scaled, axis=b_axis)

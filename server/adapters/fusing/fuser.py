@@ -223,14 +223,15 @@ class Fuser:
     async def _write(self, draft: ModelDraft, model: Any, adapter_id: str, tell: Tell) -> None:
         """Write a model folder, and look now and then how much of it there is."""
         tell = on_loop(tell, adapter_id)
-        total_bytes, written_bytes = draft.expected_bytes(model), 0
+        total_bytes, told_bytes = draft.expected_bytes(model), 0
+        tell(FuseProgress("writing", 0, total_bytes))
         writing = asyncio.ensure_future(run_aside(draft.write, model, self._info))
-        while not writing.done():
+        while not (await asyncio.wait({writing}, timeout=_LOOK_SECONDS))[0]:
             found_bytes = await asyncio.to_thread(draft.written_bytes)
-            # Files have headers, which the total leaves out; and in the end the folder has another name.
-            written_bytes = max(written_bytes, min(found_bytes, total_bytes))
-            tell(FuseProgress("writing", written_bytes, total_bytes))
-            await asyncio.wait({writing}, timeout=_LOOK_SECONDS)
+            # All of it is told when it has its name; the folder that is looked at is there no more then.
+            if told_bytes < found_bytes < total_bytes:
+                told_bytes = found_bytes
+                tell(FuseProgress("writing", told_bytes, total_bytes))
         await writing
         tell(FuseProgress("writing", total_bytes, total_bytes))
 
