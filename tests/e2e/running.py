@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ BASE = "SmolLM2-135M-Instruct"
 """The name under which the demo's model is served."""
 DEMO_ADAPTERS = ROOT / "config" / "demo" / "adapters"
 START_SECONDS = 180
-STOP_SECONDS = 20
+STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,14 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait()
     assert process.stdout is not None
     process.stdout.close()
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Ask again and again until it is so; HTTP has no way to be told."""
+    ends = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < ends, "expected it to become so within 60 s"
+        time.sleep(0.02)
 
 
 def error_of(body: Mapping[str, Any]) -> dict[str, Any]:

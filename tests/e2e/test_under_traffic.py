@@ -1,7 +1,6 @@
 """Adapters are changed while answers are streamed, and clients leave: the streams go on unharmed.
 
-A stream here is greedy and may not end by itself, so that it is as long as the test wants; it is compared
-with what the same adapter says when nothing else goes on.
+The model is a tiny one in a real process; a stream is compared with what mlx-lm says with the same adapter.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,132 +16,98 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from openai import OpenAI
 
-from tests.e2e.running import BASE, DEMO_ADAPTERS, Served, error_of
+from tests.adapters.support import BASE, read_model
+from tests.e2e.running import Served, error_of, serving, until
+from tests.e2e.streams import ENDLESS_TOKENS, NO_END, WORDS, Stream, reference, write_long_model
+from tests.models import make_adapter
 
-QUESTION = "Tell me something about cats."
-LONG_TOKENS = 72
-ENDLESS_TOKENS = 8000
-NO_END = {"0": -100, "2": -100}
-"""A bias against the tokens that end an answer."""
 ADAPTER = "/v1/adapters/pirate"
 
 
-@pytest.fixture
-def server(own_process: Served, adapters_root: Path) -> Served:
-    """Only the pirate is loaded, as the demo has it; the folders are the demo's."""
-    shutil.rmtree(adapters_root)
-    shutil.copytree(DEMO_ADAPTERS, adapters_root)
-    for name in own_process.adapters():
-        own_process.ask("DELETE", f"/v1/adapters/{name}")
-    own_process.ask("POST", "/v1/adapters", 201, json={"id": "pirate"})
-    return own_process
-
-
-@pytest.fixture
-def client(server: Served) -> Iterator[OpenAI]:
-    with server.openai() as client:
-        yield client
-
-
-class Stream:
-    """An answer under way, of which the first words have come."""
-
-    def __init__(self, client: OpenAI, model: str, question: str, tokens: int) -> None:
-        self.chunks = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": question}],
-            temperature=0,
-            max_tokens=tokens,
-            logit_bias=NO_END,
-            stream=True,
-        )
-        self.text = ""
-        self.reason: str | None = None
-        self.more()
-
-    def more(self) -> None:
-        """Wait for some more text: the stream goes on."""
-        before = self.text
-        for chunk in self.chunks:
-            choice = chunk.choices[0]
-            self.text += choice.delta.content or ""
-            self.reason = choice.finish_reason
-            if self.text != before:
-                return
-        raise AssertionError(f"expected the stream to go on, but it ended after {before!r}")
-
-    def rest(self) -> str:
-        """The whole text, once the stream has ended as it should."""
-        for chunk in self.chunks:
-            choice = chunk.choices[0]
-            self.text += choice.delta.content or ""
-            self.reason = choice.finish_reason
-        assert self.reason == "length"
-        return self.text
-
-
-@contextmanager
-def streaming(
-    client: OpenAI, model: str = "pirate", question: str = QUESTION, tokens: int = LONG_TOKENS
-) -> Iterator[Stream]:
-    stream = Stream(client, model, question, tokens)
-    try:
-        yield stream
-    finally:
-        stream.chunks.close()
-
-
-def say(client: OpenAI, model: str, tokens: int = 12) -> tuple[str, int]:
-    """A short answer to the question, and how many tokens of the prompt were cached."""
-    answer = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=tokens
-    )
-    assert answer.usage is not None
-    assert answer.usage.prompt_tokens_details is not None
-    return answer.choices[0].message.content or "", answer.usage.prompt_tokens_details.cached_tokens or 0
-
-
-def until(what: Callable[[], bool]) -> None:
-    """Ask the server again and again until it is so; HTTP has no way to be told."""
-    ends = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < ends, "expected it to become so within 60 s"
-        time.sleep(0.02)
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_long_model(tmp_path_factory.mktemp("models") / BASE)
 
 
 @pytest.fixture(scope="module")
-def alone(own_process: Served) -> str:
-    """What the pirate says when nothing else goes on."""
-    if "pirate" not in own_process.adapters():
-        own_process.ask("POST", "/v1/adapters", 201, json={"id": "pirate"})
-    with own_process.openai() as client, streaming(client) as stream:
-        return stream.rest()
+def written(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters, outside of what is served."""
+    folder = tmp_path_factory.mktemp("written")
+    for seed, (name, kind) in enumerate([("pirate", "lora"), ("shakespeare", "dora"), ("json", "lora")]):
+        make_adapter(folder / name, read_model(model_path), kind, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served") / "adapters"
+
+
+@pytest.fixture(scope="module")
+def process(
+    model_path: Path, adapters_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    adapters_root.mkdir()
+    errors = tmp_path_factory.mktemp("logs") / "errors.log"
+    with serving(errors, "serve", str(model_path), "--adapters-dir", str(adapters_root)) as served:
+        yield served
+
+
+@pytest.fixture
+def server(process: Served, adapters_root: Path, written: Path) -> Served:
+    """Only the pirate is loaded, as it was written; so are the other folders."""
+    shutil.rmtree(adapters_root)
+    shutil.copytree(written, adapters_root)
+    for name in process.adapters():
+        process.ask("DELETE", f"/v1/adapters/{name}")
+    process.ask("POST", "/v1/adapters", 201, json={"id": "pirate"})
+    return process
+
+
+@contextmanager
+def streaming(server: Served, tokens: int = ENDLESS_TOKENS) -> Iterator[Stream]:
+    """The pirate's answer, some of which has come."""
+    stream = Stream(server, "pirate", tokens)
+    try:
+        yield stream
+    finally:
+        stream.leave()
+
+
+def say(server: Served, model: str) -> tuple[str, int]:
+    """A short answer to the question, and how many tokens of the prompt were cached."""
+    body = {**WORDS, "model": model, "max_tokens": 12, "logit_bias": NO_END}
+    answer = server.ask("POST", "/v1/chat/completions", json=body)
+    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return answer["choices"][0]["message"]["content"], cached
 
 
 # Changes
 
 
-def test_a_stream_ends_on_the_weights_that_it_began_with(
-    alone: str, server: Served, client: OpenAI, adapters_root: Path
+def test_a_stream_stays_on_the_weights_that_it_began_with(
+    server: Served, adapters_root: Path, written: Path, model_path: Path
 ) -> None:
-    with streaming(client) as stream:
+    old, _ = say(server, "pirate")
+    with streaming(server) as stream:
         server.ask("POST", "/v1/adapters", 201, json={"id": "json"})
         stream.more()
         server.ask("PUT", "/v1/adapters/active", json={"id": "json"})
         stream.more()
 
-        shutil.copytree(DEMO_ADAPTERS / "shakespeare", adapters_root / "pirate", dirs_exist_ok=True)
+        shutil.copytree(written / "shakespeare", adapters_root / "pirate", dirs_exist_ok=True)
         replaced = server.ask("POST", "/v1/adapters", 200, json={"id": "pirate", "replace": True})
         assert (replaced["version"], replaced["type"], replaced["in_flight"]) == (2, "dora", 1)
         stream.more()
 
-        new, cached = say(client, "pirate")
+        new, cached = say(server, "pirate")
         assert cached == 0, "caches of version 1 were used for version 2"
         server.ask("POST", "/v1/adapters", 201, json={"id": "shakespeare"})
-        assert new == say(client, "shakespeare")[0]
-        assert not alone.startswith(new)
+        again, cached = say(server, "shakespeare")
+        assert again == new
+        assert cached > 0, "the same content has the same caches"
+        assert new != old
         stream.more()
 
         swapped = server.ask("PUT", "/v1/adapters/active", json={"id": None, "unload_previous": True})
@@ -152,31 +116,33 @@ def test_a_stream_ends_on_the_weights_that_it_began_with(
         server.ask("DELETE", "/v1/adapters/shakespeare")
         stream.more()
         assert server.adapters()["pirate"]["in_flight"] == 1
-        assert stream.rest() == alone
+        tokens = stream.leave()
+    assert tokens == reference(model_path, written / "pirate", len(tokens))
 
     until(lambda: server.adapters()["pirate"]["in_flight"] == 0)
     # The stream left its caches behind, of the same prompt: they are version 1's alone.
-    assert say(client, "pirate")[0] == new
+    assert say(server, "pirate")[0] == new
 
-    shutil.copytree(DEMO_ADAPTERS / "pirate", adapters_root / "pirate", dirs_exist_ok=True)
+    shutil.copytree(written / "pirate", adapters_root / "pirate", dirs_exist_ok=True)
     third = server.ask("POST", "/v1/adapters", 200, json={"id": "pirate", "replace": True})
     assert (third["version"], third["type"]) == (3, "lora")
-    assert alone.startswith(say(client, "pirate")[0])
+    assert say(server, "pirate")[0] == old
 
 
 def test_what_is_unloaded_is_gone_for_others_at_once_and_stays_for_its_stream(
-    alone: str, server: Served, client: OpenAI
+    server: Served, written: Path, model_path: Path
 ) -> None:
-    with streaming(client) as stream, ThreadPoolExecutor(1) as pool:
+    with streaming(server) as stream, ThreadPoolExecutor(1) as pool:
         unload = pool.submit(server.ask, "DELETE", ADAPTER, params={"timeout_seconds": 120})
         until(lambda: server.adapters()["pirate"]["state"] == "draining")
-        body = {"model": "pirate", "messages": [{"role": "user", "content": QUESTION}]}
+        body = {**WORDS, "model": "pirate"}
         refused = server.ask("POST", "/v1/chat/completions", 404, json=body)
         assert error_of(refused)["code"] == "model_not_found"
-        assert not unload.done()
         stream.more()
-        assert stream.rest() == alone
+        assert not unload.done()
+        tokens = stream.leave()
         unloaded = unload.result()
+    assert tokens == reference(model_path, written / "pirate", len(tokens))
     assert unloaded["in_flight"] == 0
     assert unloaded["freed_bytes"] > 0
     assert error_of(server.ask("GET", ADAPTER, 404))["code"] == "adapter_not_found"
@@ -184,13 +150,13 @@ def test_what_is_unloaded_is_gone_for_others_at_once_and_stays_for_its_stream(
     assert error_of(server.ask("POST", "/v1/chat/completions", 404, json=body))["code"] == "model_not_found"
 
 
-def test_a_busy_adapter_is_ready_again_when_the_time_is_up(server: Served, client: OpenAI) -> None:
-    with streaming(client, tokens=ENDLESS_TOKENS) as stream:
+def test_a_busy_adapter_is_ready_again_when_the_time_is_up(server: Served) -> None:
+    with streaming(server) as stream:
         refused = error_of(server.ask("DELETE", ADAPTER, 409, params={"timeout_seconds": 0.2}))
         assert refused["code"] == "adapter_busy"
         adapter = server.adapters()["pirate"]
         assert (adapter["state"], adapter["in_flight"]) == ("ready", 1)
-        assert say(client, "pirate", tokens=2)[0]
+        assert say(server, "pirate")[0]
         stream.more()
 
 
@@ -226,8 +192,10 @@ def _configured(folder: Path, **values: Any) -> None:
 
 
 def _leave_the_root(folder: Path) -> None:
+    outside = folder.parent.parent / "outside"
+    shutil.copytree(folder, outside)
     shutil.rmtree(folder)
-    folder.symlink_to(DEMO_ADAPTERS / "pirate")
+    folder.symlink_to(outside)
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], int]] = {
@@ -235,7 +203,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], int]] = {
     "empty": (lambda folder: (folder / "adapters.safetensors").write_bytes(b""), 422),
     "garbage": (lambda folder: (folder / "adapters.safetensors").write_bytes(b"\x07garbage" * 99), 422),
     "huge-header": (_huge_header, 422),
-    "nan": (lambda folder: _with(folder, first=mx.full((576, 8), float("nan"))), 422),
+    "nan": (lambda folder: _with(folder, first=mx.full((64, 4), float("nan"))), 422),
     "missing": (lambda folder: _with(folder, first=None), 422),
     "extra": (lambda folder: _with(folder, stray=mx.zeros((2, 2))), 422),
     "misshapen": (lambda folder: _with(folder, first=mx.zeros((3, 5))), 422),
@@ -249,12 +217,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], int]] = {
 
 
 def test_loads_that_fail_during_a_stream_change_nothing(
-    alone: str, server: Served, client: OpenAI, adapters_root: Path
+    server: Served, adapters_root: Path, written: Path, model_path: Path
 ) -> None:
     before = {name: _lasting(adapter) for name, adapter in server.adapters().items()}
-    with streaming(client) as stream:
+    with streaming(server, tokens=400) as stream:
         for name, (spoil, status) in BAD.items():
-            shutil.copytree(DEMO_ADAPTERS / "pirate", adapters_root / name)
+            shutil.copytree(written / "pirate", adapters_root / name)
             spoil(adapters_root / name)
             refused = error_of(server.ask("POST", "/v1/adapters", status, json={"id": name}))
             if status == 422:
@@ -267,8 +235,7 @@ def test_loads_that_fail_during_a_stream_change_nothing(
         error_of(server.ask("POST", "/v1/adapters", 403, json={"id": "other", "path": "../../etc"}))
         error_of(server.ask("POST", "/v1/adapters", 409, json={"id": "pirate"}))
         assert {name: _lasting(adapter) for name, adapter in server.adapters().items()} == before
-        stream.more()
-        assert stream.rest() == alone
+        assert stream.rest() == reference(model_path, written / "pirate", 400)
 
 
 def _lasting(adapter: dict[str, Any]) -> dict[str, Any]:
@@ -279,8 +246,8 @@ def _lasting(adapter: dict[str, Any]) -> dict[str, Any]:
 # Clients that leave
 
 
-def test_who_closes_a_stream_frees_the_adapter(server: Served, client: OpenAI) -> None:
-    with streaming(client, tokens=ENDLESS_TOKENS):
+def test_who_closes_a_stream_frees_the_adapter(server: Served) -> None:
+    with streaming(server):
         assert server.adapters()["pirate"]["in_flight"] == 1
     unloaded = server.ask("DELETE", ADAPTER, params={"timeout_seconds": 30})
     assert unloaded["in_flight"] == 0
@@ -288,8 +255,7 @@ def test_who_closes_a_stream_frees_the_adapter(server: Served, client: OpenAI) -
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_before_an_answer_frees_the_adapter(server: Served, stream: bool) -> None:
-    body = {"model": "pirate", "messages": [{"role": "user", "content": QUESTION}], "logit_bias": NO_END}
-    body |= {"max_tokens": ENDLESS_TOKENS, "stream": stream}
+    body = {**WORDS, "model": "pirate", "logit_bias": NO_END, "max_tokens": ENDLESS_TOKENS, "stream": stream}
     content = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
     with socket.create_connection(("127.0.0.1", int(server.port))) as connection:
