@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .container import AdapterContainer
 from .errors import ContainerStateError, UnsupportedModelError
 from .formats.peft.copies import copies_bytes
-from .layers.module_weights import ModuleWeights
+from .formats.protocol import Mapped
 from .layers.modules import ModuleKind, kind_of
 from .layers.split import undivided
 from .layers.surgery import replace_modules
@@ -87,7 +87,8 @@ class AdapterBank:
             InvalidAdapterError: it does not fit the model; every problem is listed.
             UnsupportedModelError: it adapts modules that cannot be served in mixed batches; all are named.
         """
-        weights = container.check(self._model)
+        mapped = container.place(self._model)
+        weights = mapped.weights
         modules = {path: module_at(self._model, path) for path in weights}
         self._require_served(modules)
         laid_out = lay_out(weights, modules, self._float_dtype)
@@ -99,7 +100,7 @@ class AdapterBank:
             paths=tuple(sorted(weights)),
             size_bytes=sum(row.nbytes for row in laid_out.rows.values()),
             format=container.format,
-            report=_report(container, weights, modules),
+            report=_report(container, mapped, modules),
         )
         return PreparedAdapter(resident, laid_out.scale, laid_out.groups, laid_out.rows)
 
@@ -237,12 +238,9 @@ class AdapterBank:
                 del self._groups[name]
 
 
-def _report(
-    container: AdapterContainer, weights: dict[str, ModuleWeights], modules: dict[str, nn.Module]
-) -> LoadReport:
-    return LoadReport.of(
-        container, parts_of(weights, {path: kind_of(module) for path, module in modules.items()})
-    )
+def _report(container: AdapterContainer, mapped: Mapped, modules: dict[str, nn.Module]) -> LoadReport:
+    parts = parts_of(mapped.weights, {path: kind_of(module) for path, module in modules.items()})
+    return LoadReport.of(container, parts, mapped.warnings)
 
 
 def _as_linear(module: nn.Module) -> nn.Module:

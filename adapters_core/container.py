@@ -22,7 +22,7 @@ from .config import CONFIG_FILE, AdapterConfig, FineTuneType, LoRAParameters
 from .errors import ContainerStateError, InvalidAdapterError
 from .formats.folders import read_adapter
 from .formats.mlx import MlxFormat
-from .formats.protocol import AdapterFormat, FormatName, ModulesFormat
+from .formats.protocol import AdapterFormat, FormatName, Mapped, ModulesFormat
 from .formats.weights import WEIGHTS_FILE, digest_of, save_weights
 from .fusing.fusion import FuseReport, Fusion, Precision, fuse_layers
 from .layers.kinds import AdaptedLayer, DoRALayer, LoRALayer, adapted, with_weights
@@ -169,11 +169,19 @@ class AdapterContainer:
             UnsupportedModelError: the model's layers cannot be reached.
             ContainerStateError: another adapter is loaded into the model.
         """
+        return self.place(model).weights
+
+    def place(self, model: nn.Module) -> Mapped:
+        """As `check`, with the warnings for the load report.
+
+        Raises:
+            As `check`.
+        """
         _require_no_adapter(model)
         mapped = self._current.on(model)
         if mapped.problems:
             raise InvalidAdapterError(self._source, mapped.problems)
-        return mapped.weights
+        return mapped
 
     def load(self, into: nn.Module) -> None:
         """Adapt `into`: its targeted linear layers are replaced by layers with this adapter, in eval mode.

@@ -86,8 +86,8 @@ class LoadReport:
     warnings: tuple[str, ...] = field(default=())
 
     @classmethod
-    def of(cls, content: Described, parts: Mapping[str, Part]) -> LoadReport:
-        """The report on `content`, which adapts `parts`, by path."""
+    def of(cls, content: Described, parts: Mapping[str, Part], warnings: Iterable[str] = ()) -> LoadReport:
+        """The report on `content`, which adapts `parts`, by path; `warnings` are those of its mapping."""
         named = content.base_name
         return cls(
             format=content.format,
@@ -103,7 +103,7 @@ class LoadReport:
             dtypes=tuple(sorted({dtype for part in parts.values() for dtype in part.dtypes})),
             tensor_bytes=content.size_bytes,
             ignored_fields=content.ignored_fields,
-            warnings=_silence(parts),
+            warnings=(*warnings, *_silence(parts)),
         )
 
     def beside(self, names: Iterable[str]) -> LoadReport:

@@ -7,6 +7,7 @@ Runs on any thread.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..files import new_folder
 from ..layers.module_weights import ModuleWeights
 from .weights import save_weights
 
-__all__ = ["AdapterFiles", "in_order"]
+__all__ = ["AdapterFiles", "in_order", "scaled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,22 @@ class AdapterFiles:
 def in_order(weights: Mapping[str, ModuleWeights]) -> dict[str, ModuleWeights]:
     """`weights` by path, layer 2 before layer 10, so that equal adapters make equal files."""
     return dict(sorted(weights.items(), key=lambda item: _numbered(item[0])))
+
+
+def scaled(module: ModuleWeights, scale: float) -> tuple[mx.array, mx.array]:
+    """A and B such that `scale`·B A is the module's own change; `scale` is 0 only where the module's is.
+
+    B takes the ratio of the scales in: exactly where it is a power of two, else in float32.
+    """
+    a, b = module.lora_a, module.lora_b
+    if module.scale == scale:
+        return a, b
+    ratio = module.scale / scale
+    if abs(math.frexp(ratio)[0]) in (0.0, 0.5):
+        exact = b * ratio
+        if not ratio or mx.array_equal(exact / ratio, b).item():
+            return a, exact
+    return a.astype(mx.float32), b.astype(mx.float32) * ratio
 
 
 def _numbered(path: str) -> list[tuple[int, str]]:

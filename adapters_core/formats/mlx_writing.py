@@ -9,7 +9,6 @@ refused. Changes nothing; runs on any thread.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import cast
@@ -23,7 +22,7 @@ from ..errors import InvalidAdapterError
 from ..layers.module_weights import ModuleWeights
 from ..layers.modules import ModuleKind, kind_of, output_sizes
 from ..layers.targets import adaptable_layers, find_targets, module_at
-from .adapter_files import AdapterFiles, in_order
+from .adapter_files import AdapterFiles, in_order, scaled
 from .tensor_names import tensors_of
 from .weights import WEIGHTS_FILE
 
@@ -86,6 +85,12 @@ def _problems(weights: Mapping[str, ModuleWeights]) -> list[str]:
         for path, module in weights.items()
         if module.lookup_only
     ]
+    problems += [
+        f"module {path}: its DoRA has a magnitude for each feature of the embedding, as PEFT's has; mlx-lm's "
+        "has one for each token. Write it in PEFT's format"
+        for path, module in weights.items()
+        if module.by_feature
+    ]
     bare = [path for path, module in weights.items() if module.magnitude is None]
     if len(bare) < len(weights):
         problems += [
@@ -120,7 +125,8 @@ def _without_zeros(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
 
 def _fitted(module: ModuleWeights, rank: int, scale: float) -> ModuleWeights:
     """The same change, times `scale` and with factors of this rank."""
-    pairs = [_padded(*_scaled(*pair, module.scale, scale), rank) for pair in module.pairs]
+    alone = [ModuleWeights(a, b, None, module.scale) for a, b in module.pairs]
+    pairs = [_padded(*scaled(one, scale), rank) for one in alone]
     if module.parts:
         return ModuleWeights.of_parts(pairs, scale)
     return ModuleWeights(*pairs[0], module.magnitude, scale)
@@ -130,18 +136,6 @@ def _common_scale(scales: Iterable[float]) -> float:
     """That of most modules, so that fewest factors change, and of equals the largest; 0 only among zeros."""
     counts = Counter(scale for scale in scales if scale)
     return max(counts, key=lambda scale: (counts[scale], abs(scale)), default=0.0)
-
-
-def _scaled(a: mx.array, b: mx.array, old: float, new: float) -> tuple[mx.array, mx.array]:
-    """A and B such that `new`·B A is what `old`·B A was."""
-    if old == new:
-        return a, b
-    ratio = old / new
-    if abs(math.frexp(ratio)[0]) in (0.0, 0.5):
-        exact = b * ratio
-        if not ratio or mx.array_equal(exact / ratio, b).item():
-            return a, exact
-    return a.astype(mx.float32), b.astype(mx.float32) * ratio
 
 
 def _padded(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:

@@ -28,10 +28,14 @@ FormatName = Literal["mlx", "peft"]
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """An adapter on one model: its weights by path in the model, and every reason why they do not fit."""
+    """An adapter on one model: its weights by path in the model, and every reason why they do not fit.
+
+    `warnings` are for what fits and may not be what the file's author had in mind.
+    """
 
     weights: dict[str, ModuleWeights]
     problems: list[str]
+    warnings: tuple[str, ...] = ()
 
 
 class AdapterFormat(Protocol):
@@ -108,10 +112,11 @@ class ModulesFormat:
 
     @property
     def meaning(self) -> JsonValue:
-        """The scale of each module, and which embeddings are adapted for look-ups alone."""
+        """The scale of each module, which embeddings are adapted for look-ups alone, and which by feature."""
         scales: dict[str, JsonValue] = {path: self.weights[path].scale for path in sorted(self.weights)}
         apart: list[JsonValue] = [path for path in sorted(self.weights) if self.weights[path].lookup_only]
-        return ["modules", scales, apart]
+        by_feature: list[JsonValue] = [path for path in sorted(self.weights) if self.weights[path].by_feature]
+        return ["modules", scales, apart, *([by_feature] if by_feature else [])]
 
     def on(self, model: nn.Module) -> Mapped:
         """Every module has to exist and to have the shapes of its weights."""
@@ -145,15 +150,18 @@ def _shape_problems(path: str, module: nn.Module, weights: ModuleWeights) -> lis
     if is_dora and (reason := no_dora(module)):
         return [f"module {path}: a {type(module).__name__} cannot have magnitudes: {reason}"]
     expected = product_shapes(module, weights.rank, is_dora)
+    if weights.by_feature:
+        if kind_of(module) is not ModuleKind.EMBEDDING:
+            return [f"module {path}: magnitudes by feature are for embeddings, got a {type(module).__name__}"]
+        expected["m"] = weights.lora_b.shape[1:]
     actual = {"lora_a": weights.lora_a.shape, "lora_b": weights.lora_b.shape}
     if weights.magnitude is not None:
         actual["m"] = weights.magnitude.shape
+    if weights.parts:
+        expected["parts"] = tuple(output_sizes(module)) if kind_of(module) is ModuleKind.SPLIT else ()
+        actual["parts"] = tuple(b.shape[1] for _, b in weights.parts)
     if weights.bias is not None and weights.bias.shape != weights.lora_b.shape[1:]:
         actual["lora_bias"] = weights.bias.shape
-    if weights.parts:
-        sizes = output_sizes(module) if kind_of(module) is ModuleKind.SPLIT else []
-        expected["parts"] = tuple(sizes)
-        actual["parts"] = tuple(b.shape[1] for _, b in weights.parts)
     return [
         f"module {path}: {leaf}: expected shape {expected.get(leaf)}, got {actual.get(leaf)}"
         for leaf in sorted({*expected, *actual})

@@ -15,20 +15,20 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import CONFIG_FILE, AdapterConfig, FineTuneType
+from ..config import AdapterConfig, FineTuneType
 from ..errors import InvalidAdapterError
 from ..layers.module_weights import ModuleWeights
 from ..report import Part, parts_of
 from .peft.config import PeftConfig
 from .peft.factors import Factors, sort_tensors
+from .peft.module_factors import has_embedding_factors, left_out, module_weights
 from .peft.names import HEADS, Leaf, is_head
-from .peft.targets import is_target, rank_and_scale
+from .peft.targets import rank_and_scale
 from .reading import read_files
 from .tensor_names import LEAVES, is_leaf, part_problems, split_name, weights_of
 
 __all__ = ["Unplaced", "read_unplaced"]
 
-_EMBEDDING_LEAVES = (Leaf.EMBEDDING_A, Leaf.EMBEDDING_B)
 _IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
 _EXPERTS = re.compile(r"\.experts(\.\d+\.|$)")
 
@@ -152,7 +152,7 @@ def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
     found = _Found(problems=list(contents.problems))
     found.open.update(
         (name, "a weight of the base, which only the base can tell from a trained one")
-        for name in contents.base_copies
+        for name in contents.wholes
     )
     for (path, depth), factors in contents.factors.items():
         rank, scale = rank_and_scale(config, path)
@@ -165,42 +165,16 @@ def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
             found.open[path] = "how experts lie depends on the model"
             found.parts[key] = _part_of(factors, rank, scale)
             continue
-        is_embedding = not factors.tensors.keys().isdisjoint(_EMBEDDING_LEAVES)
-        problems = _peft_problems(config, factors, rank, is_embedding)
-        found.problems.extend(problems)
+        is_embedding = has_embedding_factors(factors)
+        is_tied = is_head(path) and bool(config.fields.ensure_weight_tying)
+        problems = [] if is_tied else left_out(config, factors, is_linear=not is_embedding)
+        weights = None
         if not problems:
-            a, b = _EMBEDDING_LEAVES if is_embedding else (Leaf.A, Leaf.B)
-            weights = ModuleWeights(
-                mx.contiguous(factors.tensors[a].T),
-                mx.contiguous(factors.tensors[b].T),
-                factors.tensors.get(Leaf.MAGNITUDE),
-                scale,
-                factors.tensors.get(Leaf.BIAS),
-            )
+            weights, problems = module_weights(config, factors, is_embedding=is_embedding)
+        found.problems.extend(problems)
+        if weights is not None:
             found.add(path, weights, _peft_doubt(config, path, is_embedding))
     return found
-
-
-def _peft_problems(config: PeftConfig, factors: Factors, rank: int, is_embedding: bool) -> list[str]:
-    at_head = is_head(factors.path)
-    is_tied = at_head and bool(config.fields.ensure_weight_tying)
-    is_wanted = is_target(config.fields, factors.path, is_linear=not is_embedding, is_head=at_head)
-    if not is_wanted and not is_tied:
-        return factors.refused(f"{CONFIG_FILE} leaves module {factors.path} out")
-    leaves = _EMBEDDING_LEAVES if is_embedding else (Leaf.A, Leaf.B)
-    if missing := [leaf for leaf in leaves if leaf not in factors.tensors or factors.tensors[leaf].ndim != 2]:
-        return [f"tensor {factors.path}.{leaf}: expected a matrix, the file has none" for leaf in missing]
-    (_, columns), (rows, _) = (factors.tensors[leaf].shape for leaf in leaves)
-    expected: dict[Leaf, tuple[int, ...]] = {leaves[0]: (rank, columns), leaves[1]: (rows, rank)}
-    if config.fields.use_dora:
-        if is_embedding:
-            return factors.refused(
-                "PEFT's DoRA of an embedding has a magnitude for each feature, which no layer here has"
-            )
-        expected[Leaf.MAGNITUDE] = (rows,)
-    if config.fields.lora_bias:
-        expected[Leaf.BIAS] = (rows,)
-    return factors.problems(expected, rank)
 
 
 def _peft_doubt(config: PeftConfig, path: str, is_embedding: bool) -> str | None:

@@ -65,4 +65,7 @@ def adapter_files(
         return mlx_files(weights, source, model, base_name=base_name, dropout=dropout)
     if model is not None:
         embeddings = [path for path in weights if kind_of(module_at(model, path)) is ModuleKind.EMBEDDING]
-    return peft_files(weights, source, embeddings, base_name=base_name, dropout=dropout)
+    model_type = None if model is None else str(getattr(model, "model_type", ""))
+    return peft_files(
+        weights, source, embeddings, model_type=model_type, base_name=base_name, dropout=dropout
+    )

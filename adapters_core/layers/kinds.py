@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ..config import AdapterConfig, FineTuneType
 from .adapted import AdaptedLayer, DoRALayer
-from .embedding import DoRAEmbedding, LoRAEmbedding
+from .embedding import DoRAEmbedding, FeatureDoRAEmbedding, LoRAEmbedding
 from .linear import DoRALinear, LoRALinear, QDoRALinear, QLoRALinear
 from .module_weights import ModuleWeights
 from .modules import ModuleKind, factor_shapes, is_quantized, kind_of
@@ -27,6 +27,7 @@ __all__ = [
     "DoRAEmbedding",
     "DoRALayer",
     "DoRALinear",
+    "FeatureDoRAEmbedding",
     "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
@@ -84,6 +85,8 @@ def with_weights(module: nn.Module, weights: ModuleWeights, config: AdapterConfi
         ValueError: no adapter of the config's type fits this module.
     """
     is_dora = config.fine_tune_type is FineTuneType.DORA
+    if weights.by_feature and kind_of(module) is ModuleKind.EMBEDDING:
+        return FeatureDoRAEmbedding(module, weights, config.lora_parameters.dropout)
     return _class_for(module, is_dora)(module, weights, config.lora_parameters.dropout)
 
 

@@ -24,8 +24,9 @@ class ModuleWeights:
     | switch     | (experts, r, in)    | (experts, out, r) | -                 |
 
     `magnitude` is there for DoRA. `bias` (out,) adds to B A x before the scale, where the adapter has one.
-    `lookup_only` is for embeddings: a head that is tied to it stays the base's, as PEFT leaves it. `parts`
-    are what the factors were made of, if each output of a split layer has its own: (in, r) and (r, outᵢ).
+    `lookup_only` is for embeddings: a head that is tied to it stays the base's, as PEFT leaves it. So is
+    `by_feature`: `magnitude` is (dims,), one for each column of the weight, as PEFT has it. `parts` are what
+    the factors were made of, if each output of a split layer has its own: (in, r) and (r, outᵢ).
     """
 
     lora_a: mx.array
@@ -34,6 +35,7 @@ class ModuleWeights:
     scale: float
     bias: mx.array | None = None
     lookup_only: bool = False
+    by_feature: bool = False
     parts: tuple[tuple[mx.array, mx.array], ...] = ()
 
     @classmethod

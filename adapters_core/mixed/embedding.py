@@ -69,7 +69,14 @@ class MixedEmbedding(nn.Module):
         raise no_weight(self.embedding)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """x (B, L, dims) → (B, L, num_embeddings)."""
+        """x (B, L, dims) → (B, L, num_embeddings).
+
+        Raises:
+            UnsupportedModelError: a DoRA that scales features is to change the head as well.
+        """
+        plan = self._group.routing.plan
+        if plan is not None and any(stack.layout.by_feature for _, stack in self._group.work(plan).products):
+            raise UnsupportedModelError([f"{self._path}: a DoRA by feature is served for look-ups alone"])
         return self._head(x)
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -102,7 +109,9 @@ class MixedEmbedding(nn.Module):
         a = stack.a()[one.slots] if one.slot is None else stack.a(one.slot)
         new = (y if one.rows is None else y[one.rows]) + (h @ a).astype(y.dtype)
         if layout.is_dora:
-            new = stack.factor(self._path)[slots, tokens][..., None].astype(y.dtype) * new
+            factor = stack.factor(self._path)
+            factor = factor[slots] if layout.by_feature else factor[slots, tokens][..., None]
+            new = factor.astype(y.dtype) * new
         if one.select is None:
             return new
         return mx.take(mx.concatenate([y, new]), one.select, axis=0)

@@ -88,11 +88,12 @@ def _group_layout(
         experts=experts,
         has_bias=any(weights[path].bias is not None for path in paths),
         lookup_only=any(weights[path].lookup_only for path in paths),
+        by_feature=any(weights[path].by_feature for path in paths),
     )
 
 
 def _factors(module: nn.Module, weights: ModuleWeights, scale: float, default: mx.Dtype) -> Factors:
-    """A and B such that `scale`·B A is the delta; for DoRA, m / ‖W + s·B A‖ as (out,).
+    """A and B such that `scale`·B A is the delta; for DoRA, m / ‖W + s·B A‖ as (out,), by feature as (in,).
 
     An embedding's are those of the linear layer that it is for a tied head.
     """
@@ -107,7 +108,7 @@ def _factors(module: nn.Module, weights: ModuleWeights, scale: float, default: m
     if weights.magnitude is not None:
         base = dense_weight(module).astype(mx.float32)
         delta = (weights.scale * b.T.astype(mx.float32)) @ a.astype(mx.float32)
-        norm = mx.linalg.norm(base + delta, axis=1)
+        norm = mx.linalg.norm(base + delta, axis=0 if weights.by_feature else 1)
         factor = (weights.magnitude.astype(mx.float32) / norm).astype(compute_dtype(module, default))
     if weights.scale != scale:
         # In float32, whatever the file holds; the row's dtype rounds once, when it is packed.

@@ -44,7 +44,7 @@ def bucket_rank(rank: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What an adapter brings to one projection: a (rank, in), b (rank, out), for DoRA factor (out,).
+    """What an adapter brings to one projection: a (rank, in), b (rank, out), for DoRA factor (out,) or (in,).
 
     `bias` (out,) is the adapter's own; experts' a and b have the experts as their first axis.
     """
@@ -70,7 +70,8 @@ class GroupLayout:
     """The row of a group: its projections in order, and the dtype of all its numbers.
 
     `experts` is how many there are, each with factors of its own; None for layers that have none. With
-    `lookup_only`, an embedding's factors are for look-ups and not for the head that is tied to it.
+    `lookup_only`, an embedding's factors are for look-ups and not for the head that is tied to it. With
+    `by_feature`, its DoRA's factor is (in,), one for each feature.
     """
 
     projections: tuple[Projection, ...]
@@ -79,6 +80,7 @@ class GroupLayout:
     experts: int | None = None
     has_bias: bool = False
     lookup_only: bool = False
+    by_feature: bool = False
 
     @property
     def in_size(self) -> int:
@@ -120,7 +122,8 @@ class GroupLayout:
     def factors(self) -> dict[str, slice]:
         """By path, where in the row DoRA's factor lies."""
         after_b = max(found.stop for found in self.b.values())
-        return dict(self._slices(((p.path, p.out_size) for p in self.projections), after_b))
+        sizes = ((p.path, p.in_size if self.by_feature else p.out_size) for p in self.projections)
+        return dict(self._slices(sizes, after_b))
 
     @cached_property
     def biases(self) -> dict[str, slice]:

@@ -70,9 +70,10 @@ def _on_model(path: Path, folder: Path) -> LoadReport:
 
     container = AdapterContainer.from_directory(path)
     model = lazy_model(folder)
-    weights = container.check(model)
-    kinds = {path: kind_of(module_at(model, path)) for path in weights}
-    return LoadReport.of(container, parts_of(weights, kinds)).beside([folder.resolve().name])
+    mapped = container.place(model)
+    kinds = {path: kind_of(module_at(model, path)) for path in mapped.weights}
+    report = LoadReport.of(container, parts_of(mapped.weights, kinds), mapped.warnings)
+    return report.beside([folder.resolve().name])
 
 
 def _refuse(path: Path, problems: tuple[str, ...], json: bool) -> NoReturn:

@@ -211,6 +211,68 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
             "target_modules": ["c_attn", "c_fc"],
         },
     ),
+    "tokens-head": (
+        "llama",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [60, 3, 9]},
+        },
+    ),
+    "tokens-tied-head": (
+        "qwen3",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [9, 5, 33], "lm_head": [9, 5, 33]},
+            "ensure_weight_tying": True,
+        },
+    ),
+    "lookup-dora": (
+        "qwen3",
+        {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["embed_tokens", "v_proj"]},
+    ),
+    "saved": (
+        "llama",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens", "lm_head", "norm"],
+        },
+    ),
+    "saved-rows": (
+        "llama",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens", "lm_head"],
+        },
+    ),
+    "saved-lookup": (
+        "qwen3",
+        {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "saved-tied": (
+        "qwen3",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens", "lm_head"],
+            "ensure_weight_tying": True,
+        },
+    ),
+}
+
+# Rows that were trained of modules that are saved whole, by the name of the module.
+TRAINED_ROWS = {
+    "saved-rows": {"embed_tokens": [5, 9], "lm_head": [3, 60, 12]},
+    "saved-lookup": {"embed_tokens": [5, 9, 33]},
+    "saved-tied": {"embed_tokens": [5, 9, 33]},
 }
 
 
@@ -245,6 +307,10 @@ def _make_adapter(
         for parameter, value in factors:
             if "magnitude" in parameter:
                 value *= 0.7 + 0.7 * torch.rand(value.shape, generator=generator)
+        for parameter, value in model.named_parameters():
+            for module, rows in TRAINED_ROWS.get(name, {}).items():
+                if f"{module}.modules_to_save" in parameter:
+                    value[rows] = 0.2 * torch.randn(len(rows), value.shape[1], generator=generator)
     directory = folder / "adapters" / name
     model.save_pretrained(directory)
     _tidy(directory, base)

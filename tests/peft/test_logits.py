@@ -13,8 +13,6 @@ from adapters_core.mixed.routing import RoutedModel, Routing, make_row
 from tests.models import snapshot
 from tests.peft import fixtures
 
-_REFUSED = {"embedding-dora"}
-SERVED = [name for name in fixtures.ADAPTERS if name not in _REFUSED]
 TOLERANCE = 1e-4
 
 
@@ -22,7 +20,7 @@ def _logits(model: nn.Module) -> np.ndarray:
     return np.array(model(fixtures.tokens()).astype(mx.float32))
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", fixtures.ADAPTERS)
 def test_a_loaded_folder_equals_peft_and_leaves_no_trace(name: str) -> None:
     model = fixtures.model(fixtures.base_of(name))
     before, base = snapshot(model), _logits(model)
@@ -34,9 +32,9 @@ def test_a_loaded_folder_equals_peft_and_leaves_no_trace(name: str) -> None:
     assert np.abs(fixtures.expected(name) - base).max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("base", sorted({fixtures.base_of(name) for name in SERVED}))
+@pytest.mark.parametrize("base", sorted({fixtures.base_of(name) for name in fixtures.ADAPTERS}))
 def test_rows_with_different_folders_in_one_batch_equal_peft(base: str) -> None:
-    names = [name for name in SERVED if fixtures.base_of(name) == base]
+    names = [name for name in fixtures.ADAPTERS if fixtures.base_of(name) == base]
     model = fixtures.model(base)
     plain = _logits(model)
     routing = Routing()
@@ -54,7 +52,22 @@ def test_rows_with_different_folders_in_one_batch_equal_peft(base: str) -> None:
             np.testing.assert_allclose(row, logits, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["patterns", "dora", "bias", "embedding", "tied", "tokens", "experts-qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "patterns",
+        "dora",
+        "bias",
+        "embedding",
+        "embedding-dora",
+        "tied",
+        "tokens",
+        "tokens-head",
+        "saved-rows",
+        "saved-tied",
+        "experts-qwen3",
+    ],
+)
 def test_a_fused_folder_equals_peft_and_can_be_undone(name: str) -> None:
     model = fixtures.model(fixtures.base_of(name))
     before = snapshot(model)

@@ -29,6 +29,7 @@ _MAX_ALPHA = 1e6
 _MAX_NAMES = 100_000
 _MAX_INDEX = 100_000
 _MAX_LAYER_NAMES = 64
+_MAX_SAVED_NAMES = 1024
 
 _Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=512)]
 _Pattern = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=4096)]
@@ -36,6 +37,8 @@ _Rank = Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)]
 _Alpha = Annotated[float, Field(ge=-_MAX_ALPHA, le=_MAX_ALPHA, allow_inf_nan=False, strict=True)]
 _Index = Annotated[int, Field(ge=0, le=_MAX_INDEX, strict=True)]
 _Tokens = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+_SavedName = Annotated[str, StringConstraints(strict=True, pattern=r"^[\w.-]+$", max_length=512)]
+_SavedNames = Annotated[list[_SavedName], Field(max_length=_MAX_SAVED_NAMES)]
 _Names = Annotated[list[_Name], Field(max_length=_MAX_NAMES)]
 
 # What each field has to be, for the messages.
@@ -45,6 +48,7 @@ _EXPECTED = {
     "lora_alpha": f"a finite number between -{_MAX_ALPHA:g} and {_MAX_ALPHA:g}",
     "target_modules": "null, a list of module names, or one regular expression",
     "exclude_modules": "null, a list of module names, or one regular expression",
+    "modules_to_save": f"null, or a list of at most {_MAX_SAVED_NAMES} module names",
     "target_parameters": "null, or a list of parameter names",
     "layers_to_transform": "null, a layer's index, or a list of them",
     "layers_pattern": f"null, a name, or a list of at most {_MAX_LAYER_NAMES} names",
@@ -95,10 +99,6 @@ _REFUSED = {
     "kasa_config": "it goes with a base whose weights were truncated (KaSA)",
     "layer_replication": "it goes with a base whose layers were repeated",
     "megatron_config": "its layers are split as Megatron does",
-    "modules_to_save": (
-        "whole modules were trained and stand in the file in place of the base's, which all rows of a batch "
-        "share"
-    ),
     "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
     "use_qalora": "its inputs are averaged in groups (QALoRA)",
 }
@@ -124,6 +124,7 @@ class PeftFields(BaseModel):
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False, strict=True)
     target_modules: _Names | _Pattern | None = None
     exclude_modules: _Names | _Pattern | None = None
+    modules_to_save: _SavedNames | None = None
     target_parameters: _Names | None = None
     layers_to_transform: Annotated[list[_Index], Field(max_length=_MAX_NAMES)] | _Index | None = None
     layers_pattern: Annotated[list[_Name], Field(max_length=_MAX_LAYER_NAMES)] | _Pattern | None = None

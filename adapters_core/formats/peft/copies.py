@@ -1,7 +1,7 @@
-"""Weights of the base that a PEFT file brings along.
+"""How weights of the base that a PEFT file brings along compare with the base's own, row by row.
 
-PEFT saves embeddings and heads whole when they are adapted, or when it finds that the vocabulary was resized.
-A copy of the base's own weight says nothing; another weight would be a change of the base. Changes nothing.
+PEFT saves embeddings and heads whole when they are adapted, or when it finds that the vocabulary was resized,
+and any module that was trained whole (modules_to_save). Changes nothing.
 """
 
 from __future__ import annotations
@@ -15,32 +15,36 @@ from ...layers.builders import quantized_like
 from ...layers.modules import ModuleKind, dense_weight, is_quantized, kind_of, weight_shape
 from ...layers.targets import named_base_modules
 
-__all__ = ["copies_bytes", "copy_problem"]
+__all__ = ["changed_rows", "copies_bytes", "is_copy"]
 
 # Of what quantising a row changes in it: codes flip where a base was quantised from another dtype.
 _TOLERANCE = 0.5
 _MAX_COPIES = 2  # the embedding's and the head's
 
 
-def copy_problem(name: str, tensor: mx.array, module: nn.Module | None) -> str | None:
-    """Why the tensor `name` is not the weight of the base's `module`; None if it is.
+def changed_rows(tensor: mx.array, module: nn.Module) -> list[int]:
+    """The rows of `tensor`, of the shape of the module's weight, that are not those of the base's `module`.
 
-    On a quantised base, the tensor is quantised as the base is before they are compared; no row may differ by
-    more than half of what quantising it changes.
+    A weight that is a vector is one row. Rows are equal if one is the other in its dtype. On a quantised
+    base, the tensor is quantised as the base is before they are compared; a row that differs by more than
+    half of what quantising it changes is another one.
     """
-    if module is None:
-        return f"tensor {name}: not expected: a weight of the base, of a module that the model does not have"
-    if tensor.shape != weight_shape(module):
-        return (
-            f"tensor {name}: not expected: a weight of the base of shape {tensor.shape}, where the base has "
-            f"{weight_shape(module)}; all rows of a batch share the base"
-        )
-    if _is_own(tensor, module):
-        return None
-    return (
-        f"tensor {name}: not expected: a weight that is not the base's; it was trained or resized, or "
-        "belongs to another base. All rows of a batch share the base"
-    )
+    own = dense_weight(module)
+    equal = _equal_rows(tensor, own)
+    if is_quantized(module):
+        # Row by row: the rows of two new tokens are lost in the norm of a whole vocabulary.
+        again = dense_weight(quantized_like(module, tensor)).astype(mx.float32)
+        wide, own = tensor.astype(mx.float32), own.astype(mx.float32)
+        difference = mx.linalg.norm(again - own, axis=-1)
+        rounding = mx.linalg.norm(wide - again, axis=-1)
+        equal = equal | (difference <= _TOLERANCE * rounding).reshape(-1)
+    flags = equal.tolist()
+    return [row for row, is_equal in enumerate(flags if isinstance(flags, list) else [flags]) if not is_equal]
+
+
+def is_copy(tensor: mx.array, own: mx.array | None) -> bool:
+    """Whether `tensor` is the vector `own` of the base, in either's dtype."""
+    return own is not None and own.shape == tensor.shape and bool(_equal_rows(tensor, own).item())
 
 
 def copies_bytes(model: nn.Module) -> int:
@@ -52,15 +56,7 @@ def copies_bytes(model: nn.Module) -> int:
     return _MAX_COPIES * largest * mx.float32.size
 
 
-def _is_own(tensor: mx.array, module: nn.Module) -> bool:
-    own = dense_weight(module)
-    if not is_quantized(module):
-        equal = mx.all(tensor.astype(own.dtype) == own) | mx.all(own.astype(tensor.dtype) == tensor)
-        return bool(equal.item())
-    # Row by row: the rows of two new tokens are lost in the norm of a whole vocabulary.
-    again = dense_weight(quantized_like(module, tensor)).astype(mx.float32)
-    wide, own = tensor.astype(mx.float32), own.astype(mx.float32)
-    difference = mx.linalg.norm(again - own, axis=-1)
-    rounding = mx.linalg.norm(wide - again, axis=-1)
-    equal = mx.all(wide.astype(tensor.dtype) == own.astype(tensor.dtype), axis=-1)
-    return bool(mx.all(equal | (difference <= _TOLERANCE * rounding)).item())
+def _equal_rows(tensor: mx.array, own: mx.array) -> mx.array:
+    left, right = (array.reshape(-1, array.shape[-1]) for array in (tensor, own))
+    narrow = mx.all(left.astype(right.dtype) == right, axis=-1)
+    return narrow | mx.all(right.astype(left.dtype) == left, axis=-1)

@@ -6,8 +6,8 @@ A file has them in one of two forms:
     …mlp.experts.base_layer.lora_A.weight    parameters of all experts (target_parameters, transformers 5)
 
 The second has A (experts · r, in), expert by expert, and B (out, r · experts), rank by rank; `gate_up_proj`
-has the outputs of gate first, then those of up. Wrappers of several parameters are nested in the order in
-which the module declares them, the last one outermost. Changes nothing.
+has the outputs of gate first, then those of up, and one A for both. Wrappers of several parameters are nested
+in the order in which the module declares them, the last one outermost. Changes nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +30,7 @@ from .names import Leaf
 from .paths import PathRule, any_layer
 from .targets import is_target, is_target_parameter, rank_and_scale
 
-__all__ = ["ExpertMapping", "switch_block"]
+__all__ = ["ExpertMapping", "expert_block", "switch_block"]
 
 _EXPERT = re.compile(r"(?P<block>.+\.experts)(?:\.(?P<index>\d+)\.(?P<projection>\w+))?")
 _PARAMETERS = ("gate_up_proj", "down_proj")
@@ -63,6 +64,8 @@ _FUSED_MODELS = frozenset(
 )
 _FIRST_VERSION = (0, 20)
 
+_Pair = tuple[mx.array, mx.array]
+
 
 def switch_block(modules: Mapping[str, nn.Module], path: str) -> str | None:
     """The block of switch layers that holds the experts at `path` (as transformers has it), if any."""
@@ -78,6 +81,14 @@ def switch_block(modules: Mapping[str, nn.Module], path: str) -> str | None:
         if module is not None and kind_of(module) is ModuleKind.SWITCH:
             return block
     return None
+
+
+def expert_block(model_type: str, path: str) -> str | None:
+    """What transformers calls the block of switch layers at `path`; None where its layout is not known."""
+    if model_type not in _FUSED_MODELS:
+        return None
+    layer, _, parent = path.rpartition(".")[0].rpartition(".")
+    return f"{layer}.{parent if parent == 'feed_forward' else 'mlp'}.experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +168,11 @@ class ExpertMapping:
             return
         lora_a = factors.tensors[Leaf.A].reshape(experts, rank, columns)
         lora_b = factors.tensors[Leaf.B].reshape(outputs, rank, experts).transpose(2, 0, 1)
-        for number, name in enumerate(names):
-            part = mx.contiguous(lora_b[:, number * rows : (number + 1) * rows])
-            self.weights[f"{block.path}.{name}"] = ModuleWeights(lora_a, part, None, scale)
+        parts = [(lora_a, part) for part in mx.split(lora_b, len(names), axis=1)]
+        for name, part in zip(names, _apart(parts) if is_fused else parts, strict=True):
+            if part is not None:
+                weights = ModuleWeights(part[0], mx.contiguous(part[1]), None, scale)
+                self.weights[f"{block.path}.{name}"] = weights
 
     def _map_experts(self, block: _Block, projection: str, experts: Mapping[int, Factors]) -> None:
         fields = self._config.fields
@@ -221,6 +234,31 @@ class ExpertMapping:
                 f"{self._config.fields.peft_version!r}; train it, or convert it, with a newer PEFT"
             )
         return None
+
+
+def _apart(parts: list[_Pair]) -> list[_Pair | None]:
+    """The A and B of gate and up, without ranks that the other half alone uses; None for one that uses none.
+
+    So the two come back that were put into one parameter without having an A in common.
+    """
+    gate, up = (_used_ranks(b) for _, b in parts)
+    if not gate or not up:
+        return [part if used or gate == up else None for part, used in zip(parts, (gate, up), strict=True)]
+    if gate[-1] >= up[0]:
+        return [*parts]
+    (a, b_gate), (_, b_up) = parts
+    half = a.shape[1] // 2
+    split = half if gate[-1] < half <= up[0] else gate[-1] + 1
+    return [
+        (mx.contiguous(a[:, :split]), b_gate[:, :, :split]),
+        (mx.contiguous(a[:, split:]), b_up[:, :, split:]),
+    ]
+
+
+def _used_ranks(b: mx.array) -> list[int]:
+    """The ranks for which any expert has an output."""
+    used = cast("list[bool]", mx.any(b, axis=(0, 1)).tolist())
+    return [rank for rank, is_used in enumerate(used) if is_used]
 
 
 def _stacked(pairs: list[tuple[mx.array, mx.array, float] | None]) -> ModuleWeights:

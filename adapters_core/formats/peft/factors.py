@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ...config import CONFIG_FILE
-from .names import Leaf, base_copy_path, is_training_buffer, not_a_factor, parse_name
+from .names import Leaf, WholeName, is_training_buffer, not_a_factor, parse_name, whole_name
 
 __all__ = ["Contents", "Factors", "sort_tensors"]
 
@@ -53,10 +53,10 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A file's factors by module and depth, copies of the base's own weights by module, and problems."""
+    """A file's factors by module and depth, whole weights of the base by tensor, and problems."""
 
     factors: dict[tuple[str, int], Factors]
-    base_copies: dict[str, str]
+    wholes: dict[str, WholeName]
     problems: list[str]
 
 
@@ -68,8 +68,8 @@ def sort_tensors(tensors: Mapping[str, mx.array]) -> Contents:
         if parsed is None:
             if is_training_buffer(name):
                 continue
-            if (path := base_copy_path(name)) is not None and not_a_factor(name) is None:
-                contents.base_copies[name] = path
+            if (whole := whole_name(name)) is not None:
+                contents.wholes[name] = whole
                 continue
             contents.problems.append(f"tensor {name}: not expected: {not_a_factor(name)}")
             continue

@@ -7,7 +7,8 @@ is a problem, and every problem is listed. Changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,25 +19,18 @@ from ...layers.modules import ModuleKind, kind_of, no_dora, weight_shape
 from ...layers.targets import named_base_modules
 from ..protocol import Mapped
 from .config import PeftConfig
-from .copies import copy_problem
 from .experts import ExpertMapping, switch_block
 from .factors import Contents, Factors, sort_tensors
-from .names import HEADS, Leaf, is_head, is_input_embedding
+from .module_factors import left_out, module_weights
+from .names import HEADS, Leaf, is_head
 from .paths import any_layer, find_rule
 from .targets import all_linear, is_target, rank_and_scale
 from .tokens import token_indices, token_weights
+from .whole import WholeMapping
 
 __all__ = ["map_onto"]
 
 Tensors = Mapping[str, mx.array]
-
-_TARGETING = (
-    "target_modules",
-    "exclude_modules",
-    "target_parameters",
-    "layers_to_transform",
-    "layers_pattern",
-)
 
 
 def map_onto(model: nn.Module, config: PeftConfig, tensors: Tensors) -> Mapped:
@@ -51,7 +45,8 @@ class _Mapping:
         self._config = config
         self._contents = contents
         self._tensors = tensors
-        self._modules = {path: module for path, module in named_base_modules(model) if kind_of(module)}
+        self._all_modules = dict(named_base_modules(model))
+        self._modules = {path: module for path, module in self._all_modules.items() if kind_of(module)}
         self._rule = find_rule((path for path, _ in contents.factors), self._exists)
         model_type = str(getattr(model, "model_type", None))
         self._experts = ExpertMapping(model_type, self._modules, self._rule, config)
@@ -67,11 +62,11 @@ class _Mapping:
         self._weights |= self._experts.weights
         self._problems += self._experts.problems
         self._find_missing()
-        self._check_copies()
+        warnings = self._map_wholes()
         if not self._weights and not self._problems:
             self._problems.append("expected tensors of an adapter, the file has none")
         mx.eval([[one.lora_a, one.lora_b, one.magnitude, one.bias] for one in self._weights.values()])
-        return Mapped(self._weights, self._problems)
+        return Mapped(self._weights, self._problems, tuple(warnings))
 
     def _exists(self, path: str) -> bool:
         return path in self._modules or switch_block(self._modules, path) is not None
@@ -86,7 +81,7 @@ class _Mapping:
         if path is None and self._head_is_tied and is_head(factors.path):
             self._take_tied_head(factors)
             return
-        if path is None or factors.depth:
+        if path is None or factors.depth or kind_of(self._modules[path]) is ModuleKind.SWITCH:
             self._problems += factors.refused(f"the model has no module {factors.path} that can be adapted")
             return
         self._seen.add(path)
@@ -96,64 +91,45 @@ class _Mapping:
             self._weights |= {} if weights is None else {path: weights}
             self._problems += problems
             return
-        if not self._is_target(factors.path, module):
-            self._problems += factors.refused(self._leaves_out(factors.path))
-            return
         is_embedding = kind_of(module) is ModuleKind.EMBEDDING
-        weights = self._embedding(factors, module) if is_embedding else self._linear(factors, module)
+        is_linear = kind_of(module) in (ModuleKind.LINEAR, ModuleKind.SPLIT)
+        problems = left_out(self._config, factors, is_linear=is_linear)
+        if self._config.fields.use_dora and (reason := no_dora(module)):
+            problems += factors.refused(f"a {type(module).__name__} cannot have magnitudes: {reason}")
+        if problems:
+            self._problems += problems
+            return
+        weights, problems = module_weights(
+            self._config, factors, is_embedding=is_embedding, shape=weight_shape(module)
+        )
+        self._problems += problems
+        if weights is not None and is_embedding:
+            weights = self._embedding(factors, weights)
         if weights is not None:
             self._weights[path] = weights
 
-    def _linear(self, factors: Factors, module: nn.Module) -> ModuleWeights | None:
-        rank, scale = rank_and_scale(self._config, factors.path)
-        rows, columns = weight_shape(module)
-        expected: dict[Leaf, tuple[int, ...]] = {Leaf.A: (rank, columns), Leaf.B: (rows, rank)}
-        if self._config.fields.use_dora:
-            if reason := no_dora(module):
-                self._problems += factors.refused(
-                    f"a {type(module).__name__} cannot have magnitudes: {reason}"
-                )
-                return None
-            expected[Leaf.MAGNITUDE] = (rows,)
-        if self._config.fields.lora_bias:
-            expected[Leaf.BIAS] = (rows,)
-        if problems := factors.problems(expected, rank):
-            self._problems += problems
-            return None
-        tensors = factors.tensors
-        return ModuleWeights(
-            mx.contiguous(tensors[Leaf.A].T),
-            mx.contiguous(tensors[Leaf.B].T),
-            tensors.get(Leaf.MAGNITUDE),
-            scale,
-            tensors.get(Leaf.BIAS),
-        )
-
-    def _embedding(self, factors: Factors, module: nn.Module) -> ModuleWeights | None:
-        rank, scale = rank_and_scale(self._config, factors.path)
-        count, dims = weight_shape(module)
+    def _embedding(self, factors: Factors, weights: ModuleWeights) -> ModuleWeights | None:
+        """`weights` with what becomes of a head that is tied to the embedding."""
+        if not self._head_is_tied:
+            return weights
+        is_tied = bool(self._config.fields.ensure_weight_tying)
         reason = None
-        if self._config.fields.use_dora:
-            reason = "PEFT's DoRA of an embedding has a magnitude for each feature, which no layer here has"
-        elif self._config.fields.lora_bias:
-            reason = "lora_bias of an embedding is not supported"
-        elif self._is_tied_otherwise(factors.path):
+        if is_tied and weights.by_feature:
+            reason = (
+                "with ensure_weight_tying and use_dora, PEFT scales the embedding's features and the rows of "
+                "the head that is tied to it; train with one of the two, or merge the adapter into its base"
+            )
+        elif is_tied and self._is_tied_otherwise(factors.path):
             reason = "the head that is tied to this embedding has another rank or scale than it"
-        expected = {Leaf.EMBEDDING_A: (rank, count), Leaf.EMBEDDING_B: (dims, rank)}
-        if problems := factors.refused(reason) if reason else factors.problems(expected, rank):
-            self._problems += problems
+        if reason is not None:
+            self._problems += factors.refused(reason)
             return None
-        lora_a = mx.contiguous(factors.tensors[Leaf.EMBEDDING_A].T)
-        lora_b = mx.contiguous(factors.tensors[Leaf.EMBEDDING_B].T)
         # To PEFT, a tied head is a linear layer that shares the weight and not the adapter.
-        lookup_only = self._head_is_tied and not self._config.fields.ensure_weight_tying
-        return ModuleWeights(lora_a, lora_b, None, scale, lookup_only=lookup_only)
+        return replace(weights, lookup_only=not is_tied)
 
     def _is_tied_otherwise(self, embedding: str) -> bool:
         """Whether ensure_weight_tying gives head and embedding the same factors and not the same scale."""
-        ranks_and_scales = {rank_and_scale(self._config, name) for name in (HEADS[0], embedding)}
-        is_tied = self._head_is_tied and bool(self._config.fields.ensure_weight_tying)
-        return is_tied and len(ranks_and_scales) > 1
+        return rank_and_scale(self._config, HEADS[0]) != rank_and_scale(self._config, embedding)
 
     @property
     def _head_is_tied(self) -> bool:
@@ -169,26 +145,17 @@ class _Mapping:
         )
         if not is_tied:
             self._problems += factors.refused(
-                "the model's head is tied to its embedding, so that it cannot have factors of its own"
+                "the model's head is tied to its embedding, so that it cannot have factors or rows of its "
+                "own; train both with ensure_weight_tying, or merge the adapter into its base"
             )
 
-    def _check_copies(self) -> None:
-        for name, path in self._contents.base_copies.items():
-            module = self._modules.get(self._at(path) or "")
-            if module is None and self._head_is_tied and is_head(path):
-                module = self._tied_embedding()
-            if problem := copy_problem(name, self._tensors[name], module):
-                self._problems.append(problem)
-
-    def _tied_embedding(self) -> nn.Module | None:
-        return next(
-            (
-                module
-                for path, module in self._modules.items()
-                if is_input_embedding(path) and kind_of(module) is ModuleKind.EMBEDDING
-            ),
-            None,
-        )
+    def _map_wholes(self) -> Sequence[str]:
+        """Map the weights of whole modules; returns warnings."""
+        wholes = WholeMapping(self._all_modules, self._rule, self._config, self._weights)
+        wholes.map(self._contents.wholes, self._tensors)
+        self._weights |= wholes.weights
+        self._problems += wholes.problems
+        return wholes.warnings
 
     def _find_missing(self) -> None:
         """Modules that the config targets and the file has no factors for."""
@@ -210,15 +177,6 @@ class _Mapping:
     def _is_target(self, name: str, module: nn.Module) -> bool:
         is_linear = kind_of(module) in (ModuleKind.LINEAR, ModuleKind.SPLIT)
         return is_target(self._config.fields, name, is_linear=is_linear, is_head=is_head(name))
-
-    def _leaves_out(self, name: str) -> str:
-        return f"{CONFIG_FILE} leaves module {name} out ({_targeting(self._config)})"
-
-
-def _targeting(config: PeftConfig) -> str:
-    values = {name: getattr(config.fields, name) for name in _TARGETING}
-    shown = ", ".join(f"{name} {value!r}" for name, value in values.items() if value)
-    return shown if len(shown) <= 200 else f"{shown[:197]}..."
 
 
 def _is_transposed(head: Factors, embedding: Factors) -> bool:

@@ -18,12 +18,13 @@ __all__ = [
     "HEADS",
     "Leaf",
     "TensorName",
-    "base_copy_path",
+    "WholeName",
     "is_head",
     "is_input_embedding",
     "is_training_buffer",
     "not_a_factor",
     "parse_name",
+    "whole_name",
 ]
 
 HEADS = ("lm_head", "embed_out")
@@ -38,6 +39,10 @@ _NAME = re.compile(
     r"|(?P<tokens>token_adapter\.trainable_tokens_delta)(?:\.[^.]+)?)"
 )
 _NESTED = ".base_layer"
+_WHOLE = re.compile(
+    r"(?P<path>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?|\.(?P<original>original_module))?"
+    r"\.(?P<parameter>weight|bias)"
+)
 # Buffers of training methods whose forward is plain LoRA's.
 _TRAINING_BUFFER = re.compile(r".+\.(lora_velora_\w+|lora_monteclora_sampler)(\..+)?")
 
@@ -61,6 +66,18 @@ class TensorName:
     path: str
     leaf: Leaf
     depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WholeName:
+    """A weight or bias of a module of the base itself: a copy, or what was trained in its place.
+
+    `is_original` if the file says that it is the base's own, beside what was trained.
+    """
+
+    path: str
+    parameter: str
+    is_original: bool = False
 
 
 def is_head(path: str) -> bool:
@@ -94,23 +111,19 @@ def is_training_buffer(name: str) -> bool:
     return _TRAINING_BUFFER.fullmatch(name) is not None
 
 
-def base_copy_path(name: str) -> str | None:
-    """The module whose own weight `name` is (PEFT saves targeted embeddings with their base), else None."""
-    path = name.removeprefix(_PREFIX)
-    for suffix in (".base_layer.weight", ".weight"):
-        if path.endswith(suffix):
-            return path.removesuffix(suffix)
-    return None
+def whole_name(name: str) -> WholeName | None:
+    """The module whose own weight or bias `name` is, else None.
+
+    PEFT saves targeted embeddings with their base, and modules that were trained whole (modules_to_save).
+    """
+    found = _WHOLE.fullmatch(name.removeprefix(_PREFIX))
+    if found is None or "lora_" in name:
+        return None
+    return WholeName(found["path"], found["parameter"], found["original"] is not None)
 
 
-def not_a_factor(name: str) -> str | None:
-    """Why a tensor that is no factor is not wanted; None for what may be a copy of a base's weight."""
-    if ".modules_to_save." in name or ".original_module." in name:
-        return "weights of a whole module (modules_to_save), which all rows of a batch share"
-    if name.endswith(".bias"):
-        return 'a bias of the base that was trained (bias is "all" or "lora_only"), which all rows share'
+def not_a_factor(name: str) -> str:
+    """Why a tensor that is neither a factor nor a weight of the base is not wanted."""
     if ".lora_diag" in name:
         return "singular values of KaSA, which is not supported"
-    if "lora_" not in name and base_copy_path(name) is not None:
-        return None
     return "not the name of an adapter's tensor (lora_A, lora_B, lora_embedding_A, lora_magnitude_vector, …)"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from .config import PeftConfig, PeftFields
 from .patterns import KeyPatterns
 
-__all__ = ["all_linear", "is_target", "is_target_parameter", "rank_and_scale"]
+__all__ = ["all_linear", "is_saved_whole", "is_target", "is_target_parameter", "rank_and_scale"]
 
 _ALL_LINEAR = "all-linear"
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
@@ -39,6 +39,15 @@ def is_target(fields: PeftFields, name: str, *, is_linear: bool, is_head: bool =
     return _has_end_in(name, fields.target_names) and _in_layers(fields, name)
 
 
+def is_saved_whole(fields: PeftFields, name: str) -> bool:
+    """Whether the module `name`, or one that it lies in, is saved whole (modules_to_save)."""
+    saved = tuple(fields.modules_to_save or ())
+    if not saved:
+        return False
+    around = [name, *(name[: dot.start()] for dot in re.finditer(r"\.", name))]
+    return any(path.endswith(saved) for path in around)
+
+
 def is_target_parameter(fields: PeftFields, name: str) -> bool:
     """Whether the parameter `name` (its module's path and its own name) is adapted."""
     return name in fields.parameter_names or _has_end_in(name, fields.parameter_names)
@@ -61,6 +70,8 @@ def _pattern_value(
 
 
 def _is_excluded(fields: PeftFields, name: str) -> bool:
+    if any(f".{saved}." in f".{name}." for saved in fields.modules_to_save or ()):
+        return True
     excluded = fields.exclude_modules
     if not excluded:
         return False

@@ -1,6 +1,6 @@
-"""Trained tokens of a PEFT adapter: new rows for a few tokens of an embedding, as a LoRA of that embedding.
+"""Trained rows of a PEFT adapter: new rows for a few tokens of an embedding or a head, as a LoRA of it.
 
-    W' = W with row tᵢ replaced by vᵢ = W + A B,   A (num_embeddings, k) with A[tᵢ, i] = 1,   Bᵢ = vᵢ - W[tᵢ]
+    W' = W with row tᵢ replaced by vᵢ = W + A B,   A (rows, k) with A[tᵢ, i] = 1,   Bᵢ = vᵢ - W[tᵢ]
 
 PEFT's `trainable_tokens_delta` (k, dims) holds the vᵢ themselves. The sum has vᵢ to the rounding of one
 addition. A head that is tied to the embedding is changed with it, as in PEFT. Changes nothing.
@@ -8,48 +8,78 @@ addition. A head that is tied to the embedding is changed with it, as in PEFT. C
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ...layers.module_weights import ModuleWeights
-from ...layers.modules import ModuleKind, kind_of, weight_shape
+from ...layers.modules import ModuleKind, compute_dtype, dense_weight, kind_of, weight_shape
 from .config import PeftConfig
 from .factors import Factors
 from .names import Leaf, is_input_embedding
 
-__all__ = ["token_indices", "token_weights"]
+__all__ = ["MAX_ROWS", "has_rows", "row_weights", "token_indices", "token_weights"]
 
-_MAX_TOKENS = 256
+MAX_ROWS = 256
 
 
 def token_indices(config: PeftConfig, name: str) -> list[int]:
     """The tokens of the module `name` that were trained, in order; empty for none."""
     wanted = config.fields.trainable_token_indices
     if isinstance(wanted, dict):
-        found = [indices for key, indices in wanted.items() if name == key or name.endswith(f".{key}")]
-        return found[0] if found else []
+        return next((indices for key, indices in wanted.items() if name.endswith(key)), [])
     return list(wanted) if wanted and is_input_embedding(name) else []
 
 
+def has_rows(module: nn.Module) -> bool:
+    """Whether rows of the weight of `module` can be replaced: those of linear layers and embeddings."""
+    return kind_of(module) in (ModuleKind.LINEAR, ModuleKind.EMBEDDING)
+
+
 def token_weights(
-    factors: Factors, indices: list[int], embedding: Any
+    factors: Factors, indices: list[int], module: nn.Module
 ) -> tuple[ModuleWeights | None, list[str]]:
-    """What the rows in `factors` are to the base's `embedding`, and why they cannot be that."""
-    if kind_of(embedding) is not ModuleKind.EMBEDDING:
+    """What the rows in `factors` are to the base's `module`, and why they cannot be that."""
+    if not has_rows(module):
         return None, factors.refused(
-            f"trained tokens (trainable_token_indices) of {factors.path}, which is a layer of its own and no "
-            "embedding"
+            f"trained tokens (trainable_token_indices) of {factors.path}, a {type(module).__name__}; only "
+            "embeddings and heads have rows of tokens"
         )
-    count, dims = weight_shape(embedding)
-    if len(indices) > _MAX_TOKENS:
-        return None, factors.refused(f"{len(indices)} trained tokens; up to {_MAX_TOKENS} can be served")
+    if module.get("bias") is not None:
+        return None, factors.refused(
+            f"trained tokens (trainable_token_indices) of {factors.path}, which has a bias, and PEFT leaves "
+            "the bias out where tokens were trained"
+        )
+    count, dims = weight_shape(module)
+    if len(indices) > MAX_ROWS:
+        return None, factors.refused(
+            f"{len(indices)} trained tokens; up to {MAX_ROWS} can be served. Merge the adapter into its base "
+            "and serve that"
+        )
     if len(set(indices)) < len(indices) or max(indices) >= count:
-        return None, factors.refused(f"expected different tokens below {count} in trainable_token_indices")
+        return None, factors.refused(
+            f"expected different tokens below {count} in trainable_token_indices, got {_shown(indices)}; a "
+            "resized vocabulary needs a base of its size"
+        )
     if problems := factors.problems({Leaf.TOKENS: (len(indices), dims)}, len(indices)):
         return None, problems
-    tokens = mx.array(indices)
-    new = factors.tensors[Leaf.TOKENS]
-    lora_b = new.astype(mx.float32) - embedding(tokens).astype(mx.float32)
-    lora_a = (mx.arange(count)[:, None] == tokens[None]).astype(new.dtype)
-    return ModuleWeights(lora_a, lora_b.astype(new.dtype), None, 1.0), []
+    return row_weights(module, indices, factors.tensors[Leaf.TOKENS]), []
+
+
+def row_weights(module: nn.Module, rows: Sequence[int], new: mx.array) -> ModuleWeights:
+    """The LoRA that gives the base's `module`, one that `has_rows`, the rows `new` (k, dims) at `rows`."""
+    places = mx.array(list(rows))
+    is_embedding = kind_of(module) is ModuleKind.EMBEDDING
+    old = module(places) if is_embedding else dense_weight(module)[places]
+    dtype = (mx.zeros(1, new.dtype) + mx.zeros(1, compute_dtype(module))).dtype
+    delta = (new.astype(mx.float32) - old.astype(mx.float32)).astype(dtype)
+    chosen = (mx.arange(weight_shape(module)[0])[:, None] == places[None]).astype(dtype)
+    if is_embedding:
+        return ModuleWeights(chosen, delta, None, 1.0)
+    return ModuleWeights(mx.contiguous(delta.T), mx.contiguous(chosen.T), None, 1.0)
+
+
+def _shown(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:8]))
+    return f"{shown}, …" if len(indices) > 8 else shown

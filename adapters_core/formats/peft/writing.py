@@ -1,9 +1,9 @@
 """An adapter in PEFT's format, from what it brings to each module.
 
 Factors are transposed, and nothing else: every module keeps its own rank and scale, as rank_pattern and
-alpha_pattern have it. Names and meanings are those of PEFT 0.21 (`peft/tuners/lora`). Modules are named as in
-the MLX model, which for nearly all models is as transformers names them. What the format cannot say is
-refused. Changes nothing; runs on any thread.
+alpha_pattern have it; experts become parameters (`expert_writing`). Names and meanings are those of PEFT 0.21
+(`peft/tuners/lora`). Modules are named as in the MLX model, which for nearly all models is as transformers
+names them. What the format cannot say is refused. Changes nothing; runs on any thread.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from ...errors import InvalidAdapterError
 from ...layers.module_weights import ModuleWeights
 from ..adapter_files import AdapterFiles, in_order
 from ..weights import PEFT_WEIGHTS_FILE
+from .expert_writing import expert_parameters
 
 __all__ = ["peft_files"]
 
 _PREFIX = "base_model.model."
+# Whose layout of experts' parameters is followed; readers cannot tell it from anything else.
+_PEFT_VERSION = "0.21.2"
 _T = TypeVar("_T")
 
 
@@ -33,33 +36,32 @@ def peft_files(
     source: str,
     embeddings: Collection[str],
     *,
+    model_type: str | None = None,
     base_name: str | None = None,
     dropout: float = 0.0,
 ) -> AdapterFiles:
     """The files with which PEFT adapts exactly the modules of `weights`; `embeddings` are those that are one.
 
+    Experts are written for a known `model_type` alone, and without `dropout`, which PEFT has not for them.
+
     Raises:
         InvalidAdapterError: naming `source` and everything that the format cannot say.
     """
-    if problems := _problems(weights, embeddings):
-        raise InvalidAdapterError(source, problems)
     weights = in_order(weights)
+    experts = {path: module for path, module in weights.items() if module.lora_b.ndim == 3}
+    modules = {path: module for path, module in weights.items() if path not in experts}
+    parameters, problems = expert_parameters(experts, model_type)
+    if problems := _problems(weights, embeddings) + problems:
+        raise InvalidAdapterError(source, problems)
     has_bias = any(module.bias is not None for module in weights.values())
     tensors: dict[str, mx.array] = {}
-    for path, module in weights.items():
-        name = f"{_PREFIX}{path}"
-        if path in embeddings:
-            tensors[f"{name}.lora_embedding_A"] = mx.contiguous(module.lora_a.T)
-            tensors[f"{name}.lora_embedding_B"] = mx.contiguous(module.lora_b.T)
-            continue
-        tensors[f"{name}.lora_A.weight"] = mx.contiguous(module.lora_a.T)
-        tensors[f"{name}.lora_B.weight"] = mx.contiguous(module.lora_b.T)
-        if module.magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = module.magnitude
-        if has_bias:
-            no_bias = mx.zeros(module.lora_b.shape[1:], module.lora_b.dtype)
-            tensors[f"{name}.lora_B.bias"] = no_bias if module.bias is None else module.bias
+    for path, module in modules.items():
+        found = _embedding(module) if path in embeddings else _linear(module, has_bias)
+        tensors |= {f"{_PREFIX}{path}.{leaf}": tensor for leaf, tensor in found.items()}
+    for parameter in parameters:
+        tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in parameter.tensors.items()}
     mx.eval(tensors)
+    named = modules | {parameter.name: parameter.weights for parameter in parameters}
     config: dict[str, JsonValue] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -69,15 +71,41 @@ def peft_files(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_bias": has_bias,
-        "lora_dropout": dropout,
-        "target_modules": list(weights),
+        "lora_dropout": 0.0 if parameters else dropout,
+        "target_modules": list(modules),
         "use_dora": any(module.magnitude is not None for module in weights.values()),
         "use_rslora": False,
         # mlx-lm adapts a head that is tied to the embedding with it; elsewhere the field has no effect.
-        "ensure_weight_tying": bool(embeddings) and not any(one.lookup_only for one in weights.values()),
-        **_ranks_and_alphas(weights),
+        "ensure_weight_tying": bool(embeddings)
+        and not any(one.lookup_only or one.by_feature for one in weights.values()),
+        **_ranks_and_alphas(named),
     }
+    if parameters:
+        config["target_parameters"] = [parameter.name for parameter in parameters]
+        config["peft_version"] = _PEFT_VERSION
     return AdapterFiles(config, tensors, PEFT_WEIGHTS_FILE)
+
+
+def _embedding(module: ModuleWeights) -> dict[str, mx.array]:
+    tensors = {
+        "lora_embedding_A": mx.contiguous(module.lora_a.T),
+        "lora_embedding_B": mx.contiguous(module.lora_b.T),
+    }
+    return tensors if module.magnitude is None else tensors | {"lora_magnitude_vector": module.magnitude}
+
+
+def _linear(module: ModuleWeights, has_bias: bool) -> dict[str, mx.array]:
+    """With `has_bias`, a module that has none gets one of zeros: PEFT has it in all or in none."""
+    tensors = {
+        "lora_A.weight": mx.contiguous(module.lora_a.T),
+        "lora_B.weight": mx.contiguous(module.lora_b.T),
+    }
+    if module.magnitude is not None:
+        tensors["lora_magnitude_vector"] = module.magnitude
+    if has_bias:
+        no_bias = mx.zeros(module.lora_b.shape[1:], module.lora_b.dtype)
+        tensors["lora_B.bias"] = no_bias if module.bias is None else module.bias
+    return tensors
 
 
 def _problems(weights: Mapping[str, ModuleWeights], embeddings: Collection[str]) -> list[str]:
@@ -87,15 +115,13 @@ def _problems(weights: Mapping[str, ModuleWeights], embeddings: Collection[str])
     with_magnitudes = sum(module.magnitude is not None for module in weights.values())
     has_bias = any(module.bias is not None for module in weights.values())
     for path, module in weights.items():
-        if module.lora_b.ndim == 3:
+        if module.lora_b.ndim == 3 and (with_magnitudes or has_bias):
+            field = "use_dora" if with_magnitudes else "lora_bias"
+            problems.append(f"module {path}: factors for each expert, which PEFT has not beside {field}")
+        elif path in embeddings and module.magnitude is not None and not module.by_feature:
             problems.append(
-                f"module {path}: factors for each expert; PEFT's format names experts' parameters otherwise, "
-                "and writing them is not supported"
-            )
-        elif path in embeddings and module.magnitude is not None:
-            problems.append(
-                f"module {path}: DoRA of an embedding has one magnitude for each row here, and one for each "
-                "dimension in PEFT"
+                f"module {path}: its DoRA has a magnitude for each token of the embedding, as mlx-lm has it; "
+                "PEFT's has one for each feature. Write it in mlx-lm's format"
             )
         elif module.magnitude is None and with_magnitudes:
             problems.append(

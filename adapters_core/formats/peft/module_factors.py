@@ -1,0 +1,84 @@
+"""What the factors of a PEFT file bring to one linear layer or embedding: leaves, shapes, orientation.
+
+One set of rules for a file beside a model and for one by itself: without a model, the factors say the sizes
+of the weight. Names are those of the transformers model. Pure functions.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ...config import CONFIG_FILE
+from ...layers.module_weights import ModuleWeights
+from .config import PeftConfig
+from .factors import Factors, Shape
+from .names import Leaf, is_head
+from .targets import is_target, rank_and_scale
+
+__all__ = ["has_embedding_factors", "left_out", "module_weights"]
+
+_EMBEDDING = (Leaf.EMBEDDING_A, Leaf.EMBEDDING_B)
+_LINEAR = (Leaf.A, Leaf.B)
+_TARGETING = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "target_parameters",
+    "layers_to_transform",
+    "layers_pattern",
+)
+_MAX_SHOWN = 200
+
+
+def has_embedding_factors(factors: Factors) -> bool:
+    """Whether the file has these factors as an embedding's."""
+    return not factors.tensors.keys().isdisjoint(_EMBEDDING)
+
+
+def left_out(config: PeftConfig, factors: Factors, *, is_linear: bool) -> list[str]:
+    """A problem for each tensor if the config does not adapt the module."""
+    if is_target(config.fields, factors.path, is_linear=is_linear, is_head=is_head(factors.path)):
+        return []
+    values = {name: getattr(config.fields, name) for name in _TARGETING}
+    shown = ", ".join(f"{name} {value!r}" for name, value in values.items() if value)
+    shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[: _MAX_SHOWN - 3]}..."
+    return factors.refused(f"{CONFIG_FILE} leaves module {factors.path} out ({shown})")
+
+
+def module_weights(
+    config: PeftConfig, factors: Factors, *, is_embedding: bool, shape: Shape | None = None
+) -> tuple[ModuleWeights | None, list[str]]:
+    """The weights for a base weight of `shape` (rows, columns), or why there are none.
+
+    Factors are transposed because the format says so, whatever their shapes. DoRA has a magnitude for each
+    output of a linear layer, and for each feature of an embedding.
+    """
+    if is_embedding and config.fields.lora_bias:
+        return None, factors.refused("PEFT has no bias (lora_bias) for embeddings")
+    rank, scale = rank_and_scale(config, factors.path)
+    leaves = _EMBEDDING if is_embedding else _LINEAR
+    if shape is None:
+        without = [leaf for leaf in leaves if leaf not in factors.tensors or factors.tensors[leaf].ndim != 2]
+        if without:
+            name = factors.path
+            return None, [f"tensor {name}.{leaf}: expected a matrix, the file has none" for leaf in without]
+        inputs, outputs = factors.tensors[leaves[0]].shape[1], factors.tensors[leaves[1]].shape[0]
+    else:
+        inputs, outputs = shape if is_embedding else reversed(shape)
+    expected: dict[Leaf, Shape] = {leaves[0]: (rank, inputs), leaves[1]: (outputs, rank)}
+    if config.fields.use_dora:
+        expected[Leaf.MAGNITUDE] = (outputs,)
+    if config.fields.lora_bias:
+        expected[Leaf.BIAS] = (outputs,)
+    if problems := factors.problems(expected, rank):
+        return None, problems
+    tensors = factors.tensors
+    weights = ModuleWeights(
+        mx.contiguous(tensors[leaves[0]].T),
+        mx.contiguous(tensors[leaves[1]].T),
+        tensors.get(Leaf.MAGNITUDE),
+        scale,
+        tensors.get(Leaf.BIAS),
+        by_feature=is_embedding and config.fields.use_dora,
+    )
+    return weights, []

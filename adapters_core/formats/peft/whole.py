@@ -1,0 +1,231 @@
+"""Whole weights of base modules in a PEFT file: copies of the base's, and modules that were trained whole.
+
+All rows of a batch share the base, so that no weight can stand in its place. But most files hold what the
+base has anyway, or new rows for a few tokens, which are a LoRA exactly (`tokens.row_weights`). Whatever is
+neither is refused, with how much of it differs. Where a head is tied to its embedding, PEFT computes with
+
+| in the file                                 | for look-ups | for the head                             |
+|---------------------------------------------|--------------|------------------------------------------|
+| the embedding, whole (`modules_to_save`)    | it           | the base's; it, with ensure_weight_tying |
+| the head, whole                             | the base's   | it                                       |
+| either as a copy, into what both share      | it           | it                                       |
+
+Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ...config import CONFIG_FILE
+from ...layers.module_weights import ModuleWeights
+from ...layers.modules import ModuleKind, is_quantized, kind_of, weight_shape
+from .config import PeftConfig
+from .copies import changed_rows, is_copy
+from .names import HEADS, WholeName, is_head, is_input_embedding
+from .paths import PathRule
+from .targets import is_saved_whole
+from .tokens import MAX_ROWS, has_rows, row_weights
+
+__all__ = ["WholeMapping"]
+
+# PEFT's EMBEDDING_LAYER_NAMES: what ensure_weight_tying looks for among the modules that are saved whole.
+_TIED_NAMES = ("embed_tokens", "lm_head")
+_SHOWN_NAMES = 8
+_SHARED = "all rows of a batch share the base"
+_MERGE = "merge the adapter into its base and serve that"
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A weight in the file: the module's path in the transformers model, and the tensor with its name."""
+
+    path: str
+    name: str
+    tensor: mx.array
+
+
+class WholeMapping:
+    """The whole weights of one adapter on one model; `map` adds to weights, problems and warnings."""
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], rule: PathRule, config: PeftConfig, adapted: Collection[str]
+    ) -> None:
+        """`modules` are the model's, by path; `adapted` are those that the file has factors for."""
+        self.weights: dict[str, ModuleWeights] = {}
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self._modules = {path: module for path, module in modules.items() if "weight" in module}
+        self._rule = rule
+        self._config = config
+        self._adapted = adapted
+        self._copies: list[str] = []
+
+    def map(self, wholes: Mapping[str, WholeName], tensors: Mapping[str, mx.array]) -> None:
+        """Map the `tensors` that `wholes` names."""
+        found: dict[str, _Whole] = {}
+        for name, whole in wholes.items():
+            one = _Whole(whole.path, name, tensors[name])
+            if whole.parameter == "bias":
+                self._require_own_bias(one)
+            elif whole.is_original:
+                if self._changed(one, self._module(one.path)):
+                    self._refuse(one, f"a weight that is not the base's, named as one; {_SHARED}")
+            elif not mx.array_equal(found.setdefault(one.path, one).tensor, one.tensor).item():
+                self._refuse(one, f"{found[one.path].name} is another weight of the same module")
+        self._find_missing(found)
+        if (place := self._tied_embedding()) is not None:
+            embedding = next((path for path in found if self._rule.to_mlx(path) == place), "")
+            head = next((path for path in found if is_head(path)), "")
+            self._map_tied(place, found.pop(embedding, None), found.pop(head, None))
+        for one in found.values():
+            self._settle(one, self._rule.to_mlx(one.path) or "")
+        self._tell_copies()
+
+    def _map_tied(self, place: str, embedding: _Whole | None, head: _Whole | None) -> None:
+        """Settle the embedding at `place` and the head that is tied to it, as the table at the top says."""
+        is_whole = embedding is not None and self._is_saved(embedding.path)
+        is_shared = head is not None and not self._is_saved(head.path)
+        if embedding is not None and head is not None and is_shared and not is_whole:
+            head = head if _same(embedding, head) else self._refuse_second(head, embedding)
+        looked_up = head if embedding is None and is_shared else embedding
+        used = looked_up if self._ties or (head is None and not is_whole) else head
+        if looked_up is not None and used is not None and _same(looked_up, used):
+            self._settle(looked_up, place)
+            return
+        if used is not None and self._changed(used, self._modules[place]):
+            self._refuse(
+                used,
+                f"a weight that is not the base's: the head is tied to the embedding {place}, so that it "
+                f"cannot have rows of its own; {_MERGE}, or train both with ensure_weight_tying",
+            )
+        if looked_up is not None:
+            self._settle(looked_up, place, lookup_only=True)
+
+    def _settle(self, one: _Whole, place: str, *, lookup_only: bool = False) -> None:
+        """Keep what the weight changes of the module at `place`, if anything can be."""
+        module = self._modules.get(place)
+        rows = self._changed(one, module)
+        if module is None or rows is None:
+            return
+        if not rows:
+            self._copies += [one.path] if self._is_saved(one.path) else []
+            return
+        count = weight_shape(module)[0]
+        if (reason := self._unfit(place, module, len(rows), count)) is not None:
+            self._refuse(one, f"a weight that is not the base's: {reason}; {self._advice(one)}")
+            return
+        weights = row_weights(module, rows, one.tensor[mx.array(rows)])
+        self.weights[place] = replace(weights, lookup_only=lookup_only)
+        self.warnings.append(
+            f"The file has a whole weight for {one.path}, and {len(rows)} of its {count} rows are not the "
+            "base's; these are served as trained tokens."
+        )
+
+    def _unfit(self, place: str, module: nn.Module, changed: int, count: int) -> str | None:
+        """Why `changed` of `count` rows of the module at `place` cannot be served beside the base's."""
+        differ = f"{changed} of its {count} rows differ"
+        if not has_rows(module):
+            return f"a {type(module).__name__} has no rows that could be"
+        if changed > (limit := min(MAX_ROWS, count // 2)):
+            return f"{differ}, and up to {limit} can be served beside the base"
+        if place in self._adapted:
+            return f"{differ}, and the file has factors for this module as well"
+        return None
+
+    def _changed(self, one: _Whole, module: nn.Module | None) -> list[int] | None:
+        """The rows that are not the base's; None, and a problem, if it is no weight of this module."""
+        if module is None:
+            self._refuse(one, "a weight of the base, of a module that the model does not have")
+        elif one.tensor.shape != weight_shape(module):
+            self._refuse(
+                one,
+                f"a weight of the base of shape {one.tensor.shape}, where the base has "
+                f"{weight_shape(module)}; {_SHARED}. If the vocabulary was resized, serve the adapter beside "
+                "a base of that size",
+            )
+        else:
+            return changed_rows(one.tensor, module)
+        return None
+
+    def _require_own_bias(self, one: _Whole) -> None:
+        module = self._module(one.path)
+        if not is_copy(one.tensor, None if module is None else module.get("bias")):
+            self._refuse(
+                one,
+                'a bias of the base that was trained (bias is "all" or "lora_only", or modules_to_save); '
+                f"{_SHARED}. Train with lora_bias instead, or {_MERGE}",
+            )
+
+    def _find_missing(self, found: Collection[str]) -> None:
+        """Modules that the config says were saved whole, and the file does not have."""
+        wanted = []
+        for path, module in self._modules.items():
+            # What mlx-lm made of several modules has no name there.
+            is_single = kind_of(module) is not None or len(weight_shape(module)) == 1
+            name = self._rule.to_peft(path)
+            if is_single and name is not None and self._is_saved(name):
+                wanted.append(name)
+        if self._tied_embedding() is not None and not self._ties and self._is_saved(HEADS[0]):
+            wanted += [] if any(is_head(path) for path in found) else [HEADS[0]]
+        self.problems += [
+            f"module {name}: expected its weight, the file has none, though {CONFIG_FILE} says that it was "
+            "saved whole (modules_to_save)"
+            for name in wanted
+            if name not in found
+        ]
+
+    def _tell_copies(self) -> None:
+        if not self._copies:
+            return
+        shown = ", ".join(sorted(self._copies)[:_SHOWN_NAMES])
+        shown += ", …" if len(self._copies) > _SHOWN_NAMES else ""
+        is_rounded = any(
+            (module := self._module(path)) is not None and is_quantized(module) for path in self._copies
+        )
+        rounding = "; changes below the rounding of the quantised base cannot be seen" if is_rounded else ""
+        self.warnings.append(
+            f"Saved whole (modules_to_save) and no other than the base's own, so that nothing is served of "
+            f"{len(self._copies)} modules: {shown}{rounding}."
+        )
+
+    def _tied_embedding(self) -> str | None:
+        """The embedding that is the head as well, if the model has no head of its own."""
+        kinds = {path: kind_of(module) for path, module in self._modules.items()}
+        if any(is_head(path) and kind is not None for path, kind in kinds.items()):
+            return None
+        embeddings = (path for path, kind in kinds.items() if kind is ModuleKind.EMBEDDING)
+        return next((path for path in embeddings if is_input_embedding(path)), None)
+
+    def _module(self, name: str) -> nn.Module | None:
+        return self._modules.get(self._rule.to_mlx(name) or "")
+
+    def _is_saved(self, name: str) -> bool:
+        return is_saved_whole(self._config.fields, name)
+
+    @property
+    def _ties(self) -> bool:
+        """Whether PEFT gives the head what it gives the embedding."""
+        fields = self._config.fields
+        named = (saved.rpartition(".")[2] for saved in fields.modules_to_save or ())
+        return bool(fields.ensure_weight_tying) and any(name in _TIED_NAMES for name in named)
+
+    def _advice(self, one: _Whole) -> str:
+        if self._is_saved(one.path):
+            return f"it was trained whole (modules_to_save). Train with trainable_token_indices, or {_MERGE}"
+        return f"it was trained, or belongs to another base. {_SHARED.capitalize()}: {_MERGE}"
+
+    def _refuse_second(self, head: _Whole, embedding: _Whole) -> None:
+        # PEFT loads both into one weight; which of them stays is a matter of their order.
+        self._refuse(head, f"{embedding.name} is another weight, and embedding and head share theirs")
+
+    def _refuse(self, one: _Whole, reason: str) -> None:
+        self.problems.append(f"tensor {one.name}: not expected: {reason}")
+
+
+def _same(left: _Whole, right: _Whole) -> bool:
+    return bool(mx.array_equal(left.tensor, right.tensor).item())

@@ -1,0 +1,223 @@
+"""Whole weights in PEFT files: copies of the base's, rows that become trained tokens, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from adapters_core.bank import AdapterBank
+from adapters_core.container import AdapterContainer
+from adapters_core.errors import InvalidAdapterError
+from adapters_core.mixed.routing import Routing
+from tests.models import snapshot
+from tests.peft import fixtures
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+BASE = "base_model.model."
+Tensors = dict[str, mx.array]
+
+
+def _container(name: str) -> AdapterContainer:
+    return AdapterContainer.from_directory(fixtures.adapter(name))
+
+
+def test_copies_of_the_base_are_passed_over_and_told_in_the_report() -> None:
+    model = fixtures.model("llama")
+    container = _container("saved")
+    assert all("q_proj" in path for path in container.check(model))
+    report = AdapterBank(model, Routing()).add(container).report
+    assert report is not None
+    (warning,) = report.warnings
+    assert "no other than the base's own" in warning
+    assert "7 modules: lm_head, model.embed_tokens, model.layers.0.input_layernorm" in warning
+
+
+def test_rows_that_were_trained_become_factors_of_embedding_and_head() -> None:
+    mapped = _container("saved-rows").place(fixtures.model("llama"))
+    assert (mapped.weights[EMBEDDING].rank, mapped.weights[HEAD].rank) == (2, 3)
+    assert [warning.split(", and ")[1].split(";")[0] for warning in mapped.warnings] == [
+        "3 of its 64 rows are not the base's",
+        "2 of its 64 rows are not the base's",
+    ]
+
+
+@pytest.mark.parametrize(("name", "lookup_only"), [("saved-lookup", True), ("saved-tied", False)])
+def test_a_tied_head_follows_the_embedding_where_peft_ties_it(name: str, lookup_only: bool) -> None:
+    weights = _container(name).check(fixtures.model("qwen3"))[EMBEDDING]
+    assert (weights.rank, weights.lookup_only) == (3, lookup_only)
+
+
+def test_rows_of_a_quantised_base_become_what_the_file_has(tmp_path: Path) -> None:
+    model = fixtures.model("llama")
+    nn.quantize(model, 32, 4, class_predicate=lambda path, _: path in (HEAD, EMBEDDING))
+    before = snapshot(model)
+    container = _container("saved-rows")
+    assert (container.check(model)[EMBEDDING].rank, container.check(model)[HEAD].rank) == (2, 3)
+    container.load(into=model)
+    file = mx.load(str(fixtures.adapter("saved-rows") / "adapter_model.safetensors"))
+    rows = dict(model.named_modules())[EMBEDDING](mx.array([5, 9]))
+    wanted = np.array(file[f"{BASE}{EMBEDDING}.weight"])[[5, 9]]  # type: ignore[index]
+    np.testing.assert_allclose(np.array(rows), wanted, atol=1e-5)
+    container.unload(from_=model)
+    assert snapshot(model) == before
+    copies = fixtures.changed(tmp_path / "a", "saved")
+    assert (
+        "below the rounding of the quantised base"
+        in AdapterContainer.from_directory(copies).place(model).warnings[0]
+    )
+
+
+def test_half_precision_copies_of_a_float32_base_are_copies(tmp_path: Path) -> None:
+    def halved(tensors: Tensors) -> Tensors:
+        return {
+            name: value if "lora" in name else value.astype(mx.bfloat16) for name, value in tensors.items()
+        }
+
+    folder = fixtures.changed(tmp_path / "a", "saved", None, halved)
+    assert all(
+        "q_proj" in path for path in AdapterContainer.from_directory(folder).check(fixtures.model("llama"))
+    )
+
+
+def _with(name: str, change: Callable[[Tensors], mx.array]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {BASE + name: change(tensors)}
+
+
+def _times(name: str, factor: float, rows: slice = slice(None)) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> mx.array:
+        value = mx.array(tensors[BASE + name])
+        value[rows] = value[rows] * factor
+        return value
+
+    return _with(name, change)
+
+
+def _without(part: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: value for name, value in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "change", "expected"),
+    [
+        ("saved", {}, _times("lm_head.weight", 1.5), "64 of its 64 rows differ, and up to 32 can be served"),
+        ("saved", {}, _times("lm_head.weight", 1.5), "Train with trainable_token_indices, or merge"),
+        ("saved", {}, _times("model.norm.weight", 1.5), "a RMSNorm has no rows that could be"),
+        (
+            "saved",
+            {},
+            _with("lm_head.weight", lambda _: mx.zeros((66, 32))),
+            "shape (66, 32), where the base has (64, 32); all rows of a batch share the base. If the voc",
+        ),
+        ("saved", {}, _without("model.norm"), "module model.norm: expected its weight, the file has none"),
+        (
+            "saved",
+            {"modules_to_save": ["embed_tokens", "lm_head", "norm", "o_proj"]},
+            None,
+            "module model.layers.0.self_attn.o_proj: expected its weight",
+        ),
+        (
+            "saved",
+            {"modules_to_save": ["embed_tokens", "lm_head", "norm", "q_proj"]},
+            None,
+            "q_proj.lora_A.weight: not expected: adapter_config.json leaves module model.layers.0.self_attn",
+        ),
+        (
+            "saved",
+            {},
+            _with("model.layers.0.self_attn.o_proj.bias", lambda _: mx.ones(32)),
+            "o_proj.bias: not expected: a bias of the base that was trained",
+        ),
+        (
+            "saved",
+            {},
+            _with("lm_head.original_module.weight", lambda _: mx.ones((64, 32))),
+            "lm_head.original_module.weight: not expected: a weight that is not the base's, named as one",
+        ),
+        (
+            "saved",
+            {},
+            _with("lm_head.modules_to_save.default.weight", lambda _: mx.ones((64, 32))),
+            "is another weight of the same module",
+        ),
+        (
+            "saved",
+            {},
+            _with("model.layers.9.input_layernorm.weight", lambda _: mx.ones(32)),
+            "of a module that the model does not have",
+        ),
+        (
+            "embedding",
+            {},
+            _times("model.embed_tokens.base_layer.weight", 1.5, slice(2)),
+            "2 of its 64 rows differ, and the file has factors for this module as well",
+        ),
+        (
+            "plain",
+            {},
+            _with("model.embed_tokens.weight", lambda _: mx.zeros((64, 32))),
+            "64 of its 64 rows differ, and up to 32 can be served beside the base; it was trained, or bel",
+        ),
+        (
+            "saved-lookup",
+            {"modules_to_save": ["embed_tokens", "lm_head"]},
+            None,
+            "module lm_head: expected its weight, the file has none",
+        ),
+        (
+            "saved-lookup",
+            {"modules_to_save": ["embed_tokens", "lm_head"]},
+            _with("lm_head.weight", lambda tensors: tensors[f"{BASE}model.embed_tokens.weight"] * 2),
+            "the head is tied to the embedding model.embed_tokens, so that it cannot have rows of its own",
+        ),
+        (
+            "saved-lookup",
+            {"modules_to_save": None},
+            _with("lm_head.weight", lambda tensors: tensors[f"{BASE}model.embed_tokens.weight"] * 2),
+            "model.embed_tokens.weight is another weight, and embedding and head share theirs",
+        ),
+    ],
+)
+def test_what_is_neither_is_refused_with_how_much_differs(
+    tmp_path: Path,
+    name: str,
+    fields: dict[str, Any],
+    change: Callable[[Tensors], Tensors] | None,
+    expected: str,
+) -> None:
+    model = fixtures.model(fixtures.base_of(name))
+    before = snapshot(model)
+    container = AdapterContainer.from_directory(fixtures.changed(tmp_path / "a", name, fields, change))
+    with pytest.raises(InvalidAdapterError) as refused:
+        container.load(into=model)
+    assert expected in "\n".join(refused.value.problems)
+    assert snapshot(model) == before
+
+
+def test_a_plain_copy_changes_what_a_tied_pair_shares(tmp_path: Path) -> None:
+    folder = fixtures.changed(tmp_path / "a", "saved-tied", {"modules_to_save": None})
+    head_only = fixtures.changed(
+        tmp_path / "b", "saved-tied", {"modules_to_save": None}, _without("embed_tokens")
+    )
+    for one in (folder, head_only):
+        model = fixtures.model("qwen3")
+        AdapterContainer.from_directory(one).load(into=model)
+        logits = np.array(model(fixtures.tokens()))
+        np.testing.assert_allclose(logits, fixtures.expected("saved-tied"), atol=1e-4, rtol=0)
+
+
+def test_a_head_that_was_saved_whole_and_not_trained_leaves_the_embedding_alone(tmp_path: Path) -> None:
+    weight = mx.array(np.array(fixtures.model("qwen3").model.embed_tokens.weight))  # type: ignore[union-attr]
+    fields = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    folder = fixtures.changed(
+        tmp_path / "a", "saved-lookup", fields, _with("lm_head.weight", lambda _: weight)
+    )
+    model = fixtures.model("qwen3")
+    AdapterContainer.from_directory(folder).load(into=model)
+    logits = np.array(model(fixtures.tokens()))
+    np.testing.assert_allclose(logits, fixtures.expected("saved-lookup"), atol=1e-4, rtol=0)
