@@ -32,6 +32,7 @@ from mlx_lm.utils import dequantize_model
 from adapters_core.errors import UnsupportedModelError
 
 from .errors import ModelLoadError
+from .positions import keep_positions
 
 __all__ = ["UNLIMITED_TOKENS", "Dtype", "LoadedModel", "ModelInfo", "load_model"]
 
@@ -105,6 +106,7 @@ def load_model(
     model.eval()
     mx.eval(model.parameters())
     _require_batching(model)
+    keep_positions(model)
     info = ModelInfo(
         tokenizer=tokenizer,
         config=config,

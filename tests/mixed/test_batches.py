@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mlx_lm.tuner.utils import load_adapters
 
 from adapters_core.container import AdapterContainer
 from adapters_core.layers.modules import ModuleKind
 from adapters_core.layers.targets import default_keys
 from server.engine.loop import GenerationLoop, LoopOptions
+from server.engine.positions import keep_positions
 from tests.engine.support import make_context, prompts, reference, run, submit
 from tests.mixed.architectures import tiny
-from tests.mixed.resident import only, paths_of
+from tests.mixed.resident import load_with_mlx_lm, only, paths_of
 from tests.models import make_adapter
 
 NAMES = [
     "qwen3, tied head",
     "gemma3, sliding windows",
+    "afm7, split query, key and value",
     "mixtral, tied head",
     "olmoe, flat tokens and biases",
     "nemotron_h, recurrent, SwitchMLP",
@@ -29,6 +30,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_continuous_batches_give_mlx_lms_tokens(name: str, tmp_path: Path) -> None:
     model = tiny(name)
+    keep_positions(model)
     keys = [*default_keys(model), *paths_of(model, ModuleKind.EMBEDDING)]
     folders = [
         make_adapter(tmp_path / str(seed), model, keys=keys, seed=seed, rank=rank, size=0.1)
@@ -45,6 +47,6 @@ def test_continuous_batches_give_mlx_lms_tokens(name: str, tmp_path: Path) -> No
     for at, prompt in enumerate(asked):
         alone = tiny(name)
         if at % 4:
-            load_adapters(alone, str(folders[at % 4 - 1]))
+            load_with_mlx_lm(alone, folders[at % 4 - 1])
             alone.eval()
         assert found.tokens(str(at)) == reference(alone, prompt, 4 + at)
