@@ -18,7 +18,7 @@ from .adapted import AdaptedLayer, DoRALayer
 from .embedding import DoRAEmbedding, FeatureDoRAEmbedding, LoRAEmbedding
 from .linear import DoRALinear, LoRALinear, QDoRALinear, QLoRALinear
 from .module_weights import ModuleWeights
-from .modules import ModuleKind, factor_shapes, is_quantized, kind_of
+from .modules import ModuleKind, is_quantized, kind_of, output_sizes, product_shapes
 from .split import LoRASplitLinear
 from .switch import LoRASwitchLinear
 
@@ -63,18 +63,18 @@ def adapted(module: nn.Module, config: AdapterConfig) -> AdaptedLayer:
         ValueError: no adapter of the config's type fits this module.
     """
     parameters = config.lora_parameters
-    shapes = factor_shapes(module, parameters.rank, config.fine_tune_type is FineTuneType.DORA)
-    names = [name for name in shapes if name.startswith("lora_a")]
-    shape = shapes[names[0]]
-    bound = 1 / math.sqrt(shape[-1] if kind_of(module) is ModuleKind.SWITCH else shape[0])
-    pairs = [
-        (mx.random.uniform(low=-bound, high=bound, shape=shape), mx.zeros(shapes[f"lora_b{name[6:]}"]))
-        for name in names
-    ]
-    if kind_of(module) is ModuleKind.SPLIT:
-        weights = ModuleWeights.of_parts(pairs, parameters.scale)
+    shapes = product_shapes(module, parameters.rank, config.fine_tune_type is FineTuneType.DORA)
+    shape, kind = shapes["lora_a"], kind_of(module)
+    bound = 1 / math.sqrt(shape[-1] if kind is ModuleKind.SWITCH else shape[0])
+
+    def drawn() -> mx.array:
+        return mx.random.uniform(low=-bound, high=bound, shape=shape)
+
+    if kind is ModuleKind.SPLIT:
+        parts = [(drawn(), mx.zeros((parameters.rank, size))) for size in output_sizes(module)]
+        weights = ModuleWeights.of_parts(parts, parameters.scale)
     else:
-        weights = ModuleWeights(*pairs[0], None, parameters.scale)
+        weights = ModuleWeights(drawn(), mx.zeros(shapes["lora_b"]), None, parameters.scale)
     return with_weights(module, weights, config)
 
 

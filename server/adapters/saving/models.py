@@ -14,18 +14,16 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import save
 
 from adapters_core.files import new_folder
-from adapters_core.layers.modules import ModuleKind, kind_of
+from adapters_core.layers.modules import ModuleKind, is_quantized, kind_of
 from server.engine.model import ModelInfo
 
 from .folders import SavedFolders
 
 __all__ = ["ModelDraft", "config_of"]
 
-_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 _QUANTIZATION = ("quantization", "quantization_config")
 _REST_BYTES = 32 * 2**20  # config, tokenizer, index, with room to spare
 
@@ -79,7 +77,7 @@ def config_of(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     mlx-lm quantises a module as the entry for its path says, or by the shape of its tensors if there is none.
     """
     described = copy.deepcopy(config)
-    if not any(isinstance(module, _QUANTIZED) for _, module in model.named_modules()):
+    if not any(is_quantized(module) for _, module in model.named_modules()):
         for key in _QUANTIZATION:
             described.pop(key, None)
         return described
@@ -95,7 +93,7 @@ def config_of(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _quantization_of(module: nn.Module) -> dict[str, Any] | bool:
-    if not isinstance(module, _QUANTIZED):
+    if not is_quantized(module):
         return False
     found = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
     if kind_of(module) is ModuleKind.SPLIT:
