@@ -242,7 +242,7 @@ def tiny_mixtral() -> nn.Module:
     return model
 
 
-def test_experts_in_mlx_lm_s_format_and_refused_in_peft_s(tmp_path: Path) -> None:
+def test_experts_in_both_formats(tmp_path: Path) -> None:
     model = tiny_mixtral()
     up, down = (f"model.layers.1.block_sparse_moe.switch_mlp.{name}_proj" for name in ("up", "down"))
     weights = random_weights(model, [up, down, Q1], [2, 3, 2], [2.0, 1.0, 2.0])
@@ -251,10 +251,7 @@ def test_experts_in_mlx_lm_s_format_and_refused_in_peft_s(tmp_path: Path) -> Non
     assert found[up].lora_a.shape == (4, 3, 64)
     assert relative_error(adapted_logits(model, found), expected) < 1e-6
     assert relative_error(mlx_lm_logits(tmp_path / "a", tiny_mixtral()), expected) < 1e-4
-    with pytest.raises(InvalidAdapterError) as caught:
-        write_adapter(tmp_path / "b", weights, "peft", model)
-    assert [problem.split(":")[0] for problem in caught.value.problems] == [f"module {up}", f"module {down}"]
-    assert not (tmp_path / "b").exists()
+    assert tensors(written(tmp_path / "b", weights, "peft", model)) == tensors(weights)
 
 
 def test_a_bias_is_kept_in_peft_s_format_and_refused_in_mlx_lm_s(tmp_path: Path) -> None:
@@ -284,7 +281,7 @@ def test_what_neither_format_can_say_is_refused_with_the_whole_list(tmp_path: Pa
         with pytest.raises(InvalidAdapterError, match="there is none"):
             write_adapter(tmp_path / to, {}, to, model)
     dora = random_weights(model, [EMBED, Q0], [2, 2], [1.0, 1.0], is_dora=True)
-    with pytest.raises(InvalidAdapterError, match=f"{EMBED}: DoRA of an embedding"):
+    with pytest.raises(InvalidAdapterError, match=f"{EMBED}: its DoRA has a magnitude for each token"):
         write_adapter(tmp_path / "embedding", dora, "peft", model)
     biased = {Q0: replace(dora[Q0], bias=mx.zeros(64))}
     with pytest.raises(InvalidAdapterError, match="no bias"):

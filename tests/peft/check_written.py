@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent / "fixtures"
 SELF = "model.layers.{}.self_attn.{}_proj"
 DOWN, EMBED, HEAD = "model.layers.1.mlp.down_proj", "model.embed_tokens", "lm_head"
 Q0, Q1, V1 = SELF.format(0, "q"), SELF.format(1, "q"), SELF.format(1, "v")
+MIXTRAL, QWEN = "model.layers.0.block_sparse_moe.switch_mlp.{}", "model.layers.{}.mlp.switch_mlp.{}"
 
 # Name: model, DoRA, whether one module has a bias, and rank and scale by module.
 CASES: dict[str, tuple[str, bool, bool, dict[str, tuple[int, float]]]] = {
@@ -34,6 +35,30 @@ CASES: dict[str, tuple[str, bool, bool, dict[str, tuple[int, float]]]] = {
     "bias": ("llama", False, True, {Q0: (4, 2.0), Q1: (4, 2.0)}),
     "embedding": ("llama", False, False, {EMBED: (4, 2.0), V1: (3, 1.5)}),
     "tied-embedding": ("qwen3", False, False, {EMBED: (4, 2.0), V1: (3, 1.5)}),
+    "tied-otherwise": ("qwen3", False, False, {EMBED: (3, 1.5), Q0: (2, 2.0), V1: (2, 2.0)}),
+    "embedding-dora": ("llama", True, False, {EMBED: (4, 2.0), V1: (3, 1.5)}),
+    "lookup-dora": ("qwen3", True, False, {EMBED: (4, 2.0), V1: (3, 1.5)}),
+    "experts": (
+        "mixtral",
+        False,
+        False,
+        {
+            Q0: (4, 2.0),
+            MIXTRAL.format("gate_proj"): (2, 1.5),
+            MIXTRAL.format("up_proj"): (2, 1.5),
+            MIXTRAL.format("down_proj"): (3, 0.7),
+        },
+    ),
+    "some-experts": (
+        "qwen3_moe",
+        False,
+        False,
+        {
+            QWEN.format(0, "up_proj"): (2, 1.5),
+            QWEN.format(1, "gate_proj"): (1, 0.7),
+            QWEN.format(1, "up_proj"): (3, 1.5),
+        },
+    ),
 }
 
 
@@ -62,8 +87,12 @@ def write(folder: Path) -> None:
         for path, (rank, scale) in modules.items():
             module = module_at(base, path)
             shapes = factor_shapes(module, rank, is_dora)
-            norms = mx.linalg.norm(dense_weight(module), axis=1) * 1.2 if is_dora else None
-            weights[path] = ModuleWeights(draw(shapes["lora_a"]), draw(shapes["lora_b"]), norms, scale)
+            by_feature = is_dora and path == EMBED
+            axis = 0 if by_feature else 1
+            norms = mx.linalg.norm(dense_weight(module), axis=axis) * 1.2 if is_dora else None
+            a, b = draw(shapes["lora_a"]), draw(shapes["lora_b"])
+            is_apart = by_feature and base_name == "qwen3"
+            weights[path] = ModuleWeights(a, b, norms, scale, lookup_only=is_apart, by_feature=by_feature)
         if has_bias:
             weights[Q0] = replace(weights[Q0], bias=draw(weights[Q0].lora_b.shape[1:]))
         write_adapter(folder / name, weights, "peft", base, base_name=f"tiny/{base_name}")

@@ -22,6 +22,7 @@ from ...layers.module_weights import ModuleWeights
 from ..adapter_files import AdapterFiles, in_order
 from ..weights import PEFT_WEIGHTS_FILE
 from .expert_writing import expert_parameters
+from .names import HEADS, is_head, is_input_embedding
 
 __all__ = ["peft_files"]
 
@@ -62,6 +63,8 @@ def peft_files(
         tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in parameter.tensors.items()}
     mx.eval(tensors)
     named = modules | {parameter.name: parameter.weights for parameter in parameters}
+    # mlx-lm adapts a head that is tied to the embedding with it; elsewhere the field has no effect.
+    ties = bool(embeddings) and not any(one.lookup_only or one.by_feature for one in weights.values())
     config: dict[str, JsonValue] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -75,10 +78,8 @@ def peft_files(
         "target_modules": list(modules),
         "use_dora": any(module.magnitude is not None for module in weights.values()),
         "use_rslora": False,
-        # mlx-lm adapts a head that is tied to the embedding with it; elsewhere the field has no effect.
-        "ensure_weight_tying": bool(embeddings)
-        and not any(one.lookup_only or one.by_feature for one in weights.values()),
-        **_ranks_and_alphas(named),
+        "ensure_weight_tying": ties,
+        **_ranks_and_alphas(named, _tied_head(modules, embeddings) if ties else {}),
     }
     if parameters:
         config["target_parameters"] = [parameter.name for parameter in parameters]
@@ -134,19 +135,22 @@ def _problems(weights: Mapping[str, ModuleWeights], embeddings: Collection[str])
     return problems
 
 
-def _ranks_and_alphas(weights: Mapping[str, ModuleWeights]) -> dict[str, JsonValue]:
-    """The rank and the alpha of most modules, and patterns for the others."""
+def _tied_head(modules: Mapping[str, ModuleWeights], embeddings: Collection[str]) -> dict[str, ModuleWeights]:
+    """The head, by the end of its name, where it can only be a tied one, with what its embedding has."""
+    tied = [modules[path] for path in embeddings if path in modules and is_input_embedding(path)]
+    return {HEADS[0]: tied[0]} if tied and not any(is_head(path) for path in modules) else {}
+
+
+def _ranks_and_alphas(
+    weights: Mapping[str, ModuleWeights], by_end: Mapping[str, ModuleWeights]
+) -> dict[str, JsonValue]:
+    """The rank and the alpha of most modules, and patterns for the others and for those named `by_end`."""
     rank = _most_common([module.rank for module in weights.values()])
-    alphas = {path: _alpha(module.scale, module.rank) for path, module in weights.items()}
-    alpha = _most_common(list(alphas.values()))
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {
-            _pattern(path): module.rank for path, module in weights.items() if module.rank != rank
-        },
-        "alpha_pattern": {_pattern(path): value for path, value in alphas.items() if value != alpha},
-    }
+    alpha = _most_common([_alpha(module) for module in weights.values()])
+    patterns = {_pattern(path): module for path, module in weights.items()} | dict(by_end)
+    ranks = {key: module.rank for key, module in patterns.items() if module.rank != rank}
+    alphas = {key: value for key, module in patterns.items() if (value := _alpha(module)) != alpha}
+    return {"r": rank, "lora_alpha": alpha, "rank_pattern": dict(ranks), "alpha_pattern": dict(alphas)}
 
 
 def _pattern(path: str) -> str:
@@ -154,9 +158,10 @@ def _pattern(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
-def _alpha(scale: float, rank: int) -> int | float:
-    """The alpha whose alpha / rank is `scale`, to the bit where there is one, else the nearest."""
-    near = float(scale) * rank
+def _alpha(module: ModuleWeights) -> int | float:
+    """The alpha whose alpha / rank is the scale, to the bit where there is one, else the nearest."""
+    scale, rank = float(module.scale), module.rank
+    near = scale * rank
     below, above = (math.nextafter(near, end) for end in (-math.inf, math.inf))
     alpha = min((near, below, above), key=lambda alpha: abs(alpha / rank - scale))
     return int(alpha) if alpha.is_integer() else alpha
