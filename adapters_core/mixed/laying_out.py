@@ -75,7 +75,7 @@ def _group_layout(
     projections = []
     for path in paths:
         out_size, in_size = weight_shape(modules[path])[-2:]
-        projections.append(Projection(path, bucket_rank(weights[path].lora_a.shape[1]), in_size, out_size))
+        projections.append(Projection(path, bucket_rank(weights[path].rank), in_size, out_size))
     experts = None
     if kind_of(modules[paths[0]]) is ModuleKind.SWITCH:
         experts = weight_shape(modules[paths[0]])[0]

@@ -172,11 +172,6 @@ class Layout:
         self.groups = dict(groups)
 
     @property
-    def paths(self) -> list[str]:
-        """The paths of all projections."""
-        return [projection.path for group in self.groups.values() for projection in group.projections]
-
-    @property
     def places(self) -> set[str]:
         """Where the wrappers of all projections hang in the model."""
         return {group.place_of(path) for group in self.groups.values() for path in group.ranks}

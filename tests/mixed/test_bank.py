@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from mlx_lm.tuner.utils import load_adapters
 
 from adapters_core.container import AdapterContainer
@@ -20,7 +25,7 @@ from adapters_core.errors import ContainerStateError, InvalidAdapterError, Unsup
 from adapters_core.mixed.layout import bucket_rank
 from adapters_core.mixed.linear import MixedLinear
 from adapters_core.mixed.routing import ResidentAdapter, RowAdapters, make_row
-from tests.mixed.resident import Resident, only
+from tests.mixed.resident import Resident, alone, only
 from tests.models import (
     adapter_tensors,
     adapter_values,
@@ -262,25 +267,14 @@ def test_calls_out_of_turn_are_refused_and_change_nothing(tmp_path: Path) -> Non
 class Life(RuleBasedStateMachine):
     """Any sequence of adding, removing, fusing and failing; undone, the base is bit for bit itself."""
 
+    folders: list[Path]
+    expected: list[np.ndarray]
+    broken: Path
+
     def __init__(self) -> None:
         super().__init__()
-        self.temporary = tempfile.TemporaryDirectory()
-        root = Path(self.temporary.name)
         self.resident = Resident(tiny_llama())
         self.before = snapshot(self.resident.model)
-        self.folders = [
-            make_adapter(root / str(seed), tiny_llama(), seed=seed, **recipe)
-            for seed, recipe in enumerate(RECIPES)
-        ]
-        self.expected = []
-        for folder in self.folders:
-            reference = load_adapters(tiny_llama(), str(folder))
-            reference.eval()
-            self.expected.append(np.array(reference(tokens(1, 5))))
-        values = adapter_values()
-        broken = adapter_tensors(tiny_llama(), values)
-        broken.pop(min(broken))
-        self.broken = write_adapter(root / "broken", values, broken)
         self.added: list[tuple[int, ResidentAdapter]] = []
         self.fusion: Any = None
 
@@ -289,7 +283,6 @@ class Life(RuleBasedStateMachine):
             self.fusion.undo()
         self.resident.bank.close()
         assert snapshot(self.resident.model) == self.before
-        self.temporary.cleanup()
 
     @precondition(lambda self: self.fusion is None)
     @rule(which=st.integers(0, len(RECIPES) - 1))
@@ -332,5 +325,19 @@ class Life(RuleBasedStateMachine):
             assert relative_error(found[row], self.expected[which][0]) < 1e-4
 
 
-Life.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
-TestLife = Life.TestCase
+def test_any_life_of_a_bank_leaves_the_base_bit_for_bit(tmp_path: Path) -> None:
+    made = [
+        make_adapter(tmp_path / str(seed), tiny_llama(), seed=seed, **recipe)
+        for seed, recipe in enumerate(RECIPES)
+    ]
+    answers = [alone(tiny_llama(), folder, tokens(1, 5)) for folder in made]
+    values = adapter_values()
+    tensors = adapter_tensors(tiny_llama(), values)
+    tensors.pop(min(tensors))
+
+    class Here(Life):
+        folders = made
+        expected = answers
+        broken = write_adapter(tmp_path / "broken", values, tensors)
+
+    run_state_machine_as_test(Here, settings=settings(max_examples=15, stateful_step_count=12, deadline=None))
