@@ -19,7 +19,16 @@ from server.settings import LogFormat, LogLevel
 __all__ = ["configure_logging"]
 
 # At level info they tell each step that they take.
-_TALKATIVE = ("httpx", "httpcore", "huggingface_hub", "filelock", "urllib3", "asyncio", "uvicorn.error")
+_TALKATIVE = (
+    "httpx",
+    "httpcore",
+    "huggingface_hub",
+    "filelock",
+    "urllib3",
+    "asyncio",
+    "uvicorn.error",
+    "watchfiles",
+)
 
 # Its lines repeat, without the request's id, those of the application's own access log.
 _REPEATING = "uvicorn.access"

@@ -21,6 +21,7 @@ structlog.get_logger("ours").info("told\\nfalsely", path="/x\\r\\nForged: yes\\x
 logging.getLogger("uvicorn.error").warning("cut %d", 5, extra={"color_message": "in colour"})
 logging.getLogger("uvicorn.access").info("not twice")
 logging.getLogger("httpx").info("not told")
+logging.getLogger("watchfiles.main").info("nor this")
 logging.getLogger("other").debug("details")
 with structlog.contextvars.bound_contextvars(request_id="r1"):
     structlog.get_logger("ours").warning("bound")
