@@ -149,7 +149,7 @@ def blend(parts: Sequence[BlendPart], options: BlendOptions) -> Blend:
     problems += [problem for path in paths for problem in _problems_of_module(path, terms[path], options)]
     if problems:
         raise InvalidBlendError(problems)
-    largest = max(term.module.rank for path in paths for term in terms[path])
+    largest = max(term.module.file_rank for path in paths for term in terms[path])
     with np.errstate(over="ignore", invalid="ignore"):  # looked for, and told by name
         merged = {path: _merge(path, terms[path], options, options.rank or largest) for path in paths}
     broken = [path for path, module in merged.items() if not module.is_finite]
@@ -159,7 +159,7 @@ def blend(parts: Sequence[BlendPart], options: BlendOptions) -> Blend:
     worst = max(errors, key=lambda path: errors[path])
     report = BlendReport(
         modules=len(merged),
-        rank=max(module.weights.rank for module in merged.values()),
+        rank=max(module.weights.file_rank for module in merged.values()),
         error_mean=math.fsum(errors.values()) / len(errors),
         error_worst=errors[worst],
         worst_module=worst if errors[worst] > 0 else None,
@@ -200,7 +200,7 @@ def _problems_of_module(path: str, terms: Sequence[_Term], options: BlendOptions
         return [f"{path}: the adapters are not for one model: its shapes are {sorted(shapes)}"]
     if len({term.module.lookup_only for term in terms}) > 1:
         return [f"{path}: some of the adapters change the head that is tied to it, others do not: no one can"]
-    rank = sum(term.module.rank for term in terms)
+    rank = sum(term.module.file_rank for term in terms)
     if options.method == "linear" and rank > MAX_RANK:
         return [f"{path}: linear would have rank {rank}, of {MAX_RANK} allowed; svd cuts the sum to a rank"]
     return []
@@ -211,22 +211,22 @@ def _merge(path: str, terms: Sequence[_Term], options: BlendOptions, rank: int) 
         whole = side_by_side([(term.module, term.weight) for term in terms])
         if options.method == "linear":
             return _Merged(whole, 0.0)
-        pairs = zip(*_scaled_factors(whole), strict=True)
-        found = [truncate_product(left, right, rank) for left, right in pairs]
+        found = [truncate_product(left, right, rank) for left, right in _scaled_factors(whole)]
         return _Merged(_with_factors(whole, found), _relative_error(found))
     found = [truncate_matrix(delta, rank) for delta in _merged_deltas(path, terms, options)]
     return _Merged(_with_factors(terms[0].module, found), _relative_error(found))
 
 
 def _merged_deltas(path: str, terms: Sequence[_Term], options: BlendOptions) -> Iterator[np.ndarray]:
-    """The merged delta (n, m) of each matrix of a module: one, or one for each expert."""
-    factors = [_scaled_factors(term.module) for term in terms]
+    """The merged delta (n, m) of each matrix of a module: one, or one for each expert or output."""
+    is_apart = all(term.module.parts for term in terms)
+    modules = [term.module if is_apart else replace(term.module, parts=()) for term in terms]
     density = 1.0 if options.density is None else options.density
-    for matrix in range(factors[0][0].shape[0]):
-        shape = (factors[0][0].shape[1], factors[0][1].shape[2])
+    for matrix, factors in enumerate(zip(*map(_scaled_factors, modules), strict=True)):
+        shape = (factors[0][0].shape[0], factors[0][1].shape[1])
         merge = WeightedSum(shape) if options.method == "dare_linear" else DisjointMean(shape)
         for term, (left, right) in zip(terms, factors, strict=True):
-            delta = left[matrix] @ right[matrix]
+            delta = left @ right
             if options.method == "ties":
                 delta = trim(delta, density)
             else:
@@ -241,21 +241,26 @@ def _generator(seed: int, position: int, path: str, matrix: int) -> np.random.Ge
     return np.random.Generator(np.random.PCG64([seed, position, of_path, matrix]))
 
 
-def _scaled_factors(module: ModuleWeights) -> tuple[np.ndarray, np.ndarray]:
-    """(matrices, n, r) and (matrices, r, m), float32, whose product is (s·B A)ᵀ, or s·B A of experts."""
-    a, b = (np.array(factor.astype(mx.float32)) for factor in (module.lora_a, module.lora_b))
-    left, right = (b, a) if a.ndim == 3 else (a[None], b[None])
-    return left, right * np.float32(module.scale)
+def _scaled_factors(module: ModuleWeights) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(n, r) and (r, m) of each matrix, float32, whose product is (s·B A)ᵀ, or s·B A of an expert."""
+    pairs = [(np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))) for a, b in module.pairs]
+    if module.lora_a.ndim == 3:
+        pairs = [(b, a) for experts in pairs for a, b in zip(*experts, strict=True)]
+    return [(left, right * np.float32(module.scale)) for left, right in pairs]
 
 
 def _with_factors(module: ModuleWeights, found: Sequence[LowRank]) -> ModuleWeights:
     """`module` with these factors, one pair for each of its matrices, at scale 1."""
-    left = mx.array(np.stack([each.left for each in found]))
-    right = mx.array(np.stack([each.right for each in found]))
-    is_switch = module.lora_a.ndim == 3
-    a, b = (right, left) if is_switch else (left[0], right[0])
+    pairs = [(mx.array(each.left), mx.array(each.right)) for each in found]
+    if module.lora_a.ndim == 3:
+        b, a = (mx.stack(list(factors)) for factors in zip(*pairs, strict=True))
+    elif len(pairs) > 1:
+        module = ModuleWeights.of_parts(pairs, 1.0, module.bias)
+        a, b = module.lora_a, module.lora_b
+    else:
+        (a, b), module = pairs[0], replace(module, parts=())
     mx.eval(a, b)
-    return replace(module, lora_a=a, lora_b=b, scale=1.0, parts=())
+    return replace(module, lora_a=a, lora_b=b, scale=1.0)
 
 
 def _outer_shape(module: ModuleWeights) -> tuple[int, ...]:
