@@ -20,7 +20,7 @@ def writing_notes(weights: Mapping[str, ModuleWeights], to: FormatName) -> list[
 
 def _changed_factors(weights: Mapping[str, ModuleWeights]) -> list[str]:
     """What mlx-lm's format, with its one rank and scale, makes of modules that differ in them."""
-    ranks = sorted({module.rank for module in weights.values()})
+    ranks = sorted({module.file_rank for module in weights.values()})
     scales = sorted({module.scale for module in weights.values()})
     notes = []
     if len(ranks) > 1:
