@@ -72,9 +72,10 @@ def part_problems(path: str, leaves: Mapping[str, mx.array], rank: int) -> list[
     ]
     if problems:
         return problems
+    inputs = leaves["lora_a.0"].shape[:1]
     return [
         f"module {path}: expected factors of rank {rank}, got {first} {a} and {second} {b}"
         for first, second in pairs
         for a, b in [(leaves[first].shape, leaves[second].shape)]
-        if len(a) != 2 or len(b) != 2 or (a[0], a[1], b[0]) != (leaves["lora_a.0"].shape[0], rank, rank)
+        if a != (*inputs, rank) or len(a) != 2 or len(b) != 2 or b[0] != rank
     ]

@@ -302,6 +302,7 @@ def test_tensors_that_are_not_those_of_the_module_are_refused_by_name(tmp_path: 
     assert problems(wrong, read_unplaced) == [
         f"module {QKV}: expected factors of rank 4, got lora_a.2 (63, 4) and lora_b.2 (4, 32)"
     ]
+    assert len(problems({f"{QKV}.lora_a.0": mx.array(1.0)}, read_unplaced)) == 3
     for name in (f"{QKV}.lora_a", f"{QKV}.lora_b.3", f"{DOWN}.lora_a.0"):
         assert (
             f"tensor {name}: not expected: the tensors of this module are"
