@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from .config import CONFIG_FILE
 from .layers.module_weights import ModuleWeights
 
-__all__ = ["Described", "LoadReport", "Part", "parts_of", "ranges"]
+__all__ = ["Described", "LoadReport", "Part", "parts_of"]
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:")
@@ -166,17 +166,6 @@ def parts_of(
         )
         for (path, module), is_heard in zip(weights.items(), heard, strict=True)
     }
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Numbers in ascending order, as people write them: 0-3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _silence(parts: Mapping[str, Part]) -> tuple[str, ...]:

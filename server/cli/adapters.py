@@ -27,6 +27,7 @@ from server.cli.output import (
     warn,
 )
 from server.cli.save import save
+from server.cli.show import show_adapter
 
 __all__ = ["adapters_app"]
 
@@ -35,6 +36,7 @@ def adapters_app() -> typer.Typer:
     """The group of commands."""
     app = typer.Typer(help="Look after the adapters of a running server; inspect folders.")
     app.command("list")(list_adapters)
+    app.command("show")(show_adapter)
     app.command("load")(load)
     app.command("blend")(blend)
     app.command("unload")(unload)
@@ -64,6 +66,8 @@ def list_adapters(
         say(f"Active: {listing.get('active') or 'none'}." + (f" Resident: {resident}." if resident else ""))
         if available:
             say(f"Not loaded: {', '.join(map(str, available))}.")
+        for name, steps in (listing.get("checkpoints") or {}).items():
+            say(f"Checkpoints of {name}, as {name}@step-…: {', '.join(map(str, steps))}.")
 
     run_call(url, api_key, api_key_file, json, tell, "GET", "/v1/adapters")
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from server.cli.models import ModelFolder, lazy_model, require_mlx
-from server.cli.output import fail, human_bytes, report_table, say, show, warn
+from server.cli.output import fail, report_rows, report_table, say, show, warn
 
 if TYPE_CHECKING:
     from adapters_core.report import LoadReport
@@ -43,7 +43,7 @@ def inspect(
     if json:
         typer.echo(json_format.dumps(report.to_values() | {"fits": None if model is None else True}))
         return
-    show(report_table(_rows(path, report)))
+    show(report_table({"folder": path.resolve().name} | report_rows(report.to_values())))
     for warning in report.warnings:
         warn(f"warning: {warning}")
     if model is None:
@@ -81,27 +81,6 @@ def _refuse(path: Path, problems: tuple[str, ...], json: bool) -> NoReturn:
         typer.echo(json_format.dumps({"path": path.name, "fits": False, "problems": list(problems)}))
         raise typer.Exit(1)
     fail(f"{path.name} cannot be used, for {len(problems)} reason(s):", *problems)
-
-
-def _rows(path: Path, report: LoadReport) -> dict[str, Any]:
-    from adapters_core.report import ranges
-
-    return {
-        "folder": path.resolve().name,
-        "format": report.format,
-        "type": report.type,
-        "modules": report.modules,
-        "kinds": report.kinds or None,
-        "names": report.names,
-        "layers": ranges(report.layers) or None,
-        "ranks": report.ranks,
-        "scales": report.scales,
-        "dtypes": report.dtypes,
-        "tensors": human_bytes(report.tensor_bytes),
-        "base": report.base_name or "not named",
-        "ignored": report.ignored_fields or None,
-        "digest": report.digest,
-    }
 
 
 def _counted(doubts: dict[str, str]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -14,7 +14,21 @@ from rich.text import Text
 
 from server.printable import escape_controls
 
-__all__ = ["adapter_sentence", "adapters_table", "fail", "human_bytes", "report_table", "say", "show", "warn"]
+__all__ = [
+    "adapter_sentence",
+    "adapters_table",
+    "fail",
+    "human_bytes",
+    "moment",
+    "origin",
+    "ranges",
+    "report_rows",
+    "report_table",
+    "say",
+    "show",
+    "state",
+    "warn",
+]
 
 # Not a terminal's width, so that lines of a table in a pipe stay whole for grep and awk.
 _PIPE_COLUMNS = 1000
@@ -39,7 +53,14 @@ def fail(*sentences: str, code: int = 1) -> NoReturn:
 
 def show(table: Table) -> None:
     """Print a table to standard output, as wide as the terminal or, in a pipe, as its content."""
-    Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS).print(table)
+    if sys.stdout.isatty():
+        Console().print(table)
+        return
+    console = Console(width=_PIPE_COLUMNS)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip())
 
 
 def adapters_table(adapters: Sequence[Mapping[str, Any]]) -> Table:
@@ -53,19 +74,62 @@ def adapters_table(adapters: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("last used")
     table.add_column("path", overflow="fold")
     for adapter in adapters:
-        marks = [mark for mark in ("active", "pinned") if adapter.get(mark)]
-        if adapter.get("resident") is False:
-            marks.append("not in memory")
-        state = ", ".join([str(adapter.get("state", "")), *marks])
         cells = [
-            *(_plain(adapter.get("id")), _plain(adapter.get("type")), _plain(state)),
+            *(_plain(adapter.get("id")), _plain(adapter.get("type")), _plain(state(adapter))),
             *(_plain(adapter.get("rank")), _plain(adapter.get("scale")), _plain(adapter.get("modules"))),
             *(_plain(human_bytes(adapter.get("bytes"))), _plain(adapter.get("version"))),
             *(_plain(adapter.get("in_flight")), _plain(adapter.get("requests"))),
-            *(_plain(_moment(adapter.get("last_used"))), _plain(adapter.get("path"))),
+            *(_plain(moment(adapter.get("last_used"))), _plain(origin(adapter))),
         ]
         table.add_row(*cells)
     return table
+
+
+def state(adapter: Mapping[str, Any]) -> str:
+    """The state of an adapter object, and what else is special about it."""
+    marks = [mark for mark in ("active", "pinned") if adapter.get(mark)]
+    if adapter.get("resident") is False:
+        marks.append("not in memory")
+    return ", ".join([str(adapter.get("state", "")), *marks])
+
+
+def origin(adapter: Mapping[str, Any]) -> str:
+    """Where an adapter object came from: its folder, or the adapters that it was blended of."""
+    blend = adapter.get("blend")
+    if not isinstance(blend, Mapping):
+        return str(adapter.get("path") or "")
+    parts = [f"{part.get('id')} {_value(part.get('weight'))}" for part in blend.get("parts") or ()]
+    return f"{blend.get('method')} of {', '.join(parts)}"
+
+
+def report_rows(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A load report in JSON's types, for `report_table`; what it has no value for is left out."""
+    return {
+        "format": report.get("format"),
+        "type": report.get("type"),
+        "modules": report.get("modules"),
+        "kinds": report.get("kinds") or None,
+        "names": report.get("names") or None,
+        "layers": ranges(report.get("layers") or ()) or None,
+        "ranks": report.get("ranks"),
+        "scales": report.get("scales"),
+        "dtypes": report.get("dtypes"),
+        "tensors": human_bytes(report.get("tensor_bytes")),
+        "base": report.get("base_name") or "not named",
+        "ignored": report.get("ignored_fields") or None,
+        "digest": report.get("digest"),
+    }
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in ascending order, as people write them: 0-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
@@ -124,7 +188,8 @@ def _value(value: object) -> str:
     return str(value)
 
 
-def _moment(unix_seconds: object) -> str:
+def moment(unix_seconds: object) -> str:
+    """A time in seconds since 1970, as a clock here shows it; "" for what is no number."""
     if not isinstance(unix_seconds, int | float):
         return ""
     return datetime.fromtimestamp(unix_seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -12,15 +12,11 @@ from server.openai.comparing import ComparisonService
 from server.openai.streaming import ReplyStream
 from server.openai.wire import CompareRequest
 from server.routes.answering import ANSWERS
+from server.routes.dependencies import comparison_service
 
-__all__ = ["comparison_service", "router"]
+__all__ = ["router"]
 
 router = APIRouter(prefix="/v1", tags=["Comparison"], route_class=JsonRoute)
-
-
-async def comparison_service(request: Request) -> ComparisonService:
-    """The service that the application's lifespan put into its state."""
-    return request.app.state.comparison_service
 
 
 @router.post("/compare", response_class=Response, responses=ANSWERS)

@@ -6,22 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from adapters_core.errors import InvalidAdapterError
 from server.adapters.errors import AdapterExistsError, AdapterNotFoundError, InvalidAdapterIdError
-from server.adapters.service import AdapterService
 from server.errors import ApiError
 from server.json_body import JsonRoute
-from server.routes.dependencies import adapter_service
+from server.routes.dependencies import Adapters
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1", tags=["vLLM"], route_class=JsonRoute)
 
-Service = Annotated[AdapterService, Depends(adapter_service)]
 Text = Annotated[str, Field(max_length=4096, strict=True)]
 
 
@@ -40,7 +38,7 @@ class UnloadLoraBody(BaseModel):
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadLoraBody, service: Service) -> PlainTextResponse:
+async def load_lora_adapter(body: LoadLoraBody, service: Adapters) -> PlainTextResponse:
     """Load an adapter from a folder under the adapters root."""
     if not body.lora_name or not body.lora_path:
         raise _invalid("Both 'lora_name' and 'lora_path' must be provided.")
@@ -50,7 +48,7 @@ async def load_lora_adapter(body: LoadLoraBody, service: Service) -> PlainTextRe
 
 
 @router.post("/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadLoraBody, service: Service) -> PlainTextResponse:
+async def unload_lora_adapter(body: UnloadLoraBody, service: Adapters) -> PlainTextResponse:
     """Unload an adapter once the requests that use it have finished."""
     if not body.lora_name:
         raise _invalid("'lora_name' needs to be provided to unload a LoRA adapter.")

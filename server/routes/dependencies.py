@@ -10,10 +10,20 @@ from server.adapters.blending import Blender
 from server.adapters.saving.adapters import AdapterSaver
 from server.adapters.service import AdapterService
 from server.engine.engine import Engine
+from server.openai.comparing import ComparisonService
 from server.openai.service import TextService
 from server.settings import Settings
 
-__all__ = ["Adapters", "adapter_service", "blender", "engine", "saver", "settings", "text_service"]
+__all__ = [
+    "Adapters",
+    "adapter_service",
+    "blender",
+    "comparison_service",
+    "engine",
+    "saver",
+    "settings",
+    "text_service",
+]
 
 
 async def adapter_service(request: Request) -> AdapterService:
@@ -27,6 +37,11 @@ Adapters = Annotated[AdapterService, Depends(adapter_service)]
 async def blender(request: Request) -> Blender:
     """What makes adapters of others."""
     return request.app.state.blender
+
+
+async def comparison_service(request: Request) -> ComparisonService:
+    """The service behind comparisons."""
+    return request.app.state.comparison_service
 
 
 async def engine(request: Request) -> Engine:

@@ -43,6 +43,19 @@ ADAPTER = {
     "last_used": 1764000100,
     "load_seconds": 0.02,
 }
+SHOWN: dict[str, Any] = {
+    "blend": {"method": "svd", "parts": [{"id": "pirate", "weight": 0.6}, {"id": "robot@2", "weight": -1.0}]},
+    "versions": [{"version": 1, "state": "previous"}, {"version": 2, "state": "current"}],
+    "checkpoints": [100, 200],
+    "resident": False,
+    "report": {
+        "format": "mlx", "type": "lora", "digest": "sha256:00", "base_name": None, "modules": 60,
+        "kinds": {"linear": 60}, "names": {"q_proj": 30, "v_proj": 30}, "layers": [0, 1, 2, 7],
+        "ranks": [8], "scales": [20.0], "dtypes": ["float32"], "tensor_bytes": 1843200,
+        "ignored_fields": ["iters"], "warnings": ["Another base."],
+    },
+}  # fmt: skip
+"""What the server says of one adapter beyond what it says in lists."""
 KEY = "s3cret"
 
 
@@ -77,6 +90,10 @@ def canned_app(server: CannedServer) -> FastAPI:
             "memory_limit_bytes": 2**30,
             "available": ["sonnet"],
         }
+
+    @app.get("/v1/adapters/{name}")
+    async def one(name: str) -> dict[str, Any]:
+        return {**ADAPTER, "id": name, **SHOWN}
 
     @app.post("/v1/adapters")
     async def load(request: Request) -> Response:

@@ -20,7 +20,7 @@ from adapters_core.formats.writing import write_adapter
 from adapters_core.layers.modules import kind_of
 from adapters_core.layers.targets import module_at
 from adapters_core.mixed.routing import Routing
-from adapters_core.report import LoadReport, parts_of, ranges
+from adapters_core.report import LoadReport, parts_of
 from tests.models import adapter_tensors, adapter_values, make_adapter, tiny_llama
 from tests.models import write_adapter as write_files
 
@@ -176,11 +176,6 @@ def test_an_adapter_that_changes_nothing_is_a_warning(tmp_path: Path) -> None:
     assert every.startswith("The adapter changes nothing")
     dora = random_weights(model, [Q0], [2], [0.0], is_dora=True)
     assert LoadReport.of(AdapterContainer.from_weights(dora, "a"), parts_of(dora)).warnings == ()
-
-
-def test_ranges() -> None:
-    assert ranges([]) == ""
-    assert ranges([0, 1, 2, 3, 7, 9, 10]) == "0-3, 7, 9-10"
 
 
 def test_a_report_of_files_needs_no_mlx_lm() -> None:
