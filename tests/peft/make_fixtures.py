@@ -266,6 +266,36 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
             "ensure_weight_tying": True,
         },
     ),
+    "tokens-dora": (
+        "llama",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "use_dora": True,
+            "target_modules": QV,
+            "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [60, 3, 9]},
+        },
+    ),
+    "tokens-dora-tied": (
+        "qwen3",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "use_dora": True,
+            "target_modules": QV,
+            "trainable_token_indices": [5, 9, 33],
+        },
+    ),
+    "saved-dora": (
+        "qwen3",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "use_dora": True,
+            "target_modules": QV,
+            "modules_to_save": ["embed_tokens", "norm"],
+        },
+    ),
 }
 
 # Rows that were trained of modules that are saved whole, by the name of the module.
@@ -273,6 +303,7 @@ TRAINED_ROWS = {
     "saved-rows": {"embed_tokens": [5, 9], "lm_head": [3, 60, 12]},
     "saved-lookup": {"embed_tokens": [5, 9, 33]},
     "saved-tied": {"embed_tokens": [5, 9, 33]},
+    "saved-dora": {"embed_tokens": [5, 9, 33]},
 }
 
 

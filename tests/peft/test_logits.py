@@ -63,6 +63,7 @@ def test_rows_with_different_folders_in_one_batch_equal_peft(base: str) -> None:
         "tied",
         "tokens",
         "tokens-head",
+        "tokens-dora",
         "saved-rows",
         "saved-tied",
         "experts-qwen3",

@@ -84,13 +84,37 @@ def test_a_field_that_cannot_be_followed_is_refused_by_name(
     assert len(problems) == 1
     assert problems[0].startswith(f"adapter_config.json: {field}: ")
     assert reason in problems[0]
+    if "regular expression" not in problems[0] and value not in ([], None):
+        assert json.dumps(value) in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("layer_replication", [[0, 2], [1, 2]], "Merge the adapter into its base"),
+        ("alora_invocation_tokens", [5, 7], "Train without it"),
+        ("use_qalora", True, "or train without it"),
+        ("use_bdlora", {"nblocks": 2}, "Merge the adapter into its base"),
+        ("arrow_config", {"top_k": 3}, "Serve one, or a blend"),
+        ("kasa_config", {"beta": 1e-4}, "Merge the adapter into its base"),
+        ("megatron_config", {"tensor_model_parallel_size": 2}, "Save it again without Megatron"),
+        ("init_lora_weights", "pissa", "Save it again with path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "loftq", "Merge the adapter into its base"),
+        ("init_lora_weights", "newest", "Those that are known not to: true, false, gaussian"),
+        ("use_next_thing", {"level": 3}, "If it matters in training only, remove it"),
+        ("peft_type", "IA3", "Merge the adapter into its base"),
+    ],
+)
+def test_a_refusal_says_the_value_and_what_to_do(tmp_path: Path, field: str, value: Any, advice: str) -> None:
+    (problem,) = _problems(fixtures.changed(tmp_path / "a", "plain", {field: value}))
+    assert json.dumps(value) in problem
+    assert advice in problem
 
 
 @pytest.mark.parametrize(
     ("fields", "named", "reason"),
     [
         ({"target_modules": "q", "layers_to_transform": 1}, "layers_to_transform", "regular expression"),
-        ({"use_dora": True, "trainable_token_indices": [1]}, "trainable_token_indices", "with use_dora"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias", "cannot be used with use_dora"),
         ({"target_parameters": ["x"], "use_dora": True}, "use_dora", "target_parameters"),
         ({"target_parameters": ["x"], "lora_bias": True}, "lora_bias", "target_parameters"),

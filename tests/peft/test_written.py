@@ -49,10 +49,20 @@ def _assert_same(left: Weights, right: Weights) -> None:
                 np.testing.assert_array_equal(np.array(mine), np.array(its), err_msg=f"{path} {name}")
 
 
+def _is_by_token(module: ModuleWeights) -> bool:
+    return module.magnitude is not None and not module.by_feature
+
+
 @pytest.mark.parametrize("name", fixtures.ADAPTERS)
 def test_what_was_read_is_written_and_comes_back_the_same(tmp_path: Path, name: str) -> None:
     model = fixtures.model(fixtures.base_of(name))
     weights = _read(fixtures.adapter(name), model)
+    by_token = [path for path, one in weights.items() if path == EMBEDDING and _is_by_token(one)]
+    if by_token:
+        # Trained rows beside DoRA: exact with mlx-lm's kind of magnitudes, which this format has not.
+        with pytest.raises(InvalidAdapterError, match="a magnitude for each token"):
+            write_adapter(tmp_path / "a", weights, "peft", model)
+        return
     write_adapter(tmp_path / "a", weights, "peft", model)
     _assert_same(_read(tmp_path / "a", model), weights)
 

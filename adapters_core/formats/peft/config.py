@@ -93,14 +93,19 @@ _PLAIN: dict[str, tuple[JsonValue, ...]] = {
 }
 _NEVER_REPORTED = frozenset({"peft_version"})
 
+_MERGE = "Merge the adapter into its base with PEFT and serve that"
+# Why a field with a value is refused, and what to do.
 _REFUSED = {
-    "alora_invocation_tokens": "the adapter is active only after certain tokens of a prompt (aLoRA)",
-    "arrow_config": "several adapters are chosen between for every token (Arrow)",
-    "kasa_config": "it goes with a base whose weights were truncated (KaSA)",
-    "layer_replication": "it goes with a base whose layers were repeated",
-    "megatron_config": "its layers are split as Megatron does",
-    "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
-    "use_qalora": "its inputs are averaged in groups (QALoRA)",
+    "alora_invocation_tokens": (
+        "the adapter is active only after these tokens of a prompt (aLoRA), and one that is served is active "
+        "for all of them. Train without it"
+    ),
+    "arrow_config": "several adapters are chosen between for every token (Arrow). Serve one, or a blend",
+    "kasa_config": f"it goes with a base whose weights were truncated (KaSA). {_MERGE}",
+    "layer_replication": f"it goes with a base whose layers were repeated. {_MERGE}",
+    "megatron_config": "its layers are split as Megatron does. Save it again without Megatron",
+    "use_bdlora": f"its factors are block-diagonal (BD-LoRA). {_MERGE}",
+    "use_qalora": f"its inputs are averaged in groups (QALoRA). {_MERGE}, or train without it",
 }
 # Initialisations that subtract the first A and B from the base, or quantise it (PEFT's `update_layer`).
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -197,7 +202,7 @@ class PeftConfig:
         kind = values.get("peft_type")
         if kind != "LORA":
             raise InvalidAdapterError(
-                source, [f"{CONFIG_FILE}: peft_type: {_KINDS_ADVICE}, got {shown(kind)}"]
+                source, [f"{CONFIG_FILE}: peft_type: {_KINDS_ADVICE}, got {shown(kind)}. {_MERGE}"]
             )
         problems = _refused(values)
         fields = None
@@ -227,7 +232,7 @@ def _as_set(names: list[str] | str | None) -> frozenset[str]:
 
 def _refused(values: Mapping[str, JsonValue]) -> list[str]:
     problems = [
-        f"{CONFIG_FILE}: {name}: not supported: {reason}"
+        f"{CONFIG_FILE}: {name}: {shown(values.get(name))} is not supported: {reason}"
         for name, reason in _REFUSED.items()
         if not _says_nothing(values.get(name))
     ]
@@ -235,7 +240,7 @@ def _refused(values: Mapping[str, JsonValue]) -> list[str]:
     known = {*PeftFields.model_fields, *_TRAINING_ONLY, *_REFUSED, "init_lora_weights"}
     problems += [
         f"{CONFIG_FILE}: {name}: an unknown field with a value ({shown(value)}); it may change what the "
-        "adapter computes"
+        "adapter computes. If it matters in training only, remove it"
         for name, value in sorted(values.items())
         if name not in known and not _says_nothing(value)
     ]
@@ -247,14 +252,17 @@ def _refused_initialisation(value: JsonValue) -> list[str]:
         return []
     if isinstance(value, str) and value.lower().startswith(_CHANGES_BASE):
         reason = (
-            f"not supported: {shown(value)} changes the base before training, so that the adapter goes with "
-            "another base. Save it again with path_initial_model_for_weight_conversion, which makes it a "
-            "plain LoRA"
+            "changes the base before training, so that the adapter goes with another base. Save it again "
+            "with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
         if value.lower() == "loftq":
-            reason = f'not supported: "{value}" goes with a base that was quantised in its own way'
-        return [f"{CONFIG_FILE}: init_lora_weights: {reason}"]
-    return [f"{CONFIG_FILE}: init_lora_weights: an unknown initialisation, {shown(value)}"]
+            reason = f"goes with a base that was quantised in its own way. {_MERGE}"
+        return [f"{CONFIG_FILE}: init_lora_weights: {shown(value)} is not supported: it {reason}"]
+    known = ", ".join(_PLAIN_INITIALISATIONS)
+    return [
+        f"{CONFIG_FILE}: init_lora_weights: an unknown initialisation, {shown(value)}; it may change the "
+        f"base. Those that are known not to: true, false, {known}"
+    ]
 
 
 def _contradictions(fields: PeftFields) -> list[str]:
@@ -265,18 +273,22 @@ def _contradictions(fields: PeftFields) -> list[str]:
         problems.append("target_modules: expected the names of the adapted modules, there are none")
     if isinstance(modules, str):
         for name in ("layers_to_transform", "layers_pattern"):
-            if not _says_nothing(getattr(fields, name)):
-                problems.append(f"{name}: cannot be used with target_modules as a regular expression")
+            if not _says_nothing(value := getattr(fields, name)):
+                problems.append(
+                    f"{name}: {shown(value)} cannot be used with target_modules as a regular expression, in "
+                    "PEFT either. Have the expression name the layers"
+                )
     elif fields.layers_pattern and fields.layers_to_transform is None:
-        problems.append("layers_pattern: cannot be used without layers_to_transform")
-    if fields.trainable_token_indices and fields.use_dora:
-        problems.append("trainable_token_indices: cannot be served with use_dora")
+        problems.append(
+            f"layers_pattern: {shown(fields.layers_pattern)} cannot be used without layers_to_transform, in "
+            "PEFT either"
+        )
     if fields.lora_bias and fields.use_dora:
-        problems.append("lora_bias: cannot be used with use_dora")
+        problems.append("lora_bias: true cannot be used with use_dora, in PEFT either")
     if parameters:
         for name in ("use_dora", "lora_bias"):
             if getattr(fields, name):
-                problems.append(f"{name}: cannot be used with target_parameters")
+                problems.append(f"{name}: true cannot be used with target_parameters, in PEFT either")
     return problems + _unusable_patterns(fields)
 
 

@@ -203,7 +203,7 @@ class ExpertMapping:
             return factors.refused(f"{CONFIG_FILE} leaves module {factors.path} out")
         for field in ("use_dora", "lora_bias"):
             if getattr(self._config.fields, field):
-                return factors.refused(f"{field} of an expert is not supported")
+                return factors.refused(f"{field} of an expert is not supported; train without it")
         return factors.problems({Leaf.A: (rank, columns), Leaf.B: (rows, rank)}, rank)
 
     def _add_missing_blocks(self) -> None:
@@ -225,7 +225,10 @@ class ExpertMapping:
 
     def _unreadable_parameters(self) -> str | None:
         if self._model_type not in _FUSED_MODELS:
-            return f"how the parameters of the experts of a {self._model_type} model lie is not known"
+            return (
+                f"how the parameters of the experts of a {self._model_type} model lie is not known; merge "
+                "the adapter into its base and serve that"
+            )
         version = re.match(r"(\d+)\.(\d+)", self._config.fields.peft_version or "")
         if version is None or (int(version[1]), int(version[2])) < _FIRST_VERSION:
             oldest = ".".join(map(str, _FIRST_VERSION))

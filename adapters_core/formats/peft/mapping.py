@@ -87,7 +87,7 @@ class _Mapping:
         self._seen.add(path)
         module = self._modules[path]
         if Leaf.TOKENS in factors.tensors and (indices := token_indices(self._config, factors.path)):
-            weights, problems = token_weights(factors, indices, module)
+            weights, problems = token_weights(self._config, factors, indices, module)
             self._weights |= {} if weights is None else {path: weights}
             self._problems += problems
             return

@@ -3,7 +3,8 @@
     W' = W with row tᵢ replaced by vᵢ = W + A B,   A (rows, k) with A[tᵢ, i] = 1,   Bᵢ = vᵢ - W[tᵢ]
 
 PEFT's `trainable_tokens_delta` (k, dims) holds the vᵢ themselves. The sum has vᵢ to the rounding of one
-addition. A head that is tied to the embedding is changed with it, as in PEFT. Changes nothing.
+addition. A head that is tied to the embedding is changed with it, as in PEFT. In a DoRA, the magnitudes are
+the norms of W + A B, so that nothing is scaled. Changes nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def has_rows(module: nn.Module) -> bool:
 
 
 def token_weights(
-    factors: Factors, indices: list[int], module: nn.Module
+    config: PeftConfig, factors: Factors, indices: list[int], module: nn.Module
 ) -> tuple[ModuleWeights | None, list[str]]:
     """What the rows in `factors` are to the base's `module`, and why they cannot be that."""
     if not has_rows(module):
@@ -64,20 +65,25 @@ def token_weights(
         )
     if problems := factors.problems({Leaf.TOKENS: (len(indices), dims)}, len(indices)):
         return None, problems
-    return row_weights(module, indices, factors.tensors[Leaf.TOKENS]), []
+    new = factors.tensors[Leaf.TOKENS]
+    return row_weights(module, indices, new, is_dora=config.fields.use_dora), []
 
 
-def row_weights(module: nn.Module, rows: Sequence[int], new: mx.array) -> ModuleWeights:
-    """The LoRA that gives the base's `module`, one that `has_rows`, the rows `new` (k, dims) at `rows`."""
+def row_weights(module: nn.Module, rows: Sequence[int], new: mx.array, *, is_dora: bool) -> ModuleWeights:
+    """What gives the base's `module`, one that `has_rows`, the rows `new` (k, dims) at `rows`."""
     places = mx.array(list(rows))
     is_embedding = kind_of(module) is ModuleKind.EMBEDDING
     old = module(places) if is_embedding else dense_weight(module)[places]
     dtype = (mx.zeros(1, new.dtype) + mx.zeros(1, compute_dtype(module))).dtype
     delta = (new.astype(mx.float32) - old.astype(mx.float32)).astype(dtype)
     chosen = (mx.arange(weight_shape(module)[0])[:, None] == places[None]).astype(dtype)
+    magnitude = None
+    if is_dora:
+        change = chosen.astype(mx.float32) @ delta.astype(mx.float32)
+        magnitude = mx.linalg.norm(dense_weight(module).astype(mx.float32) + change, axis=-1)
     if is_embedding:
-        return ModuleWeights(chosen, delta, None, 1.0)
-    return ModuleWeights(mx.contiguous(delta.T), mx.contiguous(chosen.T), None, 1.0)
+        return ModuleWeights(chosen, delta, magnitude, 1.0)
+    return ModuleWeights(mx.contiguous(delta.T), mx.contiguous(chosen.T), magnitude, 1.0)
 
 
 def _shown(indices: list[int]) -> str:

@@ -119,7 +119,8 @@ class WholeMapping:
         if (reason := self._unfit(place, module, len(rows), count)) is not None:
             self._refuse(one, f"a weight that is not the base's: {reason}; {self._advice(one)}")
             return
-        weights = row_weights(module, rows, one.tensor[mx.array(rows)])
+        new, is_dora = one.tensor[mx.array(rows)], self._config.fields.use_dora
+        weights = row_weights(module, rows, new, is_dora=is_dora)
         self.weights[place] = replace(weights, lookup_only=lookup_only)
         self.warnings.append(
             f"The file has a whole weight for {one.path}, and {len(rows)} of its {count} rows are not the "
