@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import structlog
 
@@ -19,6 +20,10 @@ load_openblas()
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from server.demo.model import default_cache_dir, demo_model  # noqa: E402 (MLX may be imported only from here on)
+
+# How long a draw takes depends on the machine, and on what else runs there.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 # By default, structlog shows an exception with all variables, in colour, which takes a second for each.
 structlog.configure(
