@@ -1,16 +1,14 @@
-"""Two real servers for the whole session: the demo, and one whose adapters' folder tests may change."""
+"""The demo, a real server for the whole session."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from openai import OpenAI
 
-from tests.e2e.running import DEMO_ADAPTERS, ROOT, Served, serving
+from tests.e2e.running import ROOT, Served, serving
 
 
 @pytest.fixture(scope="session")
@@ -38,19 +36,3 @@ def client(demo: Served) -> Iterator[OpenAI]:
     """The official client of the demo."""
     with demo.openai() as client:
         yield client
-
-
-@pytest.fixture(scope="session")
-def adapters_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the demo's adapters."""
-    return shutil.copytree(DEMO_ADAPTERS, tmp_path_factory.mktemp("served") / "adapters")
-
-
-@pytest.fixture(scope="session")
-def own_process(
-    demo_model_path: Path, adapters_root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    """The demo's model over `adapters_root`, with nothing loaded."""
-    errors = tmp_path_factory.mktemp("own") / "errors.log"
-    with serving(errors, "serve", str(demo_model_path), "--adapters-dir", str(adapters_root)) as served:
-        yield served

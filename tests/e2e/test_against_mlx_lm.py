@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,11 @@ from typing import Any
 import mlx_lm
 import pytest
 
-from tests.e2e.running import BASE, ROOT, Served, environment
+from tests.e2e.running import BASE, DEMO_ADAPTERS, ROOT, Served, environment, serving
 from tests.models import make_adapter
 
-REQUESTS = 24
-MAX_TOKENS = 18
+REQUESTS = 14
+MAX_TOKENS = 12
 
 Asked = tuple[str, str]
 Answered = tuple[str, list[str]]
@@ -25,14 +27,23 @@ Answered = tuple[str, list[str]]
 
 
 @pytest.fixture(scope="module")
-def server(own_process: Served, adapters_root: Path, demo_model_path: Path) -> Served:
+def adapters_root(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's adapters and one more: a DoRA of all linear layers, of a rank that fits no other's."""
+    root = shutil.copytree(DEMO_ADAPTERS, tmp_path_factory.mktemp("served") / "adapters")
     model, *_ = mlx_lm.load(str(demo_model_path))
-    make_adapter(
-        adapters_root / "stranger", model, "dora", rank=5, scale=4.0, num_layers=4, keys=None, size=0.03
-    )
-    own_process.restore()  # what another file's tests have unloaded stays so until it is loaded
-    return own_process
+    make_adapter(root / "stranger", model, "dora", rank=5, scale=4.0, num_layers=4, keys=None, size=0.03)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(
+    demo_model_path: Path, adapters_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """The demo's model with all these adapters loaded."""
+    errors = tmp_path_factory.mktemp("logs") / "errors.log"
+    with serving(errors, "serve", str(demo_model_path), "--adapters-dir", str(adapters_root)) as served:
+        served.restore()
+        yield served
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.running import BASE, STOP_SECONDS, Done, Served, run, serving
+from tests.e2e.streams import ENDLESS_TOKENS, NO_END, WORDS, Stream, write_long_model
 
 
 def adapters(server: Served, *arguments: str) -> Any:
@@ -18,7 +21,7 @@ def adapters(server: Served, *arguments: str) -> Any:
 
 
 def chat(server: Served, *arguments: str, stdin: str = "") -> Done:
-    return run("chat", *arguments, "--temperature", "0", "--max-tokens", "24", url=server.url, stdin=stdin)
+    return run("chat", *arguments, "--temperature", "0", "--max-tokens", "10", url=server.url, stdin=stdin)
 
 
 def test_the_life_of_an_adapter(demo: Served) -> None:
@@ -75,7 +78,7 @@ def test_a_question_as_an_argument_and_through_a_pipe(demo: Served) -> None:
             "model": "pirate",
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
-            "max_tokens": 24,
+            "max_tokens": 10,
         },
     )
     assert asked.out == answer["choices"][0]["message"]["content"] + "\n"
@@ -90,20 +93,17 @@ def test_a_second_server_on_the_same_port_is_refused_with_a_sentence(demo: Serve
     assert demo.ask("GET", "/ready") == {"status": "ready"}
 
 
-def test_ctrl_c_ends_a_server_after_what_it_is_about(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def long_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_long_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_ctrl_c_ends_a_server_after_what_it_is_about(long_model_path: Path, tmp_path: Path) -> None:
     errors = tmp_path / "errors.log"
-    with serving(errors, "demo", "--shutdown-timeout-seconds", "10") as server, server.openai() as client:
-        stream = client.chat.completions.create(
-            model="pirate",
-            messages=[{"role": "user", "content": "Where does the sun rise?"}],
-            temperature=0,
-            max_tokens=6,
-            stream=True,
-        )
-        reasons = [next(stream).choices[0].finish_reason]
+    with serving(errors, "serve", str(long_model_path), "--shutdown-timeout-seconds", "60") as server:
+        stream = Stream(server, "tiny", tokens=400)
         server.process.send_signal(signal.SIGINT)
-        reasons += [chunk.choices[0].finish_reason for chunk in stream]
-        assert reasons[-1] == "length"
+        assert len(stream.rest()) == 400
         server.http.close()
         assert server.process.wait(STOP_SECONDS) in (0, 130)
     said = errors.read_text()
@@ -112,16 +112,11 @@ def test_ctrl_c_ends_a_server_after_what_it_is_about(tmp_path: Path) -> None:
     assert "terminate called" not in said
 
 
-def test_a_stream_that_outlasts_the_stop_is_told_so(tmp_path: Path) -> None:
+def test_a_stream_that_outlasts_the_stop_is_told_so(long_model_path: Path, tmp_path: Path) -> None:
     errors = tmp_path / "errors.log"
-    body = {
-        "messages": [{"role": "user", "content": "Count to a thousand."}],
-        "max_tokens": 4000,
-        "logit_bias": {"0": -100, "2": -100},  # what would end the answer
-        "stream": True,
-    }
+    body = {**WORDS, "max_tokens": ENDLESS_TOKENS, "logit_bias": NO_END, "stream": True}
     with (
-        serving(errors, "demo", "--shutdown-timeout-seconds", "1") as server,
+        serving(errors, "serve", str(long_model_path), "--shutdown-timeout-seconds", "1") as server,
         server.http.stream("POST", "/v1/chat/completions", json=body) as reply,
     ):
         lines = (line for line in reply.iter_lines() if line)
