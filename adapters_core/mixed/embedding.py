@@ -99,19 +99,15 @@ class MixedEmbedding(nn.Module):
     def _add(self, y: mx.array, tokens: mx.array, one: Pass, stack: Stack) -> mx.array:
         """y (B, L, dims) with the term of this pass added to the rows concerned."""
         layout = stack.layout
-        if one.rows is not None:
-            tokens = tokens[one.rows]
-        slots = one.slots[:, None]
+        tokens, slots = one.of(tokens), one.slots[:, None]
         # As (slots, tokens, rank), so that the row of one token is what a slot and a token name.
         h = stack.b(self._path).swapaxes(-1, -2)[slots, tokens]
         if one.is_weighted:
             h = h * one.weights(layout.dtype)
         a = stack.a()[one.slots] if one.slot is None else stack.a(one.slot)
-        new = (y if one.rows is None else y[one.rows]) + (h @ a).astype(y.dtype)
+        new = one.of(y) + (h @ a).astype(y.dtype)
         if layout.is_dora:
             factor = stack.factor(self._path)
             factor = factor[slots] if layout.by_feature else factor[slots, tokens][..., None]
             new = factor.astype(y.dtype) * new
-        if one.select is None:
-            return new
-        return mx.take(mx.concatenate([y, new]), one.select, axis=0)
+        return one.replaced(y, new)

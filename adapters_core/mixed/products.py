@@ -57,7 +57,7 @@ class Products:
         elif self._gathers(layout.dtype):
             h = mx.gather_mm(x, stack.a().swapaxes(-1, -2), one.rows, one.slots)
         else:
-            h = (x if one.rows is None else x[one.rows]) @ stack.a()[one.slots].swapaxes(-1, -2)
+            h = one.of(x) @ stack.a()[one.slots].swapaxes(-1, -2)
         if one.is_weighted:
             h = h * one.weights(layout.dtype)
         if len(layout.ranks) == 1:
@@ -69,7 +69,7 @@ class Products:
     ) -> mx.array:
         """y (B, L, out) with the term of this pass added to the rows concerned; h as from `_shrink`."""
         layout = stack.layout
-        old = y if one.rows is None else y[one.rows]
+        old = one.of(y)
         if one.slot is None and h.shape[1] == 1 and self._gathers(layout.dtype):
             new = old + mx.gather_mm(h, stack.b(path), None, one.slots).astype(y.dtype)
         else:
@@ -84,9 +84,7 @@ class Products:
             f = stack.factor(path)[one.slots][:, None, :].astype(y.dtype)
             bias = linear.get("bias")
             new = f * new if bias is None else f * (new - bias) + bias
-        if one.select is None:
-            return new
-        return mx.take(mx.concatenate([y, new]), one.select, axis=0)
+        return one.replaced(y, new)
 
 
 def _as_rows(x: mx.array, batch_size: int) -> mx.array:

@@ -124,6 +124,14 @@ class Pass:
             position = {row: batch_size + at for at, row in enumerate(rows)}
             self.select = mx.array([position.get(row, row) for row in range(batch_size)], dtype=mx.uint32)
 
+    def of(self, batch: mx.array) -> mx.array:
+        """The rows concerned, (E, …), of what all rows of the batch have, (B, …)."""
+        return batch if self.rows is None else batch[self.rows]
+
+    def replaced(self, batch: mx.array, new: mx.array) -> mx.array:
+        """`batch` (B, …) with `new` (E, …) for the rows concerned; the others keep their bits."""
+        return new if self.select is None else mx.take(mx.concatenate([batch, new]), self.select, axis=0)
+
     def weights(self, dtype: mx.Dtype) -> mx.array:
         """Scale times request weight of each row, (E, 1, 1)."""
         found = self._weights.get(dtype)
