@@ -157,8 +157,14 @@ def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
     for (path, depth), factors in contents.factors.items():
         rank, scale = rank_and_scale(config, path)
         if Leaf.TOKENS in factors.tensors:
+            rows = factors.tensors[Leaf.TOKENS]
+            if rows.ndim != 2:
+                found.problems.append(
+                    f"tensor {factors.names[Leaf.TOKENS]}: expected a matrix, got {rows.shape}"
+                )
+                continue
             found.open[path] = "the rows of trained tokens are seen beside those of the base"
-            found.parts[path] = _part_of(factors, factors.tensors[Leaf.TOKENS].shape[0], 1.0)
+            found.parts[path] = _part_of(factors, rows.shape[0], 1.0)
             continue
         if depth or _EXPERTS.search(path):
             key = f"{path}.{depth}.experts" if depth else path

@@ -12,6 +12,7 @@ import pytest
 
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
+from adapters_core.formats.unplaced import read_unplaced
 from tests.models import snapshot
 from tests.peft import fixtures
 
@@ -327,7 +328,48 @@ def _without(*names: str) -> Callable[[Tensors], Tensors]:
             },
             ["mlp.experts.9.up_proj.lora_A.weight: not expected: the model has 4 experts"],
         ),
-        ("modules-qwen3", {"use_dora": True}, None, ["use_dora of an expert is not supported"]),
+        (
+            "modules-qwen3",
+            {"use_dora": True},
+            None,
+            ["use_dora of an expert is not supported; train without"],
+        ),
+        (
+            "modules-qwen3",
+            {"exclude_modules": ["experts.1.up_proj"]},
+            None,
+            ["experts.1.up_proj.lora_A.weight: not expected: adapter_config.json leaves module model"],
+        ),
+        (
+            "experts-down",
+            {"r": 3},
+            None,
+            ["experts.lora_A.weight: expected shape (12, 24) (rank 3), got (8, 24)"],
+        ),
+        (
+            "plain",
+            {},
+            _with(f"{Q0}.token_adapter.trainable_tokens_delta", mx.zeros((1, 32))),
+            ["rows of single tokens, and adapter_config.json has none for this module"],
+        ),
+        (
+            "plain",
+            {},
+            _with(f"{Q0}.lora_embedding_A", mx.zeros((4, 32))),
+            ["q_proj.lora_embedding_A: not expected: not a factor of a module of this kind"],
+        ),
+        (
+            "plain",
+            {},
+            _with(f"{Q0}.lora_diag", mx.zeros(4)),
+            ["q_proj.lora_diag: not expected: singular values of KaSA"],
+        ),
+        (
+            "saved",
+            {"target_modules": ["nothing"]},
+            lambda tensors: {name: value for name, value in tensors.items() if "lora" not in name},
+            ["expected tensors of an adapter, the file has none"],
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(
@@ -350,3 +392,53 @@ def test_another_base_is_refused_with_every_tensor(tmp_path: Path) -> None:
     assert len(problems) >= 16
     assert "transformer.h.0.attn.c_attn" in names
     assert "transformer.h.1.mlp.c_proj" in names
+
+
+def test_experts_of_a_model_whose_layout_is_not_known_are_refused() -> None:
+    model = fixtures.model("qwen3_moe")
+    model.model_type = "unheard_of"  # type: ignore[assignment]
+    with pytest.raises(InvalidAdapterError) as refused:
+        AdapterContainer.from_directory(fixtures.adapter("experts-qwen3")).check(model)
+    assert len(refused.value.problems) == 8
+    for problem in refused.value.problems:
+        assert "how the parameters of the experts of a unheard_of model lie is not known; merge" in problem
+
+
+def test_buffers_of_training_methods_are_passed_over(tmp_path: Path) -> None:
+    folder = fixtures.changed(tmp_path / "a", "plain", {}, _with(f"{Q0}.lora_velora_scale", mx.ones(1)))
+    model = fixtures.model("llama")
+    found = AdapterContainer.from_directory(folder).check(model)
+    assert found.keys() == AdapterContainer.from_directory(fixtures.adapter("plain")).check(model).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        (
+            "plain",
+            lambda tensors: {name: value for name, value in tensors.items() if name != f"{Q0}.lora_B.weight"},
+            "tensor model.layers.0.self_attn.q_proj.lora_B: expected a matrix, the file has none",
+        ),
+        (
+            "tokens",
+            _with("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", mx.array(1.0)),
+            "embed_tokens.token_adapter.trainable_tokens_delta: expected a matrix, got ()",
+        ),
+        (
+            "plain",
+            _with(f"{Q0}.lora_B.weight", mx.zeros((32, 3))),
+            f"tensor {Q0}.lora_B.weight: expected shape (32, 4) (rank 4), got (32, 3)",
+        ),
+        (
+            "plain",
+            _with("base_model.model.model.layers.0.strange.lora_A.weight", mx.zeros((4, 32))),
+            "leaves module model.layers.0.strange out (target_modules",
+        ),
+    ],
+)
+def test_what_is_wrong_without_a_model_is_seen_without_one(
+    tmp_path: Path, name: str, change: Callable[[Tensors], Tensors], expected: str
+) -> None:
+    with pytest.raises(InvalidAdapterError) as refused:
+        read_unplaced(fixtures.changed(tmp_path / "a", name, {}, change))
+    assert expected in "\n".join(refused.value.problems)

@@ -150,6 +150,15 @@ def test_experts_beside_fields_that_peft_has_not_for_them_are_refused(tmp_path: 
             write_adapter(tmp_path / "a", {DOWN: _experts(2, 1, 24, 32), q: beside}, "peft", model)
 
 
+def test_a_bias_beside_an_embedding_is_refused(tmp_path: Path) -> None:
+    model = fixtures.model("llama")
+    weights = _read(fixtures.adapter("embedding"), model)
+    path = "model.layers.0.self_attn.q_proj"
+    weights[path] = replace(weights[path], bias=mx.ones(32))
+    with pytest.raises(InvalidAdapterError, match=r"model\.embed_tokens: PEFT has no bias \(lora_bias\)"):
+        write_adapter(tmp_path / "a", weights, "peft", model)
+
+
 @pytest.mark.parametrize("name", ["embedding-dora", "lookup-dora"])
 def test_a_dora_by_feature_is_refused_in_mlx_lms_format(tmp_path: Path, name: str) -> None:
     model = fixtures.model(fixtures.base_of(name))
