@@ -3,11 +3,12 @@
 There, mlx-lm's AFM (`mlx_lm/models/afm7.py`) takes the number of keys for the position of the tokens. In a
 batch that counts a row's padding too, so that every row but the longest would get other answers than alone.
 The layer whose keys are reused has just rotated queries of the same tokens by each row's own positions, so
-those are taken. Runs on the thread that owns the model, once.
+those are taken. The model is changed once, on the thread that owns it.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import mlx.core as mx
@@ -16,11 +17,13 @@ import mlx.nn as nn
 __all__ = ["keep_positions"]
 
 
-class _Positions:
-    """Where the tokens of the forward under way begin: a number, or one for each row (B,)."""
+class _Positions(threading.local):
+    """Where the tokens of the forward under way begin: a number, or one for each row (B,).
 
-    def __init__(self) -> None:
-        self.offset: int | mx.array = 0
+    Each thread has its own: fusing computes with a copy of the model beside what is being generated.
+    """
+
+    offset: int | mx.array = 0
 
 
 class _Noting(nn.Module):

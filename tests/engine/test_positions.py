@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import mlx.core as mx
@@ -42,6 +43,19 @@ def test_rows_of_unlike_lengths_get_the_answers_that_they_get_alone() -> None:
     # What it is for; when mlx-lm gets this right, it can go.
     alone = np.array(theirs(mx.concatenate([rows[1], steps[1]])[None]))[0]
     assert relative_error(in_a_batch(theirs, rows, steps)[1], alone) > 1e-2
+
+
+def test_a_forward_on_another_thread_does_not_disturb() -> None:
+    model, x = tiny(AFM), tokens(1, 4, 3, 16).astype(mx.float32)
+    reusing = model.model.kv_reuse_layers[0].self_attn
+    plain = reusing.rope
+    keep_positions(model)
+    rope = model.model.layers[-1].self_attn.rope
+    rope(x, offset=5)
+    elsewhere = threading.Thread(target=lambda: rope(x, offset=2))
+    elsewhere.start()
+    elsewhere.join()
+    assert mx.array_equal(reusing.rope(x, offset=9), plain(x, offset=5)).item()
 
 
 def test_other_models_are_left_as_they_are() -> None:
