@@ -168,7 +168,7 @@ class Settings(BaseSettings):
     kept_versions_bytes: ByteSize = Field(
         default=ByteSize(4 * 2**30), ge=0, json_schema_extra=_group("Adapters")
     )
-    """Disk, under the cache folder, for versions whose folder holds something else by now; 0 keeps none."""
+    """Disk, under the cache folder, for copies of what was loaded, to roll back to; 0 keeps none."""
 
     load_on_demand: bool = Field(default=True, json_schema_extra=_group("Adapters"))
     """Whether a request may load an adapter by naming a folder under the adapters root."""

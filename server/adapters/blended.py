@@ -1,7 +1,7 @@
 """What a blend was made of, and how it is made (again): the same parts give the same weights.
 
-A part is known by its digest, not by its name: what is read from its folder has to be what was blended, or it
-is refused. Knows no names but to show them. What reads and computes runs on a worker thread.
+A part is a version, not a name: what is read again has to be what was blended, or it is refused. Knows no
+names but to show them. What reads and computes runs on a worker thread.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 
-from adapters_core.blending.blend import BlendOptions, BlendPart, BlendReport, blend
+from adapters_core.blending.blend import Blend, BlendOptions, BlendPart, blend
 from adapters_core.container import AdapterContainer
 
-from .errors import BlendPartChangedError
-from .memory.loading import read_folder
-from .source import Made, Source, folder_of
+from .errors import AdapterChangedError, BlendPartChangedError
+from .originals import read_version
+from .source import Made
+from .versions import Version
 
-__all__ = ["Blended", "Part", "make_blend", "read_source"]
+__all__ = ["Blended", "Part", "make_blend"]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A version in a blend: what the client called it, its weight, its content and where that comes from."""
+    """A version in a blend, what the client called it, and its weight."""
 
     id: str
     weight: float
-    version: int
-    digest: str
-    source: Source
+    version: Version
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -39,10 +38,12 @@ class Blended(Made):
     parts: tuple[Part, ...]
     options: BlendOptions
 
+    def make_again(self, model: nn.Module, name: str) -> AdapterContainer:
+        """As it was made. Raises as `make_blend`."""
+        return AdapterContainer.from_weights(make_blend(self.parts, self.options, model).modules, name)
 
-def make_blend(
-    parts: Sequence[Part], options: BlendOptions, model: nn.Module, name: str
-) -> tuple[AdapterContainer, BlendReport]:
+
+def make_blend(parts: Sequence[Part], options: BlendOptions, model: nn.Module) -> Blend:
     """The adapter that `parts` make together over `model`, and how well its rank holds it.
 
     Raises:
@@ -52,19 +53,11 @@ def make_blend(
         AdapterNotReadableError: a part was made in memory, and not by blending.
     """
     read = [BlendPart(part.id, part.weight, _read_part(part, model).check(model)) for part in parts]
-    made = blend(read, options)
-    return AdapterContainer.from_weights(made.modules, name), made.report
-
-
-def read_source(source: Source, model: nn.Module, name: str) -> AdapterContainer:
-    """What a version came from, read or made again; whoever asks compares digests. Raises as `make_blend`."""
-    if isinstance(source, Blended):
-        return make_blend(source.parts, source.options, model, name)[0]
-    return read_folder(folder_of(source))
+    return blend(read, options)
 
 
 def _read_part(part: Part, model: nn.Module) -> AdapterContainer:
-    adapter = read_source(part.source, model, part.id)
-    if adapter.digest != part.digest:
-        raise BlendPartChangedError(part.id)
-    return adapter
+    try:
+        return read_version(part.version, model, part.id)
+    except AdapterChangedError:
+        raise BlendPartChangedError(part.id) from None

@@ -74,12 +74,12 @@ class Blender:
         started = time.perf_counter()
         async with self._turn:
             model = await self._service.bare_model(_refusal(adapter_id))
-            adapter, report = await run_aside(make_blend, parts, options, model, adapter_id)
+            made = await run_aside(make_blend, parts, options, model)
         seconds = time.perf_counter() - started
         _log.info("adapter_blended", adapter=adapter_id, method=options.method, seconds=round(seconds, 3))
-        source = Blended(_recipe(parts, options, report, seconds), parts, options)
+        source = Blended(_recipe(parts, options, made.report, seconds), parts, options)
         return await self._service.load_made(
-            adapter_id, source, lambda: adapter, pinned=pinned, activate=activate, replace=replace
+            adapter_id, source, made.modules, pinned=pinned, activate=activate, replace=replace
         )
 
     def _refuse_at_once(self, adapter_id: str, replace: bool) -> None:
@@ -105,7 +105,7 @@ class Blender:
         except UnknownVersionError as error:
             error.param = "blend"
             raise
-        return Part(text, weight, version.number, version.resident.digest, version.source)
+        return Part(text, weight, version)
 
 
 def _refusal(adapter_id: str) -> str:
@@ -136,7 +136,12 @@ def _recipe(
         "rank": options.rank,
         "seed": options.seed,
         "parts": [
-            {"id": part.id, "weight": part.weight, "version": part.version, "digest": part.digest}
+            {
+                "id": part.id,
+                "weight": part.weight,
+                "version": part.version.number,
+                "digest": part.version.resident.digest,
+            }
             for part in parts
         ],
         "error_mean": report.error_mean,

@@ -7,16 +7,15 @@ before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
 
-from adapters_core.container import AdapterContainer
+from adapters_core.layers.module_weights import ModuleWeights
 
 from .errors import AdapterExistsError, quoted
 from .folder import AdapterFolders
-from .keeping import Keeper
 from .memory.placing import Placer, Wish
 from .memory.returning import Returner
 from .registry import Registry
@@ -55,7 +54,6 @@ class Changes:
         registry: Registry,
         folders: AdapterFolders,
         tasks: Tasks,
-        keeper: Keeper,
         placer: Placer,
         returner: Returner,
         journal: Journal,
@@ -63,7 +61,6 @@ class Changes:
         self._registry = registry
         self._folders = folders
         self._tasks = tasks
-        self._keeper = keeper
         self._placer = placer
         self._returner = returner
         self._journal = journal
@@ -73,26 +70,23 @@ class Changes:
         async with self._tasks.lock(adapter_id):
             entry = self._replaceable(adapter_id, wishes)
             folder = await asyncio.to_thread(self._folders.find, adapter_id, path)
-            with self._keeper.unless_replaced(entry):
-                version = await self._placer.load_in_turn(Wish(adapter_id, folder, entry))
-                return self._publish(adapter_id, version, wishes, entry)
+            version = await self._placer.load_in_turn(Wish(adapter_id, folder, entry))
+            return self._publish(adapter_id, version, wishes, entry)
 
     async def load_made(
-        self, adapter_id: str, made: Made, make: Callable[[], AdapterContainer], wishes: Wishes
+        self, adapter_id: str, made: Made, weights: Mapping[str, ModuleWeights], wishes: Wishes
     ) -> Loaded:
-        """Load what `make` makes. Raises as `AdapterService.load_made`."""
+        """Load what was made. Raises as `AdapterService.load_made`."""
         async with self._tasks.lock(adapter_id):
             entry = self._replaceable(adapter_id, wishes)
-            with self._keeper.unless_replaced(entry):
-                version = await self._returner.place_made(adapter_id, made, make, entry)
-                return self._publish(adapter_id, version, wishes, entry)
+            version = await self._returner.place_made(adapter_id, made, weights, entry)
+            return self._publish(adapter_id, version, wishes, entry)
 
     async def roll_back(self, adapter_id: str) -> Entry:
         """Make the previous version the current one. Raises as `AdapterService.roll_back`."""
         async with self._tasks.lock(adapter_id):
             entry = self._registry.get(adapter_id)
-            with self._keeper.unless_replaced(entry):
-                await self._returner.roll_back(entry)
+            await self._returner.roll_back(entry)
             _log.info("adapter_rolled_back", adapter=adapter_id, version=entry.current.number)
             return entry
 
@@ -105,8 +99,8 @@ class Changes:
         return entry
 
     def _publish(self, adapter_id: str, version: Version, wishes: Wishes, before: Entry | None) -> Loaded:
-        self._journal.loaded(adapter_id, version)
         entry = self._registry.publish(adapter_id, version, wishes.pinned)
+        self._journal.loaded(adapter_id, version)
         if wishes.activate:
             self._registry.activate(adapter_id)
         return Loaded(entry, created=before is None)

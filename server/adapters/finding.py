@@ -10,7 +10,6 @@ import asyncio
 from .errors import quoted
 from .folder import AdapterFolder, AdapterFolders
 from .gate import Gate
-from .keeping import Keeper
 from .memory.placing import Accept, Placer, Wish
 from .names import checkpoint_of
 from .registry import Registry
@@ -30,7 +29,6 @@ class Finder:
         folders: AdapterFolders,
         tasks: Tasks,
         gate: Gate,
-        keeper: Keeper,
         placer: Placer,
         journal: Journal,
     ) -> None:
@@ -38,7 +36,6 @@ class Finder:
         self._folders = folders
         self._tasks = tasks
         self._gate = gate
-        self._keeper = keeper
         self._placer = placer
         self._journal = journal
         self._demanded: dict[str, asyncio.Task[None]] = {}
@@ -66,15 +63,14 @@ class Finder:
         async with self._tasks.lock(adapter_id):
             entry = self._registry.find(adapter_id)
             wish = Wish(adapter_id, folder, entry, accept)
-            with self._keeper.unless_replaced(entry):
-                if entry is not None and entry.current.in_memory:
-                    self._publish(wish, await self._placer.load_in_turn(wish))
-                    return
-                async with self._gate.shared():
-                    self._refuse_if_fused(adapter_id)
-                    if adapter_id not in self._registry.unloaded:
-                        # Nobody waits for it, so nothing leaves memory for it.
-                        self._publish(wish, await self._placer.load(wish, may_evict=False))
+            if entry is not None and entry.current.in_memory:
+                self._publish(wish, await self._placer.load_in_turn(wish))
+                return
+            async with self._gate.shared():
+                self._refuse_if_fused(adapter_id)
+                if adapter_id not in self._registry.unloaded:
+                    # Nobody waits for it, so nothing leaves memory for it.
+                    self._publish(wish, await self._placer.load(wish, may_evict=False))
 
     async def _demand(self, adapter_id: str) -> None:
         folder = await asyncio.to_thread(self._folder_of, adapter_id)
@@ -100,8 +96,8 @@ class Finder:
         if entry is not None and entry.newest.resident.digest == version.resident.digest:
             self._registry.retire(entry, version)  # a request was faster, which found the same
             return
-        self._journal.loaded(wish.adapter_id, version)
         self._registry.publish(wish.adapter_id, version)
+        self._journal.loaded(wish.adapter_id, version)
 
     def _refuse_if_fused(self, adapter_id: str) -> None:
         self._registry.refuse_if_fused(f"{quoted(adapter_id)} cannot be loaded")

@@ -17,7 +17,7 @@ from pathlib import Path
 from adapters_core.config import CONFIG_FILE
 from adapters_core.formats.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
 
-from .errors import AdapterNotFoundError, InvalidAdapterIdError, PathNotAllowedError, quoted
+from .errors import AdapterNotFoundError, InvalidAdapterIdError, PathNotAllowedError, quoted, some_of
 
 __all__ = ["RESERVED_IDS", "AdapterFolder", "AdapterFolders", "check_id", "configured_folders", "is_valid_id"]
 
@@ -65,6 +65,12 @@ class AdapterFolder:
     shown: str
     trusted: bool = False
     weights_file: str | None = None
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The files that an adapter in it may consist of."""
+        weights = (WEIGHTS_FILE, PEFT_WEIGHTS_FILE) if self.weights_file is None else (self.weights_file,)
+        return (CONFIG_FILE, *weights)
 
 
 class AdapterFolders:
@@ -185,8 +191,12 @@ class AdapterFolders:
 
     def _existing(self, folder: Path, asked: str, trusted: bool = False) -> AdapterFolder:
         if not os.path.isdir(folder):
-            where = "" if trusted else " under the adapters root"
-            raise AdapterNotFoundError(f"There is no folder {quoted(asked)}{where}.")
+            if trusted:
+                raise AdapterNotFoundError(f"There is no folder {quoted(asked)}.")
+            raise AdapterNotFoundError(
+                f"There is no folder {quoted(asked)} under the adapters root. Adapters there are: "
+                f"{some_of(self.available('', ()))}."
+            )
         return AdapterFolder(folder, self._shown(folder), trusted)
 
     def _shown(self, folder: Path) -> str:

@@ -11,9 +11,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
-from adapters_core.config import CONFIG_FILE
-from adapters_core.formats.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
-
 from .errors import LifeCycleError
 from .folder import AdapterFolder, AdapterFolders
 
@@ -26,9 +23,8 @@ last change in nanoseconds, inode."""
 
 def look_at(folder: AdapterFolder) -> Look:
     """How the files that make up the adapter in `folder` look now; empty if there are none."""
-    weights = (WEIGHTS_FILE, PEFT_WEIGHTS_FILE) if folder.weights_file is None else (folder.weights_file,)
     seen: list[tuple[str, int, int, int, int]] = []
-    for name in (CONFIG_FILE, *weights):
+    for name in folder.file_names:
         with suppress(OSError):
             status = os.stat(folder.path / name)
             times_ns = status.st_mtime_ns, status.st_ctime_ns

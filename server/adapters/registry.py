@@ -21,6 +21,7 @@ from .errors import (
     UnknownModelError,
     UnknownVersionError,
     quoted,
+    some_of,
 )
 from .names import checkpoint_of, parse_name
 from .pins import Kind, Pin, Resolved, Terms
@@ -76,7 +77,8 @@ class Registry:
         """The entry of exactly this id. Raises AdapterNotFoundError."""
         entry = self._entries.get(adapter_id)
         if entry is None:
-            raise AdapterNotFoundError(f"No adapter {quoted(adapter_id)} is loaded.")
+            loaded = some_of(list(self._entries))
+            raise AdapterNotFoundError(f"No adapter {quoted(adapter_id)} is loaded. Loaded are: {loaded}.")
         return entry
 
     def was_unloaded(self, adapter_id: str) -> bool:
@@ -154,11 +156,12 @@ class Registry:
         return Pin(resolved.row, resolved.served_name, release)
 
     def publish(self, adapter_id: str, version: Version, pinned: bool | None = None) -> Entry:
-        """Make `version` what `adapter_id` means. `pinned` None keeps it.
+        """Make `version` what `adapter_id` means, as the next that it gets. `pinned` None keeps it.
 
         A version before it is what a rollback leads to from now on, if it is kept; if not, it is retired.
         """
         entry = self._entries.get(adapter_id)
+        version.number = 1 if entry is None else entry.newest.number + 1
         if entry is None:
             entry = self._entries[adapter_id] = Entry(adapter_id, version, newest=version)
         else:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import mlx.nn as nn
 
-from adapters_core.container import AdapterContainer
 from adapters_core.fusing.fusion import Precision
+from adapters_core.layers.module_weights import ModuleWeights
 from server.engine.container import ModelContainer
 from server.engine.model import ModelInfo
 
@@ -30,7 +30,8 @@ from .folder import AdapterFolder, AdapterFolders, check_id
 from .fusing.fuser import FuseOptions, Fuser, FuseResult
 from .fusing.progress import Tell, no_tell
 from .gate import Gate
-from .keeping import Keeper, PrivateFolder
+from .keeping.keeper import Keeper
+from .keeping.private import PrivateFolder
 from .memory.line import Line
 from .memory.memory import Memory
 from .memory.pinning import Pinner
@@ -111,12 +112,12 @@ class AdapterService:
         journal = Journal(self.registry, info, on_load)
         is_watched = options.watched_dir is not None
         reader = Reader(memory, folders, keeper, options.settle_seconds if is_watched else None)
-        placer = Placer(self.registry, memory, reader, gate)
+        placer = Placer(self.registry, memory, gate, keeper, reader)
         reloader = Reloader(self.registry, memory, gate, placer, unloader, journal)
         returner = Returner(self.registry, memory, gate, keeper, reader, reloader, unloader)
         self._pinner = Pinner(self.registry, memory, reloader)
-        self._changes = Changes(self.registry, folders, tasks, keeper, placer, returner, journal)
-        self._finder = Finder(self.registry, folders, tasks, gate, keeper, placer, journal)
+        self._changes = Changes(self.registry, folders, tasks, placer, returner, journal)
+        self._finder = Finder(self.registry, folders, tasks, gate, placer, journal)
         self._fuser = Fuser(
             container, info, self.registry, self.residency, gate, self._releases.idle,
             FuseOptions(options.models_dir, options.fuse_threshold),
@@ -227,21 +228,21 @@ class AdapterService:
         self,
         adapter_id: str,
         made: Made,
-        make: Callable[[], AdapterContainer],
+        weights: Mapping[str, ModuleWeights],
         *,
         pinned: bool | None = None,
         activate: bool = False,
         replace: bool = False,
     ) -> Loaded:
-        """Load what `make` makes from other adapters, on a thread of its own; otherwise as `load`.
+        """Load `weights`, evaluated, by module, which were made of other adapters; otherwise as `load`.
 
         Raises:
             InvalidAdapterIdError, AdapterExistsError, InvalidAdapterError, AdapterMemoryError,
-            BaseIsFusedError, VersionNotKeptError, and what `make` raises.
+            BaseIsFusedError, VersionNotKeptError
         """
         check_id(adapter_id, self.registry.base)
         wishes = Wishes(pinned, activate, replace)
-        return await self._change(self._changes.load_made(adapter_id, made, make, wishes))
+        return await self._change(self._changes.load_made(adapter_id, made, weights, wishes))
 
     async def roll_back(self, adapter_id: str) -> Entry:
         """Make the previous version of an adapter the current one; requests in flight finish on theirs.

@@ -1,4 +1,4 @@
-"""Where a version comes from: a folder, or other adapters. Pure."""
+"""Where a version comes from: a folder, or other adapters. Knows no files and no names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.nn as nn
+
+from adapters_core.container import AdapterContainer
+
 from .errors import AdapterNotReadableError
 from .folder import AdapterFolder
 
-__all__ = ["Made", "Source", "folder_of"]
+__all__ = ["Made", "Source"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -23,12 +27,13 @@ class Made:
         """The path that clients see: there is none."""
         return None
 
+    def make_again(self, model: nn.Module, name: str) -> AdapterContainer:
+        """The adapter, called `name`, over the bare base `model`. Runs on a worker thread.
+
+        Raises:
+            AdapterNotReadableError: nobody knows how.
+        """
+        raise AdapterNotReadableError
+
 
 Source = AdapterFolder | Made
-
-
-def folder_of(source: Source) -> AdapterFolder:
-    """The folder that `source` is. Raises AdapterNotReadableError if it was made in memory."""
-    if isinstance(source, Made):
-        raise AdapterNotReadableError
-    return source

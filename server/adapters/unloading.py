@@ -13,7 +13,7 @@ import structlog
 
 from .errors import quoted
 from .gate import Gate
-from .keeping import Keeper
+from .keeping.keeper import Keeper
 from .memory.memory import Memory
 from .registry import Registry
 from .releases import Releases

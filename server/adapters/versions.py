@@ -9,8 +9,8 @@ from typing import Literal
 
 from adapters_core.bank import ResidentAdapter
 
-from .folder import AdapterFolder
-from .source import Source, folder_of
+from .keeping.copies import Copy
+from .source import Source
 
 __all__ = ["Entry", "State", "Version"]
 
@@ -22,8 +22,9 @@ class Version:
     """One content of one id: what it is, where it came from, and how many requests use it.
 
     `resident` describes it and stays the same object when it leaves memory and comes back, so that a row may
-    name it before it is there. `in_memory` says whether the bank has it, `loading` whether it is on its way,
-    `kept` whether there is a private copy to bring it back from, whatever becomes of its source.
+    name it before it is there. `in_memory` says whether the bank has it, `loading` whether it is on its way.
+    From `copy`, which is private, it can be brought back whatever becomes of its source. `number` is 0 until
+    it is published.
     """
 
     number: int
@@ -35,12 +36,12 @@ class Version:
     pinned: bool = False
     in_memory: bool = False
     loading: bool = False
-    kept: bool = False
+    copy: Copy | None = None
 
     @property
-    def folder(self) -> AdapterFolder:
-        """The folder that it was read from. Raises AdapterNotReadableError if it was not read from any."""
-        return folder_of(self.source)
+    def kept(self) -> bool:
+        """Whether there is a private copy."""
+        return self.copy is not None
 
     @property
     def size_bytes(self) -> int:

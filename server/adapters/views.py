@@ -64,6 +64,7 @@ def _versions(entry: Entry) -> list[dict[str, Any]]:
             "state": state,
         }
         for version, state in sorted(states.items(), key=lambda item: item[0].number)
+        if version.number
     ]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
+from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -20,11 +22,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from adapters_core.blending.blend import BlendOptions
 from adapters_core.container import AdapterContainer
-from adapters_core.errors import InvalidAdapterError
+from adapters_core.errors import InvalidAdapterError, InvalidBlendError
+from server.adapters.blended import Blended
+from server.adapters.blending import Blender
 from server.adapters.errors import AdapterMemoryBusyError, AdapterMemoryError, LifeCycleError
+from server.adapters.folder import AdapterFolder
 from server.adapters.pins import Pin
-from tests.adapters.support import House, greedy, house, make_adapters, read_model, tokens_of
+from server.adapters.versions import Version
+from tests.adapters.support import House, answer_of, greedy, house, read_model, tokens_of
 
 FOLDERS = ["a", "b", "d", "broken", "nowhere"]
 IDS = ["a", "b", "d"]
@@ -34,18 +41,20 @@ class AnyOrder(RuleBasedStateMachine):
     """Runs each rule to its end on one event loop, with requests held across the rules."""
 
     model_path: Path
+    contents: Path
+    """Folders with adapters, which stay as they are."""
     expected: dict[str, list[int]]
-    """What mlx-lm answers with each folder's adapter; "" is the base alone."""
+    """What mlx-lm answers with each content, by its digest; "" is the base alone."""
     memory_bytes: int
     refusals: set[str]
     """The kinds of errors that were met."""
-    rollbacks: int
-    """How often one succeeded."""
+    met: Counter[str]
+    """How often what is rare has happened."""
 
     @initialize()
     def begin(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        root = make_adapters(Path(self.folder.name) / "adapters", read_model(self.model_path))
+        root = Path(shutil.copytree(self.contents, Path(self.folder.name) / "adapters"))
         self.loop = asyncio.new_event_loop()
         self.stack = AsyncExitStack()
         started = house(
@@ -57,6 +66,7 @@ class AnyOrder(RuleBasedStateMachine):
             load_on_demand=False,
         )
         self.house: House = self.run(self.stack.enter_async_context(started))
+        self.blender = Blender(self.house.service)
         self.before = self.run(self.house.snapshot())
         self.held: list[tuple[Pin, str]] = []
 
@@ -66,11 +76,11 @@ class AnyOrder(RuleBasedStateMachine):
     def attempt(self, work: Any) -> None:
         try:
             self.run(work)
-        except (LifeCycleError, InvalidAdapterError) as error:
+        except (LifeCycleError, InvalidAdapterError, InvalidBlendError) as error:
             self.refusals.add(type(error).__name__)
 
     def meaning(self, name: str) -> str:
-        """The folder that a name computes with now."""
+        """The digest of what a name computes with now."""
         registry = self.house.service.registry
         name = registry.fused or (registry.active if name == "default" else name) or ""
         if not name or name == registry.base:
@@ -78,16 +88,15 @@ class AnyOrder(RuleBasedStateMachine):
         adapter_id, _, number = name.partition("@")
         entry = registry.get(adapter_id)
         named = [version for version in entry.named if number in ("", str(version.number))]
-        return named[0].folder.shown
+        return named[0].resident.digest
 
     @rule(
         name=st.sampled_from(IDS),
         folder=st.sampled_from(FOLDERS),
-        replace=st.booleans(),
         activate=st.booleans(),
     )
-    def load(self, name: str, folder: str, replace: bool, activate: bool) -> None:
-        self.attempt(self.house.service.load(name, folder, replace=replace, activate=activate))
+    def load(self, name: str, folder: str, activate: bool) -> None:
+        self.attempt(self.house.service.load(name, folder, activate=activate))
 
     @rule(name=st.sampled_from(IDS))
     def unload(self, name: str) -> None:
@@ -100,13 +109,34 @@ class AnyOrder(RuleBasedStateMachine):
         name = entries[which % len(entries)].id
         self.attempt(self.house.service.load(name, folder, replace=True))
 
+    @rule(folder=st.sampled_from(IDS), content=st.sampled_from(["a", "b", "d", "broken", ""]))
+    def write(self, folder: str, content: str) -> None:
+        """A folder holds something else from now on, or is there no more."""
+        shutil.rmtree(self.house.root / folder, ignore_errors=True)
+        if content:
+            shutil.copytree(self.contents / content, self.house.root / folder)
+
+    @rule(name=st.sampled_from(IDS), part=st.sampled_from(IDS), version=st.sampled_from(["", "@1"]))
+    def blend(self, name: str, part: str, version: str) -> None:
+        registry, terms = self.house.service.registry, [(f"{part}{version}", 1.0)]
+        entry = registry.find(part)
+        living = [each for each in entry.named if version in ("", f"@{each.number}")] if entry else []
+        self.attempt(self.blender.blend(name, terms, BlendOptions(), replace=True))
+        made = registry.find(name)
+        if living and made and isinstance(made.current.source, Blended):
+            digest = living[0].resident.digest
+            (source,) = made.current.source.parts
+            if source.version.resident.digest == digest:
+                self.expected.setdefault(made.current.resident.digest, self.expected[digest])
+                AnyOrder.met["blend"] += 1
+
     @rule(which=st.integers(0, 2))
     def roll_back(self, which: int) -> None:
         entries = self.house.service.registry.entries
         name = [*(entry.id for entry in entries), *IDS][which]
         before = {entry.current for entry in entries}
         self.attempt(self.house.service.roll_back(name))
-        AnyOrder.rollbacks += {entry.current for entry in entries} != before
+        AnyOrder.met["rollback"] += {entry.current for entry in entries} != before
 
     @rule(name=st.sampled_from([*IDS, None]), unload_previous=st.booleans())
     def swap(self, name: str | None, unload_previous: bool) -> None:
@@ -117,6 +147,12 @@ class AnyOrder(RuleBasedStateMachine):
         loaded = [entry.id for entry in self.house.service.registry.entries]
         name = [*loaded, *IDS][which]
         self.attempt(self.house.service.fuse(name, "auto", unload_others))
+        entry = self.house.service.registry.find(name)
+        if entry is not None and entry.state == "fused":
+            kind = (
+                "fused" if digest_in(entry.current) == entry.current.resident.digest else "fused from a copy"
+            )
+            AnyOrder.met[kind] += 1
 
     @rule(name=st.sampled_from(IDS))
     def unfuse(self, name: str) -> None:
@@ -128,11 +164,12 @@ class AnyOrder(RuleBasedStateMachine):
         older = [f"{entry.id}@{entry.previous.number}" for entry in registry.entries if entry.previous]
         names = [*registry.served, "default", *(older if registry.fused is None else [])]
         name = data.draw(st.sampled_from(names))
-        meaning = self.meaning(name)
         try:
-            self.held.append((self.run(self.house.service.resolve(name)), meaning))
+            pin = self.run(self.house.service.resolve(name))
         except (AdapterMemoryBusyError, AdapterMemoryError) as error:
             self.refusals.add(type(error).__name__)
+            return
+        self.held.append((pin, self.meaning(name)))  # now: its folder may have held something new
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -163,7 +200,9 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.run(self.house.bank()) == here
         assert sum(resident.size_bytes for resident in here) <= self.memory_bytes
         assert all(version.kept for entry in registry.entries for version in entry.named[1:])
-        assert bool(self.house.service.keeper.bytes_held) == any(version.kept for version in versions)
+        assert all(version.kept for version in versions)  # there is room for all copies
+        copies = [version.copy.size_bytes for version in versions if version.copy]
+        assert self.house.service.keeper.bytes_held == sum(copies)
 
     def teardown(self) -> None:
         if not hasattr(self, "house"):
@@ -185,26 +224,37 @@ class AnyOrder(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
+def digest_in(version: Version) -> str | None:
+    """What the folder that a version was read from holds now."""
+    if not isinstance(version.source, AdapterFolder):
+        return None
+    try:
+        return AdapterContainer.from_directory(version.source.path).digest
+    except InvalidAdapterError:
+        return None
+
+
 @pytest.mark.parametrize("memory_bytes", [2**30, 33_000])
 def test_any_order(model_path: Path, root: Path, memory_bytes: int) -> None:
     AnyOrder.model_path = model_path
+    AnyOrder.contents = root
     AnyOrder.memory_bytes = memory_bytes
     AnyOrder.refusals = set()
-    AnyOrder.rollbacks = 0
+    AnyOrder.met = Counter()
     AnyOrder.expected = {"": greedy(read_model(model_path))}
-    for name in ("a", "b", "d"):
-        model = read_model(model_path)
-        AdapterContainer.from_directory(root / name).load(into=model)
-        AnyOrder.expected[name] = greedy(model)
+    for name in IDS:
+        digest = AdapterContainer.from_directory(root / name).digest
+        AnyOrder.expected[digest] = answer_of(model_path, root / name)
     quick = settings(
-        max_examples=20,
-        stateful_step_count=32,
+        max_examples=8,
+        stateful_step_count=40,
         deadline=None,
         derandomize=True,
+        phases=[Phase.generate],  # with Phase.shrink, a failure takes minutes and is short
         suppress_health_check=[HealthCheck.too_slow],
     )
     run_state_machine_as_test(AnyOrder, settings=quick)
-    assert AnyOrder.rollbacks
+    assert all(AnyOrder.met[what] for what in ("rollback", "blend", "fused", "fused from a copy"))
     kinds = {"AdapterExistsError", "AdapterNotFoundError", "AdapterBusyError", "BaseIsFusedError"}
     if memory_bytes < 2**30:
         kinds = {"AdapterExistsError"}

@@ -128,16 +128,27 @@ async def test_a_blend_outlives_its_parts_and_can_be_a_part(tiny_site: Site) -> 
     assert await tiny_site.ids() == ["half", "more"]
 
 
-async def test_a_folder_that_has_changed_is_not_blended(tiny_site: Site) -> None:
-    await blend(tiny_site)
+async def test_what_was_loaded_is_blended_and_not_what_its_folder_holds_now(tiny_site: Site) -> None:
+    made = await blend(tiny_site)
     make_adapter(tiny_site.root / "a", read_model(tiny_site.model), seed=9)
-    for terms in (TERMS, [{"id": "mix"}]):
-        body = {"id": "new", "blend": terms}
-        error = await tiny_site.refused("POST", "/v1/adapters", body, 409, "adapter_changed")
-        assert error["param"] == "blend"
-        assert "'a'" in error["message"]
+    assert (await blend(tiny_site, "same"))["digest"] == made["digest"]
+    half = await blend(tiny_site, "half", blend=[{"id": "mix", "weight": 0.5}])
     await tiny_site.call("POST", "/v1/adapters", {"id": "a", "replace": True})
-    assert (await blend(tiny_site, "new"))["blend"]["parts"][0]["version"] == 2
+    terms = [{"id": "a@1", "weight": 0.7}, TERMS[1]]
+    assert (await blend(tiny_site, "old", blend=terms))["digest"] == made["digest"]
+    new = await blend(tiny_site, "new")
+    assert new["blend"]["parts"][0]["version"] == 2
+    assert new["digest"] != made["digest"]
+    # Without a copy, what nobody has any more is refused.
+    service = tiny_site.service
+    service.keeper.drop(service.registry.get("a").current)
+    make_adapter(tiny_site.root / "a", read_model(tiny_site.model), seed=10)
+    body = {"id": "newer", "blend": TERMS}
+    error = await tiny_site.refused("POST", "/v1/adapters", body, 409, "adapter_changed")
+    assert error["param"] == "blend"
+    assert "'a'" in error["message"]
+    again = await blend(tiny_site, "again", blend=[{"id": "mix", "weight": 0.5}])
+    assert again["digest"] == half["digest"]
 
 
 async def test_what_left_memory_comes_back(model_path: Path, equal_root: Path, size_bytes: int) -> None:

@@ -174,6 +174,7 @@ async def test_a_draining_or_changed_adapter_is_not_fused(tiny_house: House, mod
         await service.fuse("a", "auto", unload_others=True)
     pin.release()
     await unloading
+    service.keeper.drop(service.registry.get("a").current)
     make_adapter(tiny_house.root / "a", read_model(model_path), seed=99)
     before = await state(tiny_house)
     with pytest.raises(AdapterChangedError):
@@ -229,6 +230,7 @@ async def test_adapters_come_back_when_the_exchange_fails(
         container.stumbles = True
         if gone is not None:
             shutil.rmtree(root / gone)
+            service.keeper.drop(service.registry.get(gone).current)
         with pytest.raises(RuntimeError, match="half way"):
             await service.fuse("a", "auto", unload_others=True)
         assert service.registry.fused is None

@@ -13,13 +13,13 @@ from typing import Any, cast
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
 from adapters_core.mixed.routing import ResidentAdapter, Routing
 from server.adapters.errors import (
-    AdapterChangedError,
     AdapterMemoryError,
     AdapterNotFoundError,
     UnknownModelError,
@@ -79,8 +79,6 @@ async def test_another_content_is_another_version(model_path: Path, own_root: Pa
         digest = entry.current.resident.digest
         await tight.answer("b")
         make_adapter(own_root / "a", read_model(model_path), seed=99)
-        with pytest.raises(AdapterChangedError):
-            await tight.service.fuse("a", "auto", unload_others=True)
         new = answer_of(model_path, own_root / "a")
         assert new != old
         requests, totals = entry.requests, tight.service.registry.totals["adapter"]
@@ -90,10 +88,10 @@ async def test_another_content_is_another_version(model_path: Path, own_root: Pa
         assert tight.service.registry.totals["adapter"] == totals + 3
         assert tight.service.residency.cold_loads == cold_loads  # nothing came back: that is new
         assert (entry.current.number, entry.current.resident.digest != digest) == (2, True)
-        await tight.until(lambda: not entry.retired)
         await turns(tight)
         keys = await tight.engine.container.perform(lambda context: context.prompt_cache.stats.entries)
-        assert keys == 2  # those of b and of what a is now
+        assert keys == 3  # those of b, of what a is now, and of what it was and can be again
+        assert await tight.answer("a@1") == old
 
         # A larger one waits for room under its own size.
         await tight.answer("b")
@@ -103,10 +101,37 @@ async def test_another_content_is_another_version(model_path: Path, own_root: Pa
         assert (entry.current.number, tight.service.registry.in_flight) == (2, 0)
 
 
-async def test_an_adapter_whose_folder_has_gone_stays_registered(
-    model_path: Path, own_root: Path, size_bytes: int, expected: dict[str, list[int]]
+async def test_an_adapter_whose_folder_has_gone_is_what_it_was(
+    model_path: Path, own_root: Path, size_bytes: int, tmp_path: Path, expected: dict[str, list[int]]
 ) -> None:
     async with house(model_path, own_root, memory_bytes=size_bytes) as tight:
+        for name in ("a", "b"):
+            await tight.answer(name)
+        folder = own_root / "a"
+        folder.rename(tmp_path / "elsewhere")
+        spoils: list[tuple[Callable[[], Any], str]] = [
+            (lambda: None, "no folder"),
+            (lambda: folder.symlink_to(tmp_path / "elsewhere"), "outside the adapters root"),
+            (lambda: (folder.unlink(), shutil.copytree(tmp_path / "elsewhere", folder)), ""),
+            (lambda: (folder / "adapters.safetensors").write_bytes(b"damaged"), "cannot be used"),
+            (lambda: os.truncate(folder / "adapters.safetensors", 1 << 40), "would take"),
+            (lambda: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+        ]
+        for spoil, reason in spoils:
+            spoil()
+            with capture_logs() as logs:
+                assert await tight.answer("a") == expected["a"]
+            told = [line["reason"] for line in logs if line["event"] == "adapter_read_from_copy"]
+            assert len(told) == bool(reason)
+            assert all(reason in each for each in told)
+            assert await tight.answer("b") == expected["b"]
+        assert tight.service.registry.get("a").current.number == 1
+
+
+async def test_without_a_copy_an_adapter_whose_folder_has_gone_stays_registered(
+    model_path: Path, own_root: Path, size_bytes: int, expected: dict[str, list[int]]
+) -> None:
+    async with house(model_path, own_root, memory_bytes=size_bytes, kept_bytes=0) as tight:
         for name in ("a", "b"):
             await tight.answer(name)
         (own_root / "a").rename(own_root / "elsewhere")
@@ -126,7 +151,7 @@ async def test_an_adapter_whose_folder_has_gone_stays_registered(
 async def test_a_folder_that_now_leads_out_of_the_root_is_not_read(
     model_path: Path, own_root: Path, size_bytes: int, tmp_path: Path
 ) -> None:
-    async with house(model_path, own_root, memory_bytes=size_bytes) as tight:
+    async with house(model_path, own_root, memory_bytes=size_bytes, kept_bytes=0) as tight:
         for name in ("a", "b"):
             await tight.answer(name)
         (own_root / "a").rename(tmp_path / "outside")
@@ -277,7 +302,7 @@ async def test_an_exchange_that_fails_midway_leaves_what_is_there_in_the_books(
 async def test_a_file_that_can_never_fit_is_not_read(
     model_path: Path, own_root: Path, size_bytes: int
 ) -> None:
-    async with house(model_path, own_root, memory_bytes=size_bytes) as tight:
+    async with house(model_path, own_root, memory_bytes=size_bytes, kept_bytes=0) as tight:
         for name in ("a", "b"):
             await tight.answer(name)
         for name in ("a", "c"):

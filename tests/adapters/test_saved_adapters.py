@@ -21,7 +21,12 @@ from adapters_core.formats.protocol import FormatName
 from adapters_core.formats.writing import write_adapter
 from adapters_core.layers.module_weights import ModuleWeights
 from server.adapters.blending import Blender
-from server.adapters.errors import AdapterFolderExistsError, AdapterNotSavedError, PathNotAllowedError
+from server.adapters.errors import (
+    AdapterChangedError,
+    AdapterFolderExistsError,
+    AdapterNotSavedError,
+    PathNotAllowedError,
+)
 from server.adapters.saving.adapters import AdapterSaver
 from tests.adapters.support import BASE, House, Site, answer_of, house, read_model
 from tests.adapters.test_saving import no_large_files
@@ -85,6 +90,8 @@ async def test_saved_and_loaded_again_it_computes_the_same(tiny_site: Site, to: 
         assert loaded["report"]["warnings"] == []
         assert await tiny_site.says(f"{name}-saved") == said
         if name != "mix":
+            original = await tiny_site.call("GET", f"/v1/adapters/{name}")
+            assert (saved["digest"] == original["digest"]) == (to == "mlx")
             found, expected = (weights_in(at, tiny_site.model) for at in (folder, tiny_site.root / name))
             assert bits(found) == bits(expected)
     # A blend's own factors, which no file had before.
@@ -109,6 +116,27 @@ async def test_names_are_those_that_requests_may_use(tiny_site: Site) -> None:
     error = await refused(tiny_site, "mix@3", {"save_to": "x"}, 404, "model_not_found")
     assert "'mix@2', 'mix@1'" in error["message"]
     await refused(tiny_site, "mix@1", {"save_to": "x", "version": 2}, 404, "model_not_found")
+
+
+async def test_a_version_whose_folder_holds_the_next_is_saved_too(tiny_site: Site) -> None:
+    said = await tiny_site.says("a")
+    shutil.copytree(tiny_site.root / "a", tiny_site.root / "before")
+    make_adapter(tiny_site.root / "a", read_model(tiny_site.model), seed=42)
+    await tiny_site.call("POST", "/v1/adapters", {"id": "a", "replace": True})
+    assert (await save(tiny_site, "a", "first", version=1))["version"] == 1
+    assert await tiny_site.says("first") == said
+    found, expected = (weights_in(tiny_site.root / name, tiny_site.model) for name in ("first", "before"))
+    assert bits(found) == bits(expected)
+
+
+async def test_what_is_nowhere_any_more_cannot_be_saved(model_path: Path, root: Path) -> None:
+    async with house(model_path, root, kept_bytes=0) as forgetful:
+        await forgetful.service.load("a")
+        make_adapter(root / "a", read_model(model_path), seed=42)
+        before = sorted(os.listdir(root))
+        with pytest.raises(AdapterChangedError):
+            await AdapterSaver(forgetful.service, root).save("a", "x")
+        assert sorted(os.listdir(root)) == before
 
 
 REFUSALS: list[tuple[str, Any, int, str | None, str | None]] = [
@@ -141,8 +169,6 @@ async def test_refusals(tiny_site: Site) -> None:
     for adapter_id, body, status, code, param in REFUSALS:
         error = await refused(tiny_site, adapter_id, body, status, code)
         assert error["param"] == param, body
-    make_adapter(tiny_site.root / "a", read_model(tiny_site.model), seed=42)
-    await refused(tiny_site, "a", {"save_to": "x"}, 409, "adapter_changed")
 
 
 async def test_what_the_format_cannot_say_is_told_in_full(tiny_site: Site) -> None:
@@ -199,9 +225,10 @@ async def test_a_watched_root_has_it_as_a_new_adapter(model_path: Path, tmp_path
         blender, saver = Blender(tiny.service), AdapterSaver(tiny.service, watched)
         await blender.blend("mix", [("b", 0.5)], BlendOptions())
         with capture_logs() as logs:
+            await saver.save("mix", "mix")  # which stays the blend that it is while it is loaded
             saving = asyncio.create_task(saver.save("mix", "kept"))
             while not saving.done():
-                for name in set(os.listdir(watched)) - {"b"}:
+                for name in set(os.listdir(watched)) - {"b", "mix"}:
                     assert name.startswith(".kept.") or len(os.listdir(watched / name)) == 2
                 await asyncio.sleep(0)
             await saving
@@ -209,7 +236,12 @@ async def test_a_watched_root_has_it_as_a_new_adapter(model_path: Path, tmp_path
             said = await tiny.answer("kept")
             assert said == await tiny.answer("mix") == answer_of(model_path, watched / "kept")
         assert [line["event"] for line in logs if line["log_level"] == "warning"] == []
-        assert sorted(os.listdir(watched)) == ["b", "kept"]
+        assert sorted(os.listdir(watched)) == ["b", "kept", "mix"]
+        mix = tiny.service.registry.get("mix")
+        assert (mix.current.number, mix.current.source.shown) == (1, None)
+        await tiny.service.unload("mix")
+        assert (await tiny.service.load("mix")).entry.current.source.shown == "mix"
+        assert await tiny.answer("mix") == said
 
 
 async def test_the_file_says_which_base_it_is_for(tiny_site: Site) -> None:

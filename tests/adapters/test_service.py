@@ -245,7 +245,7 @@ async def test_an_operators_adapter_may_lie_outside_and_comes_back_by_its_id(
     async with house(model_path, root, configured={"mine": outside}) as started:
         await started.service.start(["mine"])
         entry = started.service.registry.get("mine")
-        assert entry.current.folder.shown == "secret"
+        assert entry.current.source.shown == "secret"
         await started.service.unload("mine")
         assert (await started.service.load("mine")).created
 

@@ -14,8 +14,8 @@ from adapters_core.container import AdapterContainer
 from adapters_core.errors import BlendError
 from adapters_core.fusing.fusion import Precision
 
-from ..blended import read_source
 from ..errors import AdapterBusyError, AdapterChangedError, AdaptersLoadedError, BaseIsFusedError, quoted
+from ..originals import read_version
 from ..pins import Terms
 from ..registry import Registry
 from ..versions import Entry, Version
@@ -53,18 +53,13 @@ class Choice:
                 raise AdapterChangedError(entry.id)
 
     def read_again(self, model: nn.Module) -> list[AdapterContainer]:
-        """The adapters as they were loaded, from where they came. Runs on a worker thread.
+        """The adapters as they were loaded. Runs on a worker thread.
 
         Raises:
-            AdapterChangedError, InvalidAdapterError: a folder does not hold what was loaded from it.
+            AdapterChangedError, InvalidAdapterError: neither a private copy nor the folder holds one.
         """
-        adapters = []
-        for entry, version in zip(self.entries, self.versions, strict=True):
-            adapter = read_source(version.source, model, entry.id)
-            if adapter.digest != version.resident.digest:
-                raise AdapterChangedError(entry.id)
-            adapters.append(adapter)
-        return adapters
+        pairs = zip(self.entries, self.versions, strict=True)
+        return [read_version(version, model, entry.id) for entry, version in pairs]
 
     def mark(self, precision: Precision, threshold: float) -> str:
         """What tells the fused base from any other: the same adapters at another precision are another."""

@@ -7,13 +7,14 @@ its limit alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
 from adapters_core.bank import AdapterBank, PreparedAdapter, ResidentAdapter
 from adapters_core.container import AdapterContainer
 from adapters_core.formats.reading import least_memory_bytes
+from adapters_core.layers.module_weights import ModuleWeights
 from server.engine.container import ModelContainer, ModelContext
 
 from ..aside import run_aside
@@ -22,11 +23,11 @@ from ..folder import AdapterFolder, AdapterFolders
 
 __all__ = [
     "Unfinished",
+    "check_made",
     "exchange",
     "known_as",
     "prepare_again",
     "prepare_folder",
-    "prepare_made",
     "read_folder",
     "remove_residents",
 ]
@@ -57,7 +58,7 @@ async def prepare_folder(folder: AdapterFolder, bank: AdapterBank, limit_bytes: 
 
 async def prepare_again(
     folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank, limit_bytes: int
-) -> tuple[AdapterFolder, PreparedAdapter]:
+) -> PreparedAdapter:
     """As `prepare_folder`, for a folder that was found before and may lead elsewhere by now.
 
     Raises:
@@ -66,11 +67,16 @@ async def prepare_again(
     return await run_aside(_prepare_again, folders, folder, bank, limit_bytes)
 
 
-async def prepare_made(
-    make: Callable[[], AdapterContainer], bank: AdapterBank, limit_bytes: int
-) -> PreparedAdapter:
-    """As `prepare_folder`, for what `make` makes on the same thread."""
-    return await run_aside(_prepare_made, make, bank, limit_bytes)
+async def check_made(
+    name: str, weights: Mapping[str, ModuleWeights], bank: AdapterBank, limit_bytes: int
+) -> ResidentAdapter:
+    """What an adapter of `weights`, evaluated, will be in the bank; changes nothing.
+
+    Raises:
+        InvalidAdapterError: it does not fit the model.
+        AdapterMemoryError: it would take more than `limit_bytes`.
+    """
+    return await run_aside(_check_made, name, weights, bank, limit_bytes)
 
 
 def known_as(prepared: PreparedAdapter, resident: ResidentAdapter) -> PreparedAdapter:
@@ -109,20 +115,19 @@ def _prepare(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> Prep
     return bank.prepare(read_folder(folder))
 
 
-def _prepare_made(
-    make: Callable[[], AdapterContainer], bank: AdapterBank, limit_bytes: int
-) -> PreparedAdapter:
-    prepared = bank.prepare(make())
-    if prepared.resident.size_bytes > limit_bytes:
-        raise AdapterMemoryError(prepared.resident.size_bytes, limit_bytes)
-    return prepared
+def _check_made(
+    name: str, weights: Mapping[str, ModuleWeights], bank: AdapterBank, limit_bytes: int
+) -> ResidentAdapter:
+    resident = bank.prepare(AdapterContainer.from_weights(weights, name)).resident
+    if resident.size_bytes > limit_bytes:
+        raise AdapterMemoryError(resident.size_bytes, limit_bytes)
+    return resident
 
 
 def _prepare_again(
     folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank, limit_bytes: int
-) -> tuple[AdapterFolder, PreparedAdapter]:
-    found = folders.again(folder)
-    return found, _prepare(found, bank, limit_bytes)
+) -> PreparedAdapter:
+    return _prepare(folders.again(folder), bank, limit_bytes)
 
 
 def _exchange(

@@ -15,8 +15,8 @@ from adapters_core.bank import PreparedAdapter
 from ..errors import quoted
 from ..folder import AdapterFolder
 from ..gate import Gate
+from ..keeping.keeper import Keeper
 from ..registry import Registry
-from ..source import Source
 from ..versions import Entry, Version
 from .memory import Memory
 from .reading import Reader
@@ -41,24 +41,47 @@ class Wish:
 class Placer:
     """Makes new versions, which whoever asks publishes at the very instant at which it gets them."""
 
-    def __init__(self, registry: Registry, memory: Memory, reader: Reader, gate: Gate) -> None:
+    def __init__(
+        self, registry: Registry, memory: Memory, gate: Gate, keeper: Keeper, reader: Reader
+    ) -> None:
         self.reader = reader
         self._registry = registry
         self._memory = memory
         self._gate = gate
+        self._keeper = keeper
 
-    async def load(self, wish: Wish, *, may_evict: bool = True) -> Version:
-        """Load what is in a folder now.
+    async def load(
+        self, wish: Wish, reservation: Reservation | None = None, *, may_evict: bool = True
+    ) -> Version:
+        """Load what is in a folder now, into the room that was reserved if that is enough.
 
         Call it inside the gate. If there is no room at once, the version is not in memory yet; without
-        `may_evict`, nothing makes room for it. If this raises, nothing has changed.
+        `may_evict`, nothing makes room for it. If this raises, nothing has changed, but that the reservation
+        is given up.
 
         Raises:
             InvalidAdapterError: everything that is wrong with the folder or does not fit the model.
             AdapterMemoryError: it can never fit.
             Whatever `wish.accept` raises.
         """
-        return await self._load(wish, None, may_evict)
+        before = None if wish.entry is None else wish.entry.current
+        async with self.reader.turns:
+            started, copy = time.perf_counter(), None
+            try:
+                await self._keeper.keep_current(wish.entry)
+                copy = await self._keeper.copy_files(wish.folder, beside=before)
+                prepared = await self.reader.folder(wish.folder if copy is None else copy.folder)
+                if wish.accept is not None:
+                    await wish.accept(prepared)
+                version = await self._place(wish, prepared, reservation, may_evict)
+            except BaseException:
+                self._memory.give_up(reservation)
+                self._keeper.discard(copy)
+                raise
+            self._keeper.adopt(version, copy)
+            version.load_seconds = time.perf_counter() - started
+        await self._keeper.keep_current(wish.entry)  # a request may have found another meanwhile
+        return version
 
     async def load_in_turn(self, wish: Wish) -> Version:
         """As `load`, outside the gate: waits for room, so that what comes is in memory.
@@ -68,51 +91,31 @@ class Placer:
         """
         async with self._gate.shared():
             self._check(wish)
-            version = await self._load(wish, None)
+            version = await self.load(wish)
         while not version.in_memory:
-            # What was read is let go of: those who wait hold no memory.
+            # What was read is let go of: those who wait hold nothing.
+            self._keeper.drop(version)
             reservation = await self._reserve_in_turn(wish, version.size_bytes)
             try:
-                version = await self._load(wish, reservation)
+                version = await self.load(wish, reservation)
             finally:
                 self._gate.leave()
         return version
 
-    async def place(
-        self,
-        prepared: PreparedAdapter,
-        source: Source,
-        entry: Entry | None,
-        reservation: Reservation | None,
-        started: float,
-        may_evict: bool = True,
+    async def _place(
+        self, wish: Wish, prepared: PreparedAdapter, reservation: Reservation | None, may_evict: bool
     ) -> Version:
         """A new version of what was prepared: in memory if the reservation, or another at once, suffices."""
         size_bytes, residency = prepared.resident.size_bytes, self._memory.residency
         if reservation is None or reservation.size_bytes < size_bytes:
             self._memory.give_up(reservation)
             is_next = not len(self._memory.line) and (may_evict or residency.has_room(size_bytes))
-            reservation = residency.reserve(size_bytes, None if entry is None else entry.current, is_next)
-        version = Version(0, prepared.resident, source)
+            replaces = None if wish.entry is None else wish.entry.current
+            reservation = residency.reserve(size_bytes, replaces, is_next)
+        version = Version(0, prepared.resident, wish.folder)
         if reservation is not None:
             await self._memory.add(prepared, version, reservation)
-        version.number = 1 if entry is None else entry.newest.number + 1
-        version.load_seconds = time.perf_counter() - started
         return version
-
-    async def _load(self, wish: Wish, reservation: Reservation | None, may_evict: bool = True) -> Version:
-        async with self.reader.turns:
-            started = time.perf_counter()
-            try:
-                prepared = await self.reader.folder(wish.folder)
-                if wish.accept is not None:
-                    await wish.accept(prepared)
-                if wish.entry is not None:
-                    await self.reader.keep(wish.entry.current)
-            except BaseException:
-                self._memory.give_up(reservation)
-                raise
-            return await self.place(prepared, wish.folder, wish.entry, reservation, started, may_evict)
 
     async def _reserve_in_turn(self, wish: Wish, size_bytes: int) -> Reservation:
         """Room for a version, inside the gate from the instant at which there is some."""

@@ -6,22 +6,25 @@ Runs on the event loop; the work itself on threads of its own (`loading`), besid
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Mapping
 
-from adapters_core.bank import PreparedAdapter
-from adapters_core.container import AdapterContainer
+import structlog
+
+from adapters_core.bank import PreparedAdapter, ResidentAdapter
 from adapters_core.errors import InvalidAdapterError
+from adapters_core.layers.module_weights import ModuleWeights
 
-from ..errors import LifeCycleError
+from ..errors import AdapterChangingError, LifeCycleError
 from ..folder import AdapterFolder, AdapterFolders
-from ..keeping import Keeper
+from ..keeping.keeper import Keeper
 from ..looks import unchanged_seconds
-from ..source import Source
 from ..versions import Version
-from .loading import prepare_again, prepare_folder, prepare_made
+from .loading import check_made, prepare_again, prepare_folder
 from .memory import Memory
 
 __all__ = ["MAX_LOADS", "Reader"]
+
+_log = structlog.get_logger(__name__)
 
 MAX_LOADS = 2
 """Loads that read and lay out at one time: one computes while another waits for the disk. What they hold
@@ -48,30 +51,41 @@ class Reader:
         """What a folder holds now. Raises as `prepare_folder`."""
         return await prepare_folder(folder, await self._memory.bank(), self._limit_bytes)
 
-    async def made(self, make: Callable[[], AdapterContainer]) -> PreparedAdapter:
-        """What `make` makes on a thread of its own. Raises as `prepare_made`."""
-        return await prepare_made(make, await self._memory.bank(), self._limit_bytes)
+    async def made(self, name: str, weights: Mapping[str, ModuleWeights]) -> ResidentAdapter:
+        """What an adapter of modules called `name` will be in memory. Raises as `check_made`."""
+        return await check_made(name, weights, await self._memory.bank(), self._limit_bytes)
 
-    async def again(self, version: Version) -> tuple[Source, PreparedAdapter]:
-        """What the copy of a version holds, or its folder if there is no copy, and where that lies.
+    async def copy(self, version: Version) -> PreparedAdapter:
+        """What the private copy of a version holds. Raises as `Keeper.read`."""
+        return await self._keeper.read(version)
 
-        Raises: as `Keeper.read`, or as `prepare_again`.
+    async def again(self, adapter_id: str, version: Version, folder: AdapterFolder) -> PreparedAdapter:
+        """What the folder of a version holds, if that may be served; else what was loaded from it.
+
+        Raises:
+            AdapterChangingError: it is being written, and there is no copy.
+            InvalidAdapterError, AdapterNotFoundError, PathNotAllowedError, AdapterMemoryError: of the folder,
+                and there is no copy.
+            VersionGoneError: the copy is damaged.
         """
-        if version.kept:
-            return version.source, await self._keeper.read(version)
-        bank = await self._memory.bank()
-        return await prepare_again(self._folders, version.folder, bank, self._limit_bytes)
-
-    async def keep(self, version: Version, beside: Version | None = None) -> None:
-        """Copy `version` aside, out of memory or from its folder, if that can be. As `Keeper.keep`."""
-        if await self._keeper.keep(version, beside=beside) or version.in_memory:
-            return
         try:
-            _, prepared = await self.again(version)
-        except (InvalidAdapterError, LifeCycleError):
-            return  # its folder is what replaces it, or has gone
-        if prepared.resident.digest == version.resident.digest:
-            await self._keeper.keep(version, prepared, beside)
+            return await self._from_folder(adapter_id, version, folder)
+        except (InvalidAdapterError, LifeCycleError) as error:
+            if not version.kept:
+                raise
+            _log.warning("adapter_read_from_copy", adapter=adapter_id, reason=str(error))
+        return await self._keeper.read(version)
+
+    async def _from_folder(self, adapter_id: str, version: Version, folder: AdapterFolder) -> PreparedAdapter:
+        try:
+            bank, limit_bytes = await self._memory.bank(), self._limit_bytes
+            prepared = await prepare_again(self._folders, folder, bank, limit_bytes)
+            if prepared.resident.digest == version.resident.digest or await self.has_settled(folder):
+                return prepared
+        except InvalidAdapterError:
+            if await self.has_settled(folder):
+                raise
+        raise AdapterChangingError(adapter_id)
 
     async def has_settled(self, folder: AdapterFolder) -> bool:
         """Whether what a folder holds may be served without a call: nothing that is being written is."""

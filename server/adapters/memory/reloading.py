@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 
-from adapters_core.bank import PreparedAdapter
-
-from ..errors import AdapterChangingError, VersionGoneError
-from ..folder import AdapterFolder
+from ..errors import VersionGoneError
 from ..gate import Gate
 from ..registry import Registry
 from ..reports import Journal
-from ..source import Source
+from ..source import Made
 from ..unloading import Unloader
 from ..versions import Entry, Version
 from .loading import known_as
 from .memory import Memory
-from .placing import Placer
+from .placing import Placer, Wish
 from .residency import Reservation
 
 __all__ = ["Reloader"]
@@ -57,40 +54,46 @@ class Reloader:
 
     async def _reload(self, entry: Entry | None, version: Version, reservation: Reservation) -> None:
         """Bring back a version that left memory, or publish what its folder holds in its place."""
-        reader = self._placer.reader
+        started = time.perf_counter()
         was_current = entry is not None and entry.current is version
         try:
-            async with reader.turns:
-                started = time.perf_counter()
-                source, prepared = await reader.again(version)
-                if prepared.resident.digest == version.resident.digest:
-                    await self._memory.add(known_as(prepared, version.resident), version, reservation)
-                    version.load_seconds = time.perf_counter() - started
-                    self._memory.residency.cold_loads += 1
-                elif entry is not None and entry.current is version:
-                    await self._succeed(entry, version, prepared, source, reservation, started)
-                elif not was_current:
-                    raise VersionGoneError(version.resident.digest)  # else whoever waits would try for ever
-                self._journal.reloaded(time.perf_counter() - started)
+            async with self._placer.reader.turns:
+                came_back = await self._bring_back(entry, version, reservation)
+            if came_back:
+                version.load_seconds = time.perf_counter() - started
+                self._memory.residency.cold_loads += 1
+            elif entry is not None and entry.current is version:
+                await self._succeed(entry, version, reservation)
+            elif not was_current:
+                raise VersionGoneError(version.resident.digest)  # else whoever waits would try for ever
+            self._journal.reloaded(time.perf_counter() - started)
         finally:
             self._memory.give_up(reservation)
             version.loading = False
             del self._loads[version]
             self._gate.leave()
 
-    async def _succeed(
-        self,
-        entry: Entry,
-        version: Version,
-        prepared: PreparedAdapter,
-        source: Source,
-        reservation: Reservation,
-        started: float,
-    ) -> None:
-        reader = self._placer.reader
-        if isinstance(source, AdapterFolder) and not await reader.has_settled(source):
-            raise AdapterChangingError(entry.id)
-        new = await self._placer.place(prepared, source, entry, reservation, started)
+    async def _bring_back(self, entry: Entry | None, version: Version, reservation: Reservation) -> bool:
+        """Whether `version` is in memory; if not, its folder holds something else that may be served.
+
+        What was loaded last of a folder is looked for there first, anything else in its copy.
+        """
+        source, reader = version.source, self._placer.reader
+        is_last = entry is not None and version is entry.current is entry.newest
+        if entry is None or isinstance(source, Made) or (version.kept and not is_last):
+            prepared = await reader.copy(version)
+        else:
+            prepared = await reader.again(entry.id, version, source)
+        if prepared.resident.digest != version.resident.digest:
+            return False
+        await self._memory.add(known_as(prepared, version.resident), version, reservation)
+        return True
+
+    async def _succeed(self, entry: Entry, version: Version, reservation: Reservation) -> None:
+        """Make what the folder of `version` holds the next version, which need not be in memory."""
+        if isinstance(version.source, Made):
+            return
+        new = await self._placer.load(Wish(entry.id, version.source, entry), reservation)
         if entry.current is not version:  # a call was faster; what it loaded counts
             self._registry.retire(entry, new)
             return

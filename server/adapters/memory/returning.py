@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from adapters_core.container import AdapterContainer
+from adapters_core.layers.module_weights import ModuleWeights
 
 from ..errors import NoPreviousVersionError, VersionNotKeptError, quoted
 from ..gate import Gate
-from ..keeping import Keeper
+from ..keeping.keeper import Keeper
 from ..registry import Registry
 from ..source import Made
 from ..unloading import Unloader
@@ -47,14 +47,14 @@ class Returner:
         self._unloader = unloader
 
     async def place_made(
-        self, adapter_id: str, made: Made, make: Callable[[], AdapterContainer], entry: Entry | None
+        self, adapter_id: str, made: Made, weights: Mapping[str, ModuleWeights], entry: Entry | None
     ) -> Version:
-        """The next version of `entry`, or the first of the id, in memory: what `make` makes, on a thread.
+        """The next version of `entry`, or the first of the id, in memory: what was made, from its copy.
 
-        A copy of it is kept first. Whoever asks publishes it at the very instant at which this returns.
+        Whoever asks publishes it at the very instant at which this returns.
 
         Raises:
-            InvalidAdapterError, BaseIsFusedError, and what `make` raises.
+            InvalidAdapterError, BaseIsFusedError
             AdapterMemoryError: there was no room for it in time.
             VersionNotKeptError: no copy of it could be kept.
         """
@@ -63,23 +63,17 @@ class Returner:
         async with self._gate.shared():
             self._registry.refuse_if_fused(refused)
             async with self._reader.turns:
-                prepared = await self._reader.made(make)
-            version = Version(0, prepared.resident, made)
-            if not await self._keeper.keep(version, prepared):
+                resident = await self._reader.made(adapter_id, weights)
+            version = Version(0, resident, made)
+            if not await self._keeper.keep_made(version, weights):
                 raise VersionNotKeptError(adapter_id)
-            del prepared
         try:
-            if entry is not None:
-                async with self._gate.shared():
-                    await self._reader.keep(entry.current)
             await self._bring_back(version, entry, lambda: self._registry.refuse_if_fused(refused))
         except BaseException:
             async with self._gate.shared():  # nothing comes of a version that was never published
                 await self._unloader.remove([version])
             raise
         version.load_seconds = time.perf_counter() - started
-        # Only now: while this waited, a request may have found a next version in the folder.
-        version.number = 1 if entry is None else entry.newest.number + 1
         return version
 
     async def roll_back(self, entry: Entry) -> None:
@@ -101,16 +95,15 @@ class Returner:
                 raise NoPreviousVersionError(entry.id, entry.current.number)
 
         check()
-        if version is None:
-            return
-        async with self._gate.shared():
-            check()
-            await self._reader.keep(entry.current, beside=version)
-        await self._bring_back(version, entry, check)
-        self._registry.roll_back(entry)
+        if version is not None:
+            await self._bring_back(version, entry, check)
+            self._registry.roll_back(entry)
 
     async def _bring_back(self, version: Version, entry: Entry | None, check: Callable[[], None]) -> None:
-        """Have `version`, which is kept, in memory, in the place of the current version of `entry`."""
+        """Have `version`, which is kept, in memory, in the place of the current version of `entry`.
+
+        At the instant at which this returns, that is kept as well, as far as it can be.
+        """
 
         def attempt(is_next: bool) -> list[asyncio.Task[None]] | None:
             check()
@@ -123,6 +116,16 @@ class Returner:
                 load = self._reloader.start(entry, version, reservation)
             return [] if load is None else [load]
 
-        while loads := await self._memory.in_turn(attempt, version.size_bytes):
-            await asyncio.wait(loads)
-            loads[0].result()
+        kept: Version | None = None
+        while True:
+            if entry is not None and kept is not entry.current:
+                async with self._gate.shared():
+                    check()
+                    kept = entry.current
+                    await self._keeper.keep(kept, beside=version)
+            loads = await self._memory.in_turn(attempt, version.size_bytes)
+            if loads:
+                await asyncio.wait(loads)
+                loads[0].result()
+            elif entry is None or kept is entry.current:
+                return

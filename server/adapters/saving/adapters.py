@@ -15,27 +15,25 @@ import mlx.nn as nn
 import structlog
 
 from adapters_core.container import AdapterContainer
-from adapters_core.errors import InvalidAdapterError
+from adapters_core.errors import ContainerStateError, InvalidAdapterError
 from adapters_core.files import new_folder
 from adapters_core.formats.adapter_files import AdapterFiles
 from adapters_core.formats.notes import writing_notes
 from adapters_core.formats.protocol import FormatName
+from adapters_core.formats.weights import WEIGHTS_FILE
 from adapters_core.formats.writing import adapter_files
 
 from ..aside import run_aside
-from ..blended import read_source
 from ..errors import (
-    AdapterChangedError,
-    AdapterNotFoundError,
     AdapterNotSavedError,
     AdapterNotWritableError,
     InvalidAdapterIdError,
     UnknownVersionError,
     quoted,
-    some_of,
 )
 from ..folder import check_id
 from ..names import parse_name
+from ..originals import read_version
 from ..registry import Registry
 from ..service import AdapterService
 from ..versions import Version
@@ -104,21 +102,33 @@ class AdapterSaver:
     def _write(
         self, entry_id: str, version: Version, name: str, to: FormatName, model: nn.Module
     ) -> SavedAdapter:
-        adapter = read_source(version.source, model, entry_id)
-        if adapter.digest != version.resident.digest:
-            raise AdapterChangedError(entry_id)
+        adapter = read_version(version, model, entry_id)
         weights = adapter.check(model)
-        base_name = adapter.base_name or self._service.info.model_id
-        try:
-            files = adapter_files(weights, to, entry_id, model, base_name=base_name, dropout=adapter.dropout)
-        except InvalidAdapterError as error:
-            raise AdapterNotWritableError(entry_id, to, error.problems) from error
+        files, notes = _as_it_is(adapter) if to == "mlx" else None, []
+        if files is None:
+            base_name = adapter.base_name or self._service.info.model_id
+            try:
+                files = adapter_files(
+                    weights, to, entry_id, model, base_name=base_name, dropout=adapter.dropout
+                )
+            except InvalidAdapterError as error:
+                raise AdapterNotWritableError(entry_id, to, error.problems) from error
+            notes = writing_notes(weights, to)
         needed_bytes = sum(tensor.nbytes for tensor in files.tensors.values()) + _REST_BYTES
         with self._folders.saving(name, needed_bytes) as path, new_folder(path) as temporary:
             digest = _write_and_read(files, temporary, name, model)
             size_bytes = sum(file.stat().st_size for file in temporary.iterdir())
-        notes = tuple(writing_notes(weights, to))
-        return SavedAdapter(entry_id, version.number, name, to, len(weights), size_bytes, digest, notes)
+        return SavedAdapter(
+            entry_id, version.number, name, to, len(weights), size_bytes, digest, tuple(notes)
+        )
+
+
+def _as_it_is(adapter: AdapterContainer) -> AdapterFiles | None:
+    """What came in mlx-lm's format, with all that its config says, so that the digest stays the same."""
+    try:
+        return AdapterFiles(adapter.config.to_values(), adapter.parameters, WEIGHTS_FILE)
+    except ContainerStateError:
+        return None
 
 
 def _write_and_read(files: AdapterFiles, folder: Path, name: str, model: nn.Module) -> str:
@@ -135,13 +145,11 @@ def _write_and_read(files: AdapterFiles, folder: Path, name: str, model: nn.Modu
 def _living(registry: Registry, text: str, number: int | None) -> tuple[str, Version]:
     """The id, and the version that `text` and `number` name now."""
     name = parse_name(text.removeprefix(f"{registry.base}:"), registry.base)
-    entry = None if name is None else registry.find(name.entry)
-    if name is None or entry is None:
-        loaded = [each.id for each in registry.entries]
-        raise AdapterNotFoundError(f"No adapter {quoted(text)} is loaded. Loaded are: {some_of(loaded)}.")
-    wanted = name.version if number is None else number
+    entry = registry.get(text if name is None else name.entry)
+    asked = None if name is None else name.version
+    wanted = asked if number is None else number
     for version in entry.named:
-        if wanted in (None, version.number) and name.version in (None, version.number):
+        if wanted in (None, version.number) and asked in (None, version.number):
             return entry.id, version
     raise UnknownVersionError(entry.id, wanted, [each.number for each in entry.named], "version")
 

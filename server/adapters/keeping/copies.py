@@ -1,0 +1,216 @@
+"""What private copies hold, and how a version comes back from one. Knows no names. Runs on a worker thread.
+
+`FilesCopy` is for what was read from a folder: its own files. `ModulesCopy` is for what was made in memory.
+Both give the adapter as it was. `RowsCopy` is for what can only be had from the bank, when its folder holds
+something else already: it brings back what is served, bit for bit, and not the adapter that it came from.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+
+from adapters_core.bank import AdapterBank, PreparedAdapter
+from adapters_core.container import AdapterContainer
+from adapters_core.formats.weights import digest_of
+from adapters_core.layers.module_weights import ModuleWeights
+
+from ..errors import AdapterNotReadableError
+from ..folder import AdapterFolder
+from ..memory.loading import read_folder
+
+__all__ = ["Copy", "FilesCopy", "ModulesCopy", "RowsCopy", "files_bytes"]
+
+
+class Copy(Protocol):
+    """A copy on disk of `size_bytes`."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its files."""
+        ...
+
+    def container(self, name: str) -> AdapterContainer:
+        """The adapter, called `name` in errors.
+
+        Raises:
+            AdapterNotReadableError: the copy does not hold it.
+            InvalidAdapterError, OSError, RuntimeError: it is damaged or has gone.
+        """
+        ...
+
+    def prepare(self, bank: AdapterBank) -> PreparedAdapter:
+        """What `bank` needs of it; whoever asks compares digests. Raises as `container`, and `ValueError`."""
+        ...
+
+    def remove(self) -> None:
+        """Have it no more; it may have gone already."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FilesCopy:
+    """The files of an adapter's folder, in one of its own with the same name, inside another."""
+
+    folder: AdapterFolder
+    size_bytes: int
+
+    @classmethod
+    def of(cls, folder: AdapterFolder, place: Path) -> FilesCopy:
+        """Copy what is in `folder` now to `place`, which is made.
+
+        Raises:
+            OSError: it cannot be read, or written, and nothing is left.
+        """
+        target = place / folder.path.name
+        try:
+            target.mkdir(parents=True)
+            for name in _files_of(folder):
+                shutil.copyfile(folder.path / name, target / name)
+            copied = replace(folder, path=target, trusted=True)
+            return cls(copied, files_bytes(copied))
+        except OSError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+
+    def container(self, name: str) -> AdapterContainer:
+        """As it was read, under the name of its folder."""
+        return read_folder(self.folder)
+
+    def prepare(self, bank: AdapterBank) -> PreparedAdapter:
+        """Checked and laid out as when it was first read."""
+        return bank.prepare(self.container(self.folder.shown))
+
+    def remove(self) -> None:
+        """Its folder, with the one around it."""
+        shutil.rmtree(self.folder.path.parent, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What a module's weights are besides arrays, and of how many parts they are made."""
+
+    weights: ModuleWeights
+    parts: int
+
+    def with_arrays(self, arrays: Sequence[mx.array | None]) -> ModuleWeights:
+        """The whole, from arrays in the order of `ModuleWeights.arrays`."""
+        *factors, magnitude, bias = arrays
+        pairs = [(a, b) for a, b in pairwise(factors) if a is not None and b is not None][::2]
+        if self.parts:
+            whole = ModuleWeights.of_parts(pairs, self.weights.scale, bias)
+            lora_a, lora_b, parts = whole.lora_a, whole.lora_b, whole.parts
+        else:
+            ((lora_a, lora_b),) = pairs
+            parts = ()
+        return replace(
+            self.weights, lora_a=lora_a, lora_b=lora_b, magnitude=magnitude, bias=bias, parts=parts
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModulesCopy:
+    """A file with the arrays of modules, each by its path and place; `rest` is all else of them, by path."""
+
+    path: Path
+    rest: Mapping[str, _Rest]
+    size_bytes: int
+
+    @classmethod
+    def of(cls, weights: Mapping[str, ModuleWeights], place: Path) -> ModulesCopy:
+        """Write `weights`. Raises OSError, or RuntimeError, which is MLX's own."""
+        path = place.with_suffix(".safetensors")
+        arrays = {
+            f"{name}:{at}": array
+            for name, one in weights.items()
+            for at, array in enumerate(one.arrays)
+            if array is not None
+        }
+        mx.save_safetensors(str(path), arrays)
+        nothing = {"lora_a": mx.zeros(0), "lora_b": mx.zeros(0), "magnitude": None, "bias": None}
+        rest = {
+            name: _Rest(replace(one, parts=(), **nothing), len(one.parts)) for name, one in weights.items()
+        }
+        return cls(path, rest, path.stat().st_size)
+
+    def container(self, name: str) -> AdapterContainer:
+        """Of the same tensors and scales, so that the digest is the same."""
+        arrays = _load(self.path)
+        weights = {
+            path: one.with_arrays([arrays.get(f"{path}:{at}") for at in range(2 * max(1, one.parts) + 2)])
+            for path, one in self.rest.items()
+        }
+        return AdapterContainer.from_weights(weights, name)
+
+    def prepare(self, bank: AdapterBank) -> PreparedAdapter:
+        """Checked and laid out as when it was made."""
+        return bank.prepare(self.container("a made adapter"))
+
+    def remove(self) -> None:
+        """The file."""
+        _unlink(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsCopy:
+    """A file with the rows that lay in the bank; `rest` is what else the bank needs of them.
+
+    `digest` is that of the rows, so that what comes back is what went.
+    """
+
+    path: Path
+    rest: PreparedAdapter
+    digest: str
+    size_bytes: int
+
+    @classmethod
+    def of(cls, prepared: PreparedAdapter, place: Path) -> RowsCopy:
+        """Write the rows. Raises OSError, or RuntimeError, which is MLX's own."""
+        path = place.with_suffix(".safetensors")
+        mx.save_safetensors(str(path), prepared.rows)
+        rest = replace(prepared, rows={})
+        return cls(path, rest, digest_of(prepared.rows), path.stat().st_size)
+
+    def container(self, name: str) -> AdapterContainer:
+        """Scales and magnitudes are multiplied in, so that the adapter is not in the rows any more."""
+        raise AdapterNotReadableError
+
+    def prepare(self, bank: AdapterBank) -> PreparedAdapter:
+        """The very rows."""
+        rows = _load(self.path)
+        mx.eval(rows)
+        if digest_of(rows) != self.digest:
+            raise ValueError("expected the rows that were written")
+        return replace(self.rest, rows=rows)
+
+    def remove(self) -> None:
+        """The file."""
+        _unlink(self.path)
+
+
+def files_bytes(folder: AdapterFolder) -> int:
+    """Bytes of the files that make up the adapter in `folder`. Raises OSError."""
+    return sum((folder.path / name).stat().st_size for name in _files_of(folder))
+
+
+def _files_of(folder: AdapterFolder) -> list[str]:
+    return [name for name in folder.file_names if (folder.path / name).is_file()]
+
+
+def _load(path: Path) -> dict[str, mx.array]:
+    loaded = mx.load(str(path))
+    if not isinstance(loaded, dict):
+        raise ValueError("expected tensors by name")
+    return loaded
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
