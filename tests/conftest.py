@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 from server.blas import load_openblas
 
@@ -25,6 +26,12 @@ from server.demo.model import default_cache_dir, demo_model  # noqa: E402 (MLX m
 # How long a draw takes depends on the machine, and on what else runs there.
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
+
+# No property says how fast a machine is. What else depends on where it runs, as fixed examples in CI, stays.
+settings.register_profile(
+    "any speed", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any speed")
 
 # By default, structlog shows an exception with all variables, in colour, which takes a second for each.
 structlog.configure(

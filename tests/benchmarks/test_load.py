@@ -98,7 +98,7 @@ async def test_the_first_token_is_the_first_text() -> None:
     (answer,) = (await load(respond, heard=lambda: times.append(time.perf_counter()))).answers
     assert len(times) == 2
     assert answer.first_token_seconds >= pause_seconds * 0.9
-    assert answer.gap_seconds[0] == pytest.approx(times[1] - times[0], abs=pause_seconds / 4)
+    assert answer.gap_seconds[0] == pytest.approx(times[1] - times[0], abs=pause_seconds / 2)
     assert answer.seconds - answer.first_token_seconds >= pause_seconds * 0.5
 
 

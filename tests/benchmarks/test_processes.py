@@ -44,7 +44,7 @@ async def started(child: Child) -> None:
 async def ended(child: Child) -> bool:
     """Whether PARENT has been waited for and nobody is left who could write to its standard output."""
     assert child.process.stdout is not None
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await child.process.stdout.read() == b"" and child.process.returncode is not None
 
 
@@ -101,14 +101,14 @@ async def test_ready_means_that_the_url_answers_200(tmp_path: Path) -> None:
         "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()\n"
     )
     async with python(tmp_path, code, str(port)) as child:
-        await wait_until_ready(child, f"http://127.0.0.1:{port}/ready", 20)
+        await wait_until_ready(child, f"http://127.0.0.1:{port}/ready", 60)
         assert (tmp_path / "log").read_text().count('"GET /ready HTTP/1.1" 503') == 2
 
 
 async def test_a_child_that_ends_early_is_shown_with_its_log(tmp_path: Path) -> None:
     async with python(tmp_path, "import sys; print('no such model'); sys.exit(3)") as child:
         with pytest.raises(ProcessError, match=r"(?s)child: .*exit code 3.*no such model"):
-            await wait_until_ready(child, f"http://127.0.0.1:{free_port()}/", 20)
+            await wait_until_ready(child, f"http://127.0.0.1:{free_port()}/", 60)
 
 
 async def test_a_child_that_never_answers_is_given_up(tmp_path: Path) -> None:
