@@ -16,6 +16,13 @@ __all__ = ["DEFAULT_URL", "Id", "Json", "run_call"]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="Name of the adapter.", show_default=False)]
+# Errors tell what to send; on a command line, the same is said so.
+_HINTS = {
+    "adapter_exists": "Here that is --replace.",
+    "adapters_loaded": "Here these are `mlx-graft adapters unload ID` and --unload-others.",
+    "base_is_fused": "Here that is `mlx-graft adapters unfuse ID`.",
+}
+
 Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON as it is, and nothing else.")]
 
 
@@ -42,7 +49,7 @@ def run_call(
     except ClientError as error:
         if json and error.body is not None:
             typer.echo(error.body)
-        fail(str(error))
+        fail(" ".join([str(error), *([_HINTS[error.code]] if error.code in _HINTS else [])]))
     if json:
         typer.echo(text)
     else:

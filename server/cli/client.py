@@ -38,11 +38,15 @@ ApiKeyFile = Annotated[
 
 
 class ClientError(Exception):
-    """What was asked for was not done; the message is a sentence. `body` is the server's JSON answer."""
+    """What was asked for was not done; the message is a sentence.
 
-    def __init__(self, message: str, body: str | None = None) -> None:
+    `body` is the server's JSON answer, `code` the short word for programs in it.
+    """
+
+    def __init__(self, message: str, body: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.body = body
+        self.code = code
 
 
 def adapter_path(adapter_id: str, *rest: str) -> str:
@@ -106,7 +110,8 @@ class Client:
                     return
                 event = self._parse(data)
                 if "error" in event:
-                    raise ClientError(_message(event) or "the server ended the answer with an error.", data)
+                    message = _message(event) or "the server ended the answer with an error."
+                    raise ClientError(message, data, _code(event))
                 yield event
             raise ClientError(f"{self.url} closed the connection before the answer was complete.")
 
@@ -131,12 +136,11 @@ class Client:
     def _check(self, response: httpx.Response) -> None:
         if response.is_success:
             return
-        message = None
         try:
-            message = _message(response.json())
+            body = response.json()
         except ValueError:
             raise ClientError(self._foreign(response.status_code)) from None
-        raise ClientError(message or self._foreign(response.status_code), response.text)
+        raise ClientError(_message(body) or self._foreign(response.status_code), response.text, _code(body))
 
     def _parse(self, text: str) -> dict[str, Any]:
         try:
@@ -163,6 +167,12 @@ def _message(body: object) -> str | None:
     more = [item for item in details if isinstance(item, str)] if isinstance(details, list) else []
     missing = [item for item in more if item not in message]
     return " ".join([message, *missing])
+
+
+def _code(body: object) -> str | None:
+    error = body.get("error") if isinstance(body, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, str) else None
 
 
 def _delta(event: Mapping[str, Any]) -> str:

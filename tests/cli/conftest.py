@@ -101,6 +101,8 @@ def canned_app(server: CannedServer) -> FastAPI:
         if body["id"] == "broken":
             details = ["tensor a is missing", "tensor b has shape (1, 2), expected (3, 4)"]
             return error(422, "The adapter 'broken' cannot be used.", "adapter_invalid", details)
+        if body["id"] == "loaded":
+            return error(409, "'loaded' is loaded. Send \"replace\": true.", "adapter_exists")
         if "blend" not in body:
             report = {"report": {"warnings": ["Another base."]}} if body["id"] == "foreign" else {}
             return JSONResponse({**ADAPTER, "id": body["id"], **report}, 201)

@@ -118,6 +118,11 @@ def test_an_error_is_one_sentence_with_its_details(command: Program, canned: Can
     )
 
 
+def test_an_error_says_what_to_do_here(command: Program, canned: CannedServer) -> None:
+    done = command("adapters", "load", "loaded", "--url", canned.url)
+    assert done.err == "error: 'loaded' is loaded. Send \"replace\": true. Here that is --replace.\n"
+
+
 def test_an_error_as_json(command: Program, canned: CannedServer) -> None:
     done = command("adapters", "load", "broken", "--url", canned.url, "--json")
     assert done.code == 1
