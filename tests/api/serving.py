@@ -50,7 +50,7 @@ class Service:
 
     async def idle(self) -> None:
         """Wait until nothing is being computed any more."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self.engine.stats.running_rows or self.engine.waiting_requests:
                 await self.engine.container.perform(lambda context: None)
 

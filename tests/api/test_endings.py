@@ -41,7 +41,7 @@ def endless(path: str, **fields: Any) -> bytes:
 
 async def running(service: Service) -> None:
     """Wait until the engine computes something."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not service.engine.stats.running_rows:
             await service.engine.container.perform(lambda context: None)
 
@@ -51,9 +51,9 @@ async def test_a_client_that_leaves_a_stream_ends_its_computing(service: Service
     visitor = Visitor(service.app, path, endless(path, stream=True))
     visit = asyncio.create_task(visitor.visit())
     for _ in range(4):
-        await asyncio.wait_for(visitor.messages.get(), 10)
+        await asyncio.wait_for(visitor.messages.get(), 60)
     visitor.gone.set()
-    await asyncio.wait_for(visit, 10)
+    await asyncio.wait_for(visit, 60)
     await service.idle()
     assert service.engine.stats.completion_tokens < 2 * 400
 
@@ -64,7 +64,7 @@ async def test_a_client_that_leaves_while_it_waits_ends_its_computing(service: S
     visit = asyncio.create_task(visitor.visit())
     await running(service)
     visitor.gone.set()
-    await asyncio.wait_for(visit, 10)
+    await asyncio.wait_for(visit, 60)
     await service.idle()
     assert service.engine.stats.completion_tokens < 2 * 400
     start = await visitor.messages.get()
@@ -88,7 +88,7 @@ async def test_the_pin_is_released_when_a_request_ends_in_any_way(
         await running(service)
         assert registry.get("echo").in_flight == 1
         visitor.gone.set()
-        await asyncio.wait_for(visit, 10)
+        await asyncio.wait_for(visit, 60)
         await service.idle()
         assert registry.get("echo").in_flight == 0
 
@@ -193,7 +193,7 @@ async def test_stopping_the_server_ends_its_requests(parrot: LoadedModel) -> Non
         visitor = Visitor(service.app, CHAT, endless(CHAT, stream=True))
         visit = asyncio.create_task(visitor.visit())
         await running(service)
-    await asyncio.wait_for(visit, 10)
+    await asyncio.wait_for(visit, 60)
     bodies = []
     while not visitor.messages.empty():
         bodies.append((await visitor.messages.get()).get("body", b""))
