@@ -26,7 +26,9 @@ from .mixed.experts import ExpertGroups, MixedExperts, routes_rows, switch_layer
 from .mixed.laying_out import float_dtype, group_modules, lay_out
 from .mixed.layout import GroupLayout, Layout
 from .mixed.linear import MixedLinear, ProjectionGroup
-from .mixed.routing import Placement, ResidentAdapter, Routing, RowAdapters, make_row, row_key
+from .mixed.plan import Placement
+from .mixed.residents import ResidentAdapter, RowAdapters, make_row, row_key
+from .mixed.routing import Routing
 from .mixed.split import MixedSplitLinear
 from .mixed.stacks import Shelf
 from .report import LoadReport, parts_of

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from ..errors import UnsupportedModelError
 from ..layers.embedding import no_weight
 from .linear import MixedLinear, ProjectionGroup
-from .routing import Pass
+from .plan import Pass
 from .stacks import Stack
 
 __all__ = ["MixedEmbedding", "TiedHead"]

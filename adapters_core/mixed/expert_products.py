@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..layers.switch import gather_mm
-from .routing import Pass
+from .plan import Pass
 from .stacks import Stack
 
 __all__ = ["ExpertProducts", "Routes"]

@@ -20,7 +20,8 @@ from ..errors import UnsupportedModelError
 from ..layers.modules import ModuleKind, kind_of
 from .expert_products import ExpertProducts, Routes
 from .linear import ProjectionGroup
-from .routing import BatchPlan, Routing
+from .plan import BatchPlan
+from .routing import Routing
 
 __all__ = ["ExpertGroups", "MixedExperts", "routes_rows", "switch_layers"]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,10 +24,8 @@ import mlx.nn as nn
 from ..layers.modules import compute_dtype
 from .kernel_source import kernel_source
 from .layout import GroupLayout
-
-if TYPE_CHECKING:
-    from .routing import Pass
-    from .stacks import Stack
+from .plan import Pass
+from .stacks import Stack
 
 __all__ = ["Call", "Kernels", "on_cuda", "plan_calls", "run_calls"]
 

@@ -17,8 +17,9 @@ import mlx.nn as nn
 from ..errors import UnsupportedModelError
 from .kernel import Call, Kernels, plan_calls, run_calls
 from .layout import Layout
+from .plan import BatchPlan, Pass
 from .products import Products
-from .routing import BatchPlan, Pass, Routing
+from .routing import Routing
 from .stacks import Stack
 
 __all__ = ["MixedLinear", "ProjectionGroup", "Work"]

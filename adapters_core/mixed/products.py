@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .routing import Pass
+from .plan import Pass
 from .stacks import Stack
 
 __all__ = ["Products"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 
 from .layout import GroupLayout, Layout
-from .routing import ResidentAdapter
+from .residents import ResidentAdapter
 
 __all__ = ["Shelf", "Stack"]
 

@@ -17,6 +17,8 @@ from adapters_core.mixed.kernel import Kernels
 from adapters_core.mixed.kernel_source import kernel_source
 from adapters_core.mixed.layout import GroupLayout
 from adapters_core.mixed.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from tests.mixed.architectures import tiny
+from tests.mixed.resident import Resident, only
 from tests.models import make_adapter, relative_error, tiny_llama, tokens
 
 ALL = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -113,6 +115,24 @@ def test_layers_of_one_form_share_a_compiled_function(tmp_path: Path) -> None:
     assert kernels.traces == 4, (
         "query with key and value, output, gate with up, down: of all layers and steps"
     )
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_layer_with_several_outputs_is_one_layer_to_the_kernel(bits: int | None, tmp_path: Path) -> None:
+    resident = Resident(tiny("afm7, split query, key and value", bits))
+    adapters = [
+        resident.add(
+            make_adapter(
+                tmp_path / str(seed), resident.model, keys=["self_attn.qkv_proj"], seed=seed, rank=rank
+            )
+        )
+        for seed, rank in ((1, 4), (2, 4), (3, 6))
+    ]
+    rows, inputs = [(), *map(only, adapters)], tokens(4, 1)
+    expected = resident.logits(inputs, rows, 2)
+    kernels = resident.routing.kernels = StandIn(compiles=True)
+    assert relative_error(resident.logits(inputs, rows, 2), expected) < 1e-5
+    assert kernels.traces > 0
 
 
 def test_where_the_kernel_cannot_the_products_do(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from adapters_core.layers.targets import module_at, named_base_modules
 from adapters_core.mixed.expert_products import ExpertProducts, Routes
 from adapters_core.mixed.experts import MixedExperts
 from adapters_core.mixed.layout import GroupLayout, Layout, Projection
-from adapters_core.mixed.routing import BatchPlan, Placement, ResidentAdapter, RowAdapters, make_row
+from adapters_core.mixed.plan import BatchPlan, Placement
+from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row
 from adapters_core.mixed.stacks import Shelf
 from tests.mixed.architectures import tiny
 from tests.mixed.resident import Resident, alone, only, paths_of

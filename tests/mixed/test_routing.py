@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 
 from adapters_core.errors import BlendError
 from adapters_core.mixed.layout import Layout
-from adapters_core.mixed.routing import (
-    AdapterRows,
-    BatchPlan,
-    Placement,
-    ResidentAdapter,
-    Routing,
-    make_row,
-    row_key,
-)
+from adapters_core.mixed.plan import BatchPlan, Placement
+from adapters_core.mixed.residents import ResidentAdapter, make_row, row_key
+from adapters_core.mixed.routing import AdapterRows, Routing
 
 
 def resident(name: str, kind: str = "lora") -> ResidentAdapter:
