@@ -38,15 +38,8 @@ if TYPE_CHECKING:
     from .layers.module_weights import ModuleWeights
     from .layers.modules import ModuleKind, factor_shapes, kind_of
     from .layers.targets import adaptable_layers, default_keys, resolve_targets
-    from .mixed.routing import (
-        AdapterRows,
-        ResidentAdapter,
-        RoutedModel,
-        Routing,
-        RowAdapters,
-        make_row,
-        row_key,
-    )
+    from .mixed.residents import ResidentAdapter, RowAdapters, make_row, row_key
+    from .mixed.routing import AdapterRows, RoutedModel, Routing
     from .report import LoadReport
 
 __all__ = [
@@ -124,15 +117,8 @@ _MODULES = {
     ),
     "layers.module_weights": ("ModuleWeights",),
     "layers.modules": ("ModuleKind", "factor_shapes", "kind_of"),
-    "mixed.routing": (
-        "AdapterRows",
-        "ResidentAdapter",
-        "RoutedModel",
-        "Routing",
-        "RowAdapters",
-        "make_row",
-        "row_key",
-    ),
+    "mixed.residents": ("ResidentAdapter", "RowAdapters", "make_row", "row_key"),
+    "mixed.routing": ("AdapterRows", "RoutedModel", "Routing"),
     "report": ("LoadReport",),
     "layers.targets": ("adaptable_layers", "default_keys", "resolve_targets"),
     "formats.writing": ("write_adapter",),
