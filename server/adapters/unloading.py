@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import structlog
 
 from .errors import quoted
-from .gate import Gate
 from .keeping.keeper import Keeper
 from .memory.memory import Memory
 from .registry import Registry
@@ -34,14 +33,12 @@ class Unloader:
         registry: Registry,
         memory: Memory,
         keeper: Keeper,
-        gate: Gate,
         tasks: Tasks,
         releases: Releases,
     ) -> None:
         self._registry = registry
         self._memory = memory
         self._keeper = keeper
-        self._gate = gate
         self._tasks = tasks
         self._releases = releases
 
@@ -56,7 +53,7 @@ class Unloader:
             BaseIsFusedError: it, or another, is fused.
         """
         async with self._tasks.lock(adapter_id):
-            async with self._gate.shared():
+            async with self._memory.gate.shared():
                 entry = self._registry.get(adapter_id)
                 self._registry.refuse_if_fused("none can be unloaded")
                 was_active = self._registry.start_draining(entry)
@@ -64,11 +61,11 @@ class Unloader:
             try:
                 name = f"adapter {quoted(adapter_id)}"
                 await self._releases.idle(lambda: entry.uses, timeout_seconds, name)
-                await self._gate.opened()
+                await self._memory.gate.opened()
             except BaseException:
                 self._registry.stop_draining(entry, was_active)
                 raise
-            async with self._gate.shared():
+            async with self._memory.gate.shared():
                 self._registry.remove(entry)
                 freed_bytes = await self.remove(entry.versions)
             _log.info("adapter_unloaded", adapter=adapter_id, freed_bytes=freed_bytes)
@@ -99,7 +96,7 @@ class Unloader:
 
     async def reap(self) -> None:
         """Take the versions out of the bank that were replaced and that no request uses any more."""
-        async with self._gate.shared():
+        async with self._memory.gate.shared():
             stale = self._registry.take_stale()
             if stale:
                 await self.remove(stale)

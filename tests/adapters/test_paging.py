@@ -93,9 +93,12 @@ async def test_another_content_is_another_version(model_path: Path, own_root: Pa
         assert keys == 3  # those of b, of what a is now, and of what it was and can be again
         assert await tight.answer("a@1") == old
 
-        # A larger one waits for room under its own size.
+        # A larger one, which can never fit.
         await tight.answer("b")
         make_adapter(own_root / "a", read_model(model_path), seed=98, rank=16)
+        assert await tight.answer("a") == new
+        await tight.answer("b")
+        tight.service.keeper.drop(entry.current)
         with pytest.raises(AdapterMemoryError):
             await tight.answer("a")
         assert (entry.current.number, tight.service.registry.in_flight) == (2, 0)

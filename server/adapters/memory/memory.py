@@ -14,6 +14,7 @@ from adapters_core.bank import AdapterBank, PreparedAdapter
 from server.engine.container import ModelContainer
 
 from ..errors import AdapterMemoryBusyError, AdapterMemoryError
+from ..gate import Gate
 from ..versions import Version
 from .line import Attempt, Line
 from .loading import exchange, remove_residents
@@ -26,9 +27,13 @@ _T = TypeVar("_T")
 
 
 class Memory:
-    """The bank of the model in `container`, its books, and the line of those who wait for room in it."""
+    """The bank of the model in `container`, its books, and the line of those who wait for room in it.
 
-    def __init__(self, container: ModelContainer, residency: Residency, line: Line) -> None:
+    What changes it is inside `gate`.
+    """
+
+    def __init__(self, container: ModelContainer, gate: Gate, residency: Residency, line: Line) -> None:
+        self.gate = gate
         self.residency = residency
         self.line = line
         self._container = container

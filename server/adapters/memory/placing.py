@@ -14,7 +14,6 @@ from adapters_core.bank import PreparedAdapter
 
 from ..errors import quoted
 from ..folder import AdapterFolder
-from ..gate import Gate
 from ..keeping.keeper import Keeper
 from ..registry import Registry
 from ..versions import Entry, Version
@@ -41,13 +40,10 @@ class Wish:
 class Placer:
     """Makes new versions, which whoever asks publishes at the very instant at which it gets them."""
 
-    def __init__(
-        self, registry: Registry, memory: Memory, gate: Gate, keeper: Keeper, reader: Reader
-    ) -> None:
+    def __init__(self, registry: Registry, memory: Memory, keeper: Keeper, reader: Reader) -> None:
         self.reader = reader
         self._registry = registry
         self._memory = memory
-        self._gate = gate
         self._keeper = keeper
 
     async def load(
@@ -89,7 +85,7 @@ class Placer:
         Raises:
             As `load`; AdapterMemoryError also if there was no room in time; BaseIsFusedError.
         """
-        async with self._gate.shared():
+        async with self._memory.gate.shared():
             self._check(wish)
             version = await self.load(wish)
         while not version.in_memory:
@@ -99,7 +95,7 @@ class Placer:
             try:
                 version = await self.load(wish, reservation)
             finally:
-                self._gate.leave()
+                self._memory.gate.leave()
         return version
 
     async def _place(
@@ -125,7 +121,7 @@ class Placer:
             replaces = None if wish.entry is None else wish.entry.current
             reservation = self._memory.residency.reserve(size_bytes, replaces, is_next)
             if reservation is not None:
-                self._gate.enter()
+                self._memory.gate.enter()
             return reservation
 
         return await self._memory.in_turn(attempt, size_bytes)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import structlog
 
 from adapters_core.bank import PreparedAdapter, ResidentAdapter
-from adapters_core.errors import InvalidAdapterError
+from adapters_core.errors import AdapterError
 from adapters_core.layers.module_weights import ModuleWeights
 
 from ..errors import AdapterChangingError, LifeCycleError
@@ -60,7 +60,7 @@ class Reader:
         return await self._keeper.read(version)
 
     async def again(self, adapter_id: str, version: Version, folder: AdapterFolder) -> PreparedAdapter:
-        """What the folder of a version holds, if that may be served; else what was loaded from it.
+        """What the folder of a version holds, if that can be served; else what was loaded from it.
 
         Raises:
             AdapterChangingError: it is being written, and there is no copy.
@@ -70,7 +70,7 @@ class Reader:
         """
         try:
             return await self._from_folder(adapter_id, version, folder)
-        except (InvalidAdapterError, LifeCycleError) as error:
+        except (AdapterError, LifeCycleError) as error:
             if not version.kept:
                 raise
             _log.warning("adapter_read_from_copy", adapter=adapter_id, reason=str(error))
@@ -80,9 +80,12 @@ class Reader:
         try:
             bank, limit_bytes = await self._memory.bank(), self._limit_bytes
             prepared = await prepare_again(self._folders, folder, bank, limit_bytes)
-            if prepared.resident.digest == version.resident.digest or await self.has_settled(folder):
+            if prepared.resident.digest == version.resident.digest:
                 return prepared
-        except InvalidAdapterError:
+            if await self.has_settled(folder):
+                self._memory.residency.require_possible(prepared.resident.size_bytes, version)
+                return prepared
+        except AdapterError:
             if await self.has_settled(folder):
                 raise
         raise AdapterChangingError(adapter_id)

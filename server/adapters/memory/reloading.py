@@ -6,7 +6,6 @@ import asyncio
 import time
 
 from ..errors import VersionGoneError
-from ..gate import Gate
 from ..registry import Registry
 from ..reports import Journal
 from ..source import Made
@@ -27,14 +26,12 @@ class Reloader:
         self,
         registry: Registry,
         memory: Memory,
-        gate: Gate,
         placer: Placer,
         unloader: Unloader,
         journal: Journal,
     ) -> None:
         self._registry = registry
         self._memory = memory
-        self._gate = gate
         self._placer = placer
         self._unloader = unloader
         self._journal = journal
@@ -47,17 +44,17 @@ class Reloader:
     def start(self, entry: Entry | None, version: Version, reservation: Reservation) -> asyncio.Task[None]:
         """Bring back `version` of `entry` into the room that was reserved; the gate is open."""
         version.loading = True
-        self._gate.enter()
+        self._memory.gate.enter()
         work = self._reload(entry, version, reservation)
         self._loads[version] = self._unloader.start(work)
         return self._loads[version]
 
     async def _reload(self, entry: Entry | None, version: Version, reservation: Reservation) -> None:
         """Bring back a version that left memory, or publish what its folder holds in its place."""
-        started = time.perf_counter()
         was_current = entry is not None and entry.current is version
         try:
             async with self._placer.reader.turns:
+                started = time.perf_counter()
                 came_back = await self._bring_back(entry, version, reservation)
             if came_back:
                 version.load_seconds = time.perf_counter() - started
@@ -71,7 +68,7 @@ class Reloader:
             self._memory.give_up(reservation)
             version.loading = False
             del self._loads[version]
-            self._gate.leave()
+            self._memory.gate.leave()
 
     async def _bring_back(self, entry: Entry | None, version: Version, reservation: Reservation) -> bool:
         """Whether `version` is in memory; if not, its folder holds something else that may be served.

@@ -61,6 +61,11 @@ class Residency:
         """Bytes that cannot be given to anything else now."""
         return self._committed(self._reservations)
 
+    def require_possible(self, size_bytes: int, replaces: Version | None) -> None:
+        """Raises AdapterMemoryError if so many bytes never fit, in the place of `replaces` or beside it."""
+        if not self._fits_as_it_is(size_bytes):
+            self._require_possible(size_bytes, () if replaces is None else (replaces,))
+
     def has_room(self, size_bytes: int) -> bool:
         """Whether so many bytes more fit although nothing leaves."""
         return self._fits_as_it_is(size_bytes)
@@ -90,11 +95,10 @@ class Residency:
 
     def reserve(self, size_bytes: int, replaces: Version | None, is_next: bool) -> Reservation | None:
         """Commit bytes for a version that is to be added; None if that has to wait. Raises as `take`."""
-        leaving = () if replaces is None else (replaces,)
-        if not self._fits_as_it_is(size_bytes):
-            self._require_possible(size_bytes, leaving)
+        self.require_possible(size_bytes, replaces)
         if not is_next:
             return None
+        leaving = () if replaces is None else (replaces,)
         reservation = Reservation(size_bytes, replaces)
         if not self._fits_as_it_is(size_bytes):
             lacking_bytes = self._committed({*self._reservations, reservation}) - self.limit_bytes

@@ -12,11 +12,9 @@ from collections.abc import Callable, Mapping
 from adapters_core.layers.module_weights import ModuleWeights
 
 from ..errors import NoPreviousVersionError, VersionNotKeptError, quoted
-from ..gate import Gate
 from ..keeping.keeper import Keeper
 from ..registry import Registry
 from ..source import Made
-from ..unloading import Unloader
 from ..versions import Entry, Version
 from .memory import Memory
 from .reading import Reader
@@ -32,19 +30,15 @@ class Returner:
         self,
         registry: Registry,
         memory: Memory,
-        gate: Gate,
         keeper: Keeper,
         reader: Reader,
         reloader: Reloader,
-        unloader: Unloader,
     ) -> None:
         self._registry = registry
         self._memory = memory
-        self._gate = gate
         self._keeper = keeper
         self._reader = reader
         self._reloader = reloader
-        self._unloader = unloader
 
     async def place_made(
         self, adapter_id: str, made: Made, weights: Mapping[str, ModuleWeights], entry: Entry | None
@@ -60,7 +54,7 @@ class Returner:
         """
         refused = f"{quoted(adapter_id)} cannot be loaded"
         started = time.perf_counter()
-        async with self._gate.shared():
+        async with self._memory.gate.shared():
             self._registry.refuse_if_fused(refused)
             async with self._reader.turns:
                 resident = await self._reader.made(adapter_id, weights)
@@ -70,8 +64,9 @@ class Returner:
         try:
             await self._bring_back(version, entry, lambda: self._registry.refuse_if_fused(refused))
         except BaseException:
-            async with self._gate.shared():  # nothing comes of a version that was never published
-                await self._unloader.remove([version])
+            self._keeper.drop(version)  # nothing comes of what was never published
+            async with self._memory.gate.shared():
+                await self._memory.remove([version], ())
             raise
         version.load_seconds = time.perf_counter() - started
         return version
@@ -119,7 +114,7 @@ class Returner:
         kept: Version | None = None
         while True:
             if entry is not None and kept is not entry.current:
-                async with self._gate.shared():
+                async with self._memory.gate.shared():
                     check()
                     kept = entry.current
                     await self._keeper.keep(kept, beside=version)
