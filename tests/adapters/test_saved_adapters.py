@@ -129,6 +129,17 @@ async def test_a_version_whose_folder_holds_the_next_is_saved_too(tiny_site: Sit
     assert bits(found) == bits(expected)
 
 
+async def test_a_checkpoint_becomes_an_adapter_of_its_own(tiny_site: Site) -> None:
+    step = tiny_site.root / "b" / "0000100_adapters.safetensors"
+    shutil.copy(tiny_site.root / "b" / "adapters.safetensors", step)
+    make_adapter(tiny_site.root / "b", read_model(tiny_site.model), seed=42, rank=8)  # trained on
+    said = await tiny_site.says("b@step-100")
+    saved = await save(tiny_site, "b@step-100", "best")
+    assert (saved["id"], saved["version"]) == ("b@step-100", 1)
+    assert await tiny_site.says("best") == said != await tiny_site.says("b")
+    assert (tiny_site.root / "best" / "adapters.safetensors").is_file()
+
+
 async def test_what_is_nowhere_any_more_cannot_be_saved(model_path: Path, root: Path) -> None:
     async with house(model_path, root, kept_bytes=0) as forgetful:
         await forgetful.service.load("a")
