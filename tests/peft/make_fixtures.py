@@ -296,6 +296,14 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
             "modules_to_save": ["embed_tokens", "norm"],
         },
     ),
+    "bias-all": (
+        "llama",
+        {"r": 2, "lora_alpha": 3, "bias": "all", "target_modules": ["q_proj", "down_proj"]},
+    ),
+    "bias-of-both": (
+        "llama",
+        {"r": 2, "lora_alpha": 3, "bias": "all", "lora_bias": True, "target_modules": ["q_proj"]},
+    ),
 }
 
 # Rows that were trained of modules that are saved whole, by the name of the module.
@@ -342,6 +350,8 @@ def _make_adapter(
             for module, rows in TRAINED_ROWS.get(name, {}).items():
                 if f"{module}.modules_to_save" in parameter:
                     value[rows] = 0.2 * torch.randn(len(rows), value.shape[1], generator=generator)
+            if fields.get("bias") == "all" and parameter.endswith("bias") and "lora_" not in parameter:
+                value += 0.2 * torch.randn(value.shape, generator=generator)
     directory = folder / "adapters" / name
     model.save_pretrained(directory)
     _tidy(directory, base)

@@ -58,6 +58,7 @@ def test_rows_with_different_folders_in_one_batch_equal_peft(base: str) -> None:
         "patterns",
         "dora",
         "bias",
+        "bias-of-both",
         "embedding",
         "embedding-dora",
         "tied",

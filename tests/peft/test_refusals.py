@@ -215,12 +215,6 @@ def _without(*names: str) -> Callable[[Tensors], Tensors]:
         ("bias", {"lora_bias": False}, None, ["does not say lora_bias"]),
         (
             "plain",
-            {"bias": "all"},
-            _with(f"{Q0}.base_layer.bias", mx.zeros(32)),
-            [f"tensor {Q0}.base_layer.bias: not expected: a bias of the base that was trained"],
-        ),
-        (
-            "plain",
             {},
             _with(f"{Q0}.lora_A.second.weight", mx.zeros((4, 32))),
             ["is the same factor; a file holds one adapter"],

@@ -128,10 +128,28 @@ def _without(part: str) -> Callable[[Tensors], Tensors]:
             "q_proj.lora_A.weight: not expected: adapter_config.json leaves module model.layers.0.self_attn",
         ),
         (
-            "saved",
+            "bias-all",
             {},
-            _with("model.layers.0.self_attn.o_proj.bias", lambda _: mx.ones(32)),
-            "o_proj.bias: not expected: a bias of the base that was trained",
+            _with("model.layers.0.mlp.up_proj.bias", lambda _: mx.ones(48)),
+            "up_proj.bias: not expected: a bias that is not the base's: the base has none of this shape",
+        ),
+        (
+            "bias-all",
+            {},
+            _with("model.layers.0.self_attn.o_proj.bias", lambda _: mx.ones(33)),
+            "o_proj.bias: not expected: a bias that is not the base's: the base has none of this shape",
+        ),
+        (
+            "dora",
+            {"bias": "all"},
+            _with("model.layers.0.self_attn.q_proj.base_layer.bias", lambda _: mx.ones(32)),
+            "q_proj.base_layer.bias: not expected: a bias that is not the base's: beside use_dora none can",
+        ),
+        (
+            "gpt2",
+            {"bias": "all"},
+            _with("transformer.h.0.ln_1.bias", lambda _: mx.ones(32)),
+            "ln_1.bias: not expected: a bias that is not the base's: a LayerNorm can have no other bias",
         ),
         (
             "saved",
@@ -221,3 +239,29 @@ def test_a_head_that_was_saved_whole_and_not_trained_leaves_the_embedding_alone(
     AdapterContainer.from_directory(folder).load(into=model)
     logits = np.array(model(fixtures.tokens()))
     np.testing.assert_allclose(logits, fixtures.expected("saved-lookup"), atol=1e-4, rtol=0)
+
+
+def test_biases_that_were_trained_become_the_adapters_own() -> None:
+    mapped = _container("bias-all").place(fixtures.model("llama"))
+    layer = "model.layers.0.self_attn"
+    with_bias = [path for path, one in mapped.weights.items() if one.bias is not None]
+    assert len(with_bias) == 8
+    assert not mx.any(mapped.weights[f"{layer}.k_proj"].lora_b).item()
+    assert mx.any(mapped.weights[f"{layer}.q_proj"].lora_b).item()
+    assert mapped.warnings == (
+        f"The file has 8 biases that are not the base's, the first of {layer}.k_proj; they are served as the "
+        "adapter's own.",
+    )
+
+
+def test_a_trained_bias_is_kept_where_the_scale_is_zero(tmp_path: Path) -> None:
+    model = fixtures.model("llama")
+    folder = fixtures.changed(tmp_path / "a", "bias-all", {"lora_alpha": 0})
+    path = "model.layers.0.self_attn.q_proj"
+    weights = AdapterContainer.from_directory(folder).check(model)[path]
+    file = mx.load(str(folder / "adapter_model.safetensors"))
+    new = file[f"{BASE}{path}.base_layer.bias"]  # type: ignore[index]
+    assert weights.bias is not None
+    assert not mx.any(weights.lora_b).item()
+    own = dict(model.named_modules())[path].bias
+    np.testing.assert_allclose(np.array(own + weights.scale * weights.bias), np.array(new), atol=1e-6)

@@ -2,7 +2,8 @@
 
 All rows of a batch share the base, so that no weight can stand in its place. But most files hold what the
 base has anyway, or new rows for a few tokens, which are a LoRA exactly (`tokens.row_weights`). Whatever is
-neither is refused, with how much of it differs. Where a head is tied to its embedding, PEFT computes with
+neither is refused, with how much of it differs. Biases that were trained (`bias`) become the adapter's own.
+Where a head is tied to its embedding, PEFT computes with
 
 | in the file                                 | for look-ups | for the head                             |
 |---------------------------------------------|--------------|------------------------------------------|
@@ -53,9 +54,13 @@ class WholeMapping:
     """The whole weights of one adapter on one model; `map` adds to weights, problems and warnings."""
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], rule: PathRule, config: PeftConfig, adapted: Collection[str]
+        self,
+        modules: Mapping[str, nn.Module],
+        rule: PathRule,
+        config: PeftConfig,
+        adapted: Mapping[str, ModuleWeights],
     ) -> None:
-        """`modules` are the model's, by path; `adapted` are those that the file has factors for."""
+        """`modules` are the model's, by path; `adapted` is what the file has factors for."""
         self.weights: dict[str, ModuleWeights] = {}
         self.problems: list[str] = []
         self.warnings: list[str] = []
@@ -64,14 +69,16 @@ class WholeMapping:
         self._config = config
         self._adapted = adapted
         self._copies: list[str] = []
+        self._biases: list[str] = []
 
     def map(self, wholes: Mapping[str, WholeName], tensors: Mapping[str, mx.array]) -> None:
         """Map the `tensors` that `wholes` names."""
         found: dict[str, _Whole] = {}
+        biases: list[_Whole] = []
         for name, whole in wholes.items():
             one = _Whole(whole.path, name, tensors[name])
             if whole.parameter == "bias":
-                self._require_own_bias(one)
+                biases.append(one)
             elif whole.is_original:
                 if self._changed(one, self._module(one.path)):
                     self._refuse(one, f"a weight that is not the base's, named as one; {_SHARED}")
@@ -84,7 +91,14 @@ class WholeMapping:
             self._map_tied(place, found.pop(embedding, None), found.pop(head, None))
         for one in found.values():
             self._settle(one, self._rule.to_mlx(one.path) or "")
+        for one in biases:
+            self._settle_bias(one)
         self._tell_copies()
+        if self._biases:
+            self.warnings.append(
+                f"The file has {len(self._biases)} biases that are not the base's, the first of "
+                f"{min(self._biases)}; they are served as the adapter's own."
+            )
 
     def _map_tied(self, place: str, embedding: _Whole | None, head: _Whole | None) -> None:
         """Settle the embedding at `place` and the head that is tied to it, as the table at the top says."""
@@ -153,14 +167,26 @@ class WholeMapping:
             return changed_rows(one.tensor, module)
         return None
 
-    def _require_own_bias(self, one: _Whole) -> None:
-        module = self._module(one.path)
-        if not is_copy(one.tensor, None if module is None else module.get("bias")):
-            self._refuse(
-                one,
-                'a bias of the base that was trained (bias is "all" or "lora_only", or modules_to_save); '
-                f"{_SHARED}. Train with lora_bias instead, or {_MERGE}",
-            )
+    def _settle_bias(self, one: _Whole) -> None:
+        """Keep what the bias changes of its module, as a bias of the adapter's own."""
+        place = self._rule.to_mlx(one.path) or ""
+        module = self._modules.get(place)
+        own = None if module is None else module.get("bias")
+        if is_copy(one.tensor, own):
+            return
+        reason = None
+        if module is None or own is None or own.shape != one.tensor.shape:
+            reason = "the base has none of this shape"
+        elif kind_of(module) is not ModuleKind.LINEAR:
+            reason = f"a {type(module).__name__} can have no other bias beside it"
+        elif self._config.fields.use_dora:
+            reason = "beside use_dora none can be served"
+        if module is None or own is None or reason is not None:
+            self._refuse(one, f"a bias that is not the base's: {reason}; {_SHARED}: {_MERGE}")
+            return
+        weights = self.weights.get(place) or self._adapted.get(place) or _nought(module)
+        self.weights[place] = _with_bias(weights, own, one.tensor)
+        self._biases.append(one.path)
 
     def _find_missing(self, found: Collection[str]) -> None:
         """Modules that the config says were saved whole, and the file does not have."""
@@ -226,6 +252,21 @@ class WholeMapping:
 
     def _refuse(self, one: _Whole, reason: str) -> None:
         self.problems.append(f"tensor {one.name}: not expected: {reason}")
+
+
+def _nought(module: nn.Module) -> ModuleWeights:
+    """Factors for a linear layer that change nothing."""
+    rows, columns = weight_shape(module)
+    return ModuleWeights(mx.zeros((columns, 1)), mx.zeros((1, rows)), None, 1.0)
+
+
+def _with_bias(weights: ModuleWeights, old: mx.array, new: mx.array) -> ModuleWeights:
+    """`weights` with a bias that makes the base's `old` one the `new` one, beside one that they have."""
+    added = new.astype(mx.float32) - old.astype(mx.float32)
+    if not weights.scale:
+        weights = replace(weights, lora_b=mx.zeros_like(weights.lora_b), bias=None, scale=1.0)
+    added = added / weights.scale
+    return replace(weights, bias=added if weights.bias is None else weights.bias.astype(mx.float32) + added)
 
 
 def _same(left: _Whole, right: _Whole) -> bool:
