@@ -27,9 +27,11 @@ from huggingface_hub.errors import (
 from mlx.utils import tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model
 
 from adapters_core.errors import UnsupportedModelError
+from adapters_core.layers.builders import dense_like
+from adapters_core.layers.modules import dense_weight, is_quantized
+from adapters_core.layers.surgery import replace_modules
 
 from .errors import ModelLoadError
 from .positions import keep_positions
@@ -201,7 +203,8 @@ def _cast(model: nn.Module, dtype: Dtype) -> nn.Module:
     if dtype == "auto" and not on_cpu:
         return model
     if dtype == "float32" and on_cpu:
-        model = dequantize_model(model)
+        quantised = [(path, module) for path, module in model.named_modules() if is_quantized(module)]
+        replace_modules(model, {path: dense_like(one, dense_weight(one)) for path, one in quantised})
     target = _DTYPES["float32" if dtype == "auto" else dtype]
     may_cast = getattr(model, "cast_predicate", lambda path: True)
 
