@@ -1,8 +1,8 @@
 """Writes what is loaded as an adapter folder under the adapters root: blends, older versions, any adapter.
 
-A version is read from where it came, or made again, and known by its digest; what was written is read back
-before the folder gets its name. Nothing that is served changes. One at a time, since a blend that is made
-again holds whole matrices. Runs on the event loop; reads and writes on a thread of its own.
+A version is read from its private copy or from where it came, and known by its digest; what was written is
+read back before the folder gets its name. Nothing that is served changes. One at a time, since a blend that
+is made again holds whole matrices. Runs on the event loop; reads and writes on a thread of its own.
 """
 
 from __future__ import annotations
