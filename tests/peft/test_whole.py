@@ -35,7 +35,7 @@ def test_copies_of_the_base_are_passed_over_and_told_in_the_report() -> None:
     assert report is not None
     (warning,) = report.warnings
     assert "no other than the base's own" in warning
-    assert "7 modules: lm_head, model.embed_tokens, model.layers.0.input_layernorm" in warning
+    assert "7 module(s): lm_head, model.embed_tokens, model.layers.0.input_layernorm" in warning
 
 
 def test_rows_that_were_trained_become_factors_of_embedding_and_head() -> None:
@@ -249,8 +249,8 @@ def test_biases_that_were_trained_become_the_adapters_own() -> None:
     assert not mx.any(mapped.weights[f"{layer}.k_proj"].lora_b).item()
     assert mx.any(mapped.weights[f"{layer}.q_proj"].lora_b).item()
     assert mapped.warnings == (
-        f"The file has 8 biases that are not the base's, the first of {layer}.k_proj; they are served as the "
-        "adapter's own.",
+        f"The file has 8 bias(es) that are not the base's, the first of {layer}.k_proj; they are served as "
+        "the adapter's own.",
     )
 
 

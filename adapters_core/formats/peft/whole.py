@@ -96,7 +96,7 @@ class WholeMapping:
         self._tell_copies()
         if self._biases:
             self.warnings.append(
-                f"The file has {len(self._biases)} biases that are not the base's, the first of "
+                f"The file has {len(self._biases)} bias(es) that are not the base's, the first of "
                 f"{min(self._biases)}; they are served as the adapter's own."
             )
 
@@ -217,7 +217,7 @@ class WholeMapping:
         rounding = "; changes below the rounding of the quantised base cannot be seen" if is_rounded else ""
         self.warnings.append(
             f"Saved whole (modules_to_save) and no other than the base's own, so that nothing is served of "
-            f"{len(self._copies)} modules: {shown}{rounding}."
+            f"{len(self._copies)} module(s): {shown}{rounding}."
         )
 
     def _tied_embedding(self) -> str | None:
