@@ -16,8 +16,8 @@ from adapters_core.layers.module_weights import ModuleWeights
 
 from .errors import AdapterExistsError, quoted
 from .folder import AdapterFolders
-from .memory.placing import Placer, Wish
-from .memory.returning import Returner
+from .paging.placing import Placer, Wish
+from .paging.returning import Returner
 from .registry import Registry
 from .reports import Journal
 from .source import Made

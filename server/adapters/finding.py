@@ -10,8 +10,8 @@ import asyncio
 from .errors import quoted
 from .folder import AdapterFolder, AdapterFolders
 from .gate import Gate
-from .memory.placing import Accept, Placer, Wish
 from .names import checkpoint_of
+from .paging.placing import Accept, Placer, Wish
 from .registry import Registry
 from .reports import Journal
 from .tasks import Tasks

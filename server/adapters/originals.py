@@ -10,8 +10,7 @@ from adapters_core.container import AdapterContainer
 from adapters_core.errors import AdapterError
 
 from .errors import AdapterChangedError, LifeCycleError
-from .memory.loading import read_folder
-from .source import Made, Source
+from .source import Made, Source, read_folder
 from .versions import Version
 
 __all__ = ["read_source", "read_version"]

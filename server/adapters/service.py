@@ -34,14 +34,14 @@ from .keeping.keeper import Keeper
 from .keeping.private import PrivateFolder
 from .memory.line import Line
 from .memory.memory import Memory
-from .memory.pinning import Pinner
-from .memory.placing import Accept, Placer
-from .memory.reading import Reader
-from .memory.reloading import Reloader
 from .memory.residency import Residency
-from .memory.returning import Returner
 from .names import parse_name
 from .options import ServiceOptions
+from .paging.pinning import Pinner
+from .paging.placing import Accept, Placer
+from .paging.reading import Reader
+from .paging.reloading import Reloader
+from .paging.returning import Returner
 from .pins import Pin, Terms
 from .registry import Registry
 from .releases import Releases

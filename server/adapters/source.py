@@ -13,7 +13,7 @@ from adapters_core.container import AdapterContainer
 from .errors import AdapterNotReadableError
 from .folder import AdapterFolder
 
-__all__ = ["Made", "Source"]
+__all__ = ["Made", "Source", "read_folder"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -37,3 +37,11 @@ class Made:
 
 
 Source = AdapterFolder | Made
+
+
+def read_folder(folder: AdapterFolder) -> AdapterContainer:
+    """The adapter, or the checkpoint, in `folder`; reads files, so it runs on a worker thread.
+
+    Raises InvalidAdapterError with all that is wrong.
+    """
+    return AdapterContainer.from_directory(folder.path, folder.weights_file)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from adapters_core.bank import ResidentAdapter
 
-from .keeping.copies import Copy
+from .copies import Copy
 from .source import Source
 
 __all__ = ["Entry", "State", "Version"]

@@ -24,7 +24,7 @@ from adapters_core.errors import InvalidAdapterError
 from .errors import LifeCycleError
 from .folder import AdapterFolder, AdapterFolders
 from .looks import Look, look_around, look_at
-from .memory.placing import Accept
+from .paging.placing import Accept
 from .registry import Registry
 
 __all__ = ["Watcher"]

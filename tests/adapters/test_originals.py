@@ -16,9 +16,9 @@ from adapters_core.formats.weights import digest_of
 from adapters_core.layers.module_weights import ModuleWeights
 from adapters_core.mixed.routing import Routing
 from server.adapters.blending import Blender
+from server.adapters.copies import FilesCopy, ModulesCopy, RowsCopy
 from server.adapters.errors import AdapterChangedError, AdapterNotReadableError, BlendPartChangedError
 from server.adapters.folder import AdapterFolder
-from server.adapters.keeping.copies import FilesCopy, ModulesCopy, RowsCopy
 from server.adapters.originals import read_version
 from tests.adapters.support import BASE, House, answer_of, house, read_model
 from tests.models import make_adapter, snapshot
@@ -163,3 +163,34 @@ def test_a_copy_of_modules_has_all_that_they_are(model_path: Path, root: Path, t
     assert copy.size_bytes == copy.path.stat().st_size
     copy.remove()
     assert list(tmp_path.glob("made*")) == []
+
+
+async def test_without_room_for_all_copies_those_of_what_folders_hold_go_before_those_for_rollbacks(
+    model_path: Path, own_root: Path
+) -> None:
+    one_bytes = sum(file.stat().st_size for file in (own_root / "a").iterdir())
+    async with house(model_path, own_root, kept_bytes=int(2.5 * one_bytes)) as tiny:
+        registry = tiny.service.registry
+
+        def kept() -> set[tuple[str, int]]:
+            return {
+                (entry.id, version.number)
+                for entry in registry.entries
+                for version in entry.versions
+                if version.kept
+            }
+
+        for name in ("a", "b"):
+            await tiny.service.load(name)
+        assert kept() == {("a", 1), ("b", 1)}
+        first = await tiny.answer("a")
+        make_adapter(own_root / "a", read_model(model_path), seed=44)
+        await tiny.service.load("a", replace=True)
+        assert kept() == {("a", 1), ("a", 2)}
+        await tiny.service.load("c")
+        assert kept() == {("a", 1), ("c", 1)}
+        await tiny.service.roll_back("a")
+        assert kept() == {("a", 1), ("a", 2)}  # of its folder again, which still held it
+        await tiny.service.load("e")  # no load costs a rollback, nor what was rolled back to
+        assert kept() == {("a", 1), ("a", 2)}
+        assert await tiny.answer("a") == first

@@ -13,6 +13,7 @@ import pytest
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
 from adapters_core.layers.module_weights import ModuleWeights
+from server.adapters.copies import FilesCopy, files_bytes
 from server.adapters.errors import (
     AdaptersWithModelError,
     BaseIsFusedError,
@@ -23,7 +24,6 @@ from server.adapters.errors import (
     VersionNotKeptError,
 )
 from server.adapters.folder import AdapterFolder
-from server.adapters.keeping.copies import FilesCopy, files_bytes
 from server.adapters.keeping.private import PrivateFolder
 from server.adapters.names import Name, checkpoint_of, parse_name
 from server.adapters.source import Made

@@ -24,13 +24,13 @@ from adapters_core.errors import AdapterError, InvalidAdapterError
 from adapters_core.layers.module_weights import ModuleWeights
 
 from ..aside import run_aside
+from ..copies import Copy, FilesCopy, ModulesCopy, RowsCopy, files_bytes
 from ..errors import VersionGoneError
 from ..folder import AdapterFolder
-from ..memory.loading import read_folder
 from ..memory.memory import Memory
 from ..registry import Registry
+from ..source import read_folder
 from ..versions import Entry, Version
-from .copies import Copy, FilesCopy, ModulesCopy, RowsCopy, files_bytes
 from .private import PrivateFolder
 
 __all__ = ["Keeper"]

@@ -1,1 +1,1 @@
-"""Adapters in memory, within a budget: what comes in, for whom, who waits for room, and what leaves."""
+"""What is in memory, within a budget: the books and the bank, and the line of those who wait for room."""

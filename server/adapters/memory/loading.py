@@ -20,6 +20,7 @@ from server.engine.container import ModelContainer, ModelContext
 from ..aside import run_aside
 from ..errors import AdapterMemoryError
 from ..folder import AdapterFolder, AdapterFolders
+from ..source import read_folder
 
 __all__ = [
     "Unfinished",
@@ -28,7 +29,6 @@ __all__ = [
     "known_as",
     "prepare_again",
     "prepare_folder",
-    "read_folder",
     "remove_residents",
 ]
 
@@ -39,11 +39,6 @@ class Unfinished:
 
     error: Exception
     residents: frozenset[ResidentAdapter]
-
-
-def read_folder(folder: AdapterFolder) -> AdapterContainer:
-    """The adapter, or the checkpoint, in `folder`. Raises InvalidAdapterError with all that is wrong."""
-    return AdapterContainer.from_directory(folder.path, folder.weights_file)
 
 
 async def prepare_folder(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..errors import AdapterMemoryBusyError
+from ..memory.memory import Memory
 from ..pins import Pin, Terms
 from ..registry import Registry
 from ..versions import Version
-from .memory import Memory
 from .reloading import Reloader
 
 __all__ = ["Pinner"]

@@ -22,9 +22,9 @@ from adapters_core.container import AdapterContainer
 from adapters_core.formats.weights import digest_of
 from adapters_core.layers.module_weights import ModuleWeights
 
-from ..errors import AdapterNotReadableError
-from ..folder import AdapterFolder
-from ..memory.loading import read_folder
+from .errors import AdapterNotReadableError
+from .folder import AdapterFolder
+from .source import read_folder
 
 __all__ = ["Copy", "FilesCopy", "ModulesCopy", "RowsCopy", "files_bytes"]
 

@@ -15,11 +15,11 @@ from adapters_core.bank import PreparedAdapter
 from ..errors import quoted
 from ..folder import AdapterFolder
 from ..keeping.keeper import Keeper
+from ..memory.memory import Memory
+from ..memory.residency import Reservation
 from ..registry import Registry
 from ..versions import Entry, Version
-from .memory import Memory
 from .reading import Reader
-from .residency import Reservation
 
 __all__ = ["Accept", "Placer", "Wish"]
 

@@ -13,10 +13,10 @@ from adapters_core.layers.module_weights import ModuleWeights
 
 from ..errors import NoPreviousVersionError, VersionNotKeptError, quoted
 from ..keeping.keeper import Keeper
+from ..memory.memory import Memory
 from ..registry import Registry
 from ..source import Made
 from ..versions import Entry, Version
-from .memory import Memory
 from .reading import Reader
 from .reloading import Reloader
 

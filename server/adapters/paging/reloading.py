@@ -6,15 +6,15 @@ import asyncio
 import time
 
 from ..errors import VersionGoneError
+from ..memory.loading import known_as
+from ..memory.memory import Memory
+from ..memory.residency import Reservation
 from ..registry import Registry
 from ..reports import Journal
 from ..source import Made
 from ..unloading import Unloader
 from ..versions import Entry, Version
-from .loading import known_as
-from .memory import Memory
 from .placing import Placer, Wish
-from .residency import Reservation
 
 __all__ = ["Reloader"]
 

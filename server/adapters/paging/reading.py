@@ -18,9 +18,9 @@ from ..errors import AdapterChangingError, LifeCycleError
 from ..folder import AdapterFolder, AdapterFolders
 from ..keeping.keeper import Keeper
 from ..looks import unchanged_seconds
+from ..memory.loading import check_made, prepare_again, prepare_folder
+from ..memory.memory import Memory
 from ..versions import Version
-from .loading import check_made, prepare_again, prepare_folder
-from .memory import Memory
 
 __all__ = ["MAX_LOADS", "Reader"]
 
