@@ -164,6 +164,24 @@ def _without(part: str) -> Callable[[Tensors], Tensors]:
             "is another weight of the same module",
         ),
         (
+            "bias-all",
+            {},
+            _with("model.layers.0.self_attn.k_proj.modules_to_save.bias", lambda _: mx.ones(32)),
+            "k_proj.bias is another bias of the same module",
+        ),
+        (
+            "bias-all",
+            {},
+            _with("model.layers.0.self_attn.k_proj.original_module.bias", lambda _: mx.ones(32)),
+            "k_proj.original_module.bias: not expected: a bias that is not the base's, named as one",
+        ),
+        (
+            "saved-tied",
+            {},
+            _times("lm_head.weight", 2),
+            "model.embed_tokens.weight is another weight, and embedding and head share theirs",
+        ),
+        (
             "saved",
             {},
             _with("model.layers.9.input_layernorm.weight", lambda _: mx.ones(32)),
@@ -265,3 +283,31 @@ def test_a_trained_bias_is_kept_where_the_scale_is_zero(tmp_path: Path) -> None:
     assert not mx.any(weights.lora_b).item()
     own = dict(model.named_modules())[path].bias
     np.testing.assert_allclose(np.array(own + weights.scale * weights.bias), np.array(new), atol=1e-6)
+
+
+def test_originals_and_second_names_of_the_same_weight_change_nothing(tmp_path: Path) -> None:
+    model = fixtures.model("qwen3")
+    weight = mx.array(np.array(dict(model.named_modules())[EMBEDDING].weight))
+    names = {f"{BASE}{name}.original_module.weight": weight for name in (HEAD, EMBEDDING)}
+
+    def more(tensors: Tensors) -> Tensors:
+        return (
+            tensors
+            | names
+            | {f"{BASE}{HEAD}.modules_to_save.default.weight": tensors[f"{BASE}{HEAD}.weight"]}
+        )
+
+    folder = fixtures.changed(tmp_path / "a", "saved-tied", None, more)
+    AdapterContainer.from_directory(folder).load(into=model)
+    logits = np.array(model(fixtures.tokens()))
+    np.testing.assert_allclose(logits, fixtures.expected("saved-tied"), atol=1e-4, rtol=0)
+    twice = fixtures.changed(
+        tmp_path / "b",
+        "bias-all",
+        None,
+        lambda tensors: tensors | {name.replace(".base_layer", ""): value for name, value in tensors.items()},
+    )
+    model = fixtures.model("llama")
+    AdapterContainer.from_directory(twice).load(into=model)
+    logits = np.array(model(fixtures.tokens()))
+    np.testing.assert_allclose(logits, fixtures.expected("bias-all"), atol=1e-4, rtol=0)

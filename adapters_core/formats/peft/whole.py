@@ -74,16 +74,14 @@ class WholeMapping:
     def map(self, wholes: Mapping[str, WholeName], tensors: Mapping[str, mx.array]) -> None:
         """Map the `tensors` that `wholes` names."""
         found: dict[str, _Whole] = {}
-        biases: list[_Whole] = []
+        biases: dict[str, _Whole] = {}
         for name, whole in wholes.items():
             one = _Whole(whole.path, name, tensors[name])
-            if whole.parameter == "bias":
-                biases.append(one)
-            elif whole.is_original:
-                if self._changed(one, self._module(one.path)):
-                    self._refuse(one, f"a weight that is not the base's, named as one; {_SHARED}")
-            elif not mx.array_equal(found.setdefault(one.path, one).tensor, one.tensor).item():
-                self._refuse(one, f"{found[one.path].name} is another weight of the same module")
+            kept = biases if whole.parameter == "bias" else found
+            if whole.is_original:
+                self._require_own(one, whole.parameter)
+            elif not _same(first := kept.setdefault(one.path, one), one):
+                self._refuse(one, f"{first.name} is another {whole.parameter} of the same module")
         self._find_missing(found)
         if (place := self._tied_embedding()) is not None:
             embedding = next((path for path in found if self._rule.to_mlx(path) == place), "")
@@ -91,7 +89,7 @@ class WholeMapping:
             self._map_tied(place, found.pop(embedding, None), found.pop(head, None))
         for one in found.values():
             self._settle(one, self._rule.to_mlx(one.path) or "")
-        for one in biases:
+        for one in biases.values():
             self._settle_bias(one)
         self._tell_copies()
         if self._biases:
@@ -104,7 +102,7 @@ class WholeMapping:
         """Settle the embedding at `place` and the head that is tied to it, as the table at the top says."""
         is_whole = embedding is not None and self._is_saved(embedding.path)
         is_shared = head is not None and not self._is_saved(head.path)
-        if embedding is not None and head is not None and is_shared and not is_whole:
+        if embedding is not None and head is not None and (self._ties or (is_shared and not is_whole)):
             head = head if _same(embedding, head) else self._refuse_second(head, embedding)
         looked_up = head if embedding is None and is_shared else embedding
         used = looked_up if self._ties or (head is None and not is_whole) else head
@@ -166,6 +164,16 @@ class WholeMapping:
         else:
             return changed_rows(one.tensor, module)
         return None
+
+    def _require_own(self, one: _Whole, parameter: str) -> None:
+        """Refuse what the file says is the base's own weight or bias, if it is not."""
+        module = self._module(one.path)
+        if parameter == "bias":
+            is_own = is_copy(one.tensor, None if module is None else module.get("bias"))
+        else:
+            is_own = not self._changed(one, module)
+        if not is_own:
+            self._refuse(one, f"a {parameter} that is not the base's, named as one; {_SHARED}")
 
     def _settle_bias(self, one: _Whole) -> None:
         """Keep what the bias changes of its module, as a bias of the adapter's own."""
@@ -229,7 +237,11 @@ class WholeMapping:
         return next((path for path in embeddings if is_input_embedding(path)), None)
 
     def _module(self, name: str) -> nn.Module | None:
-        return self._modules.get(self._rule.to_mlx(name) or "")
+        """The module of this name; the embedding for a head that is tied to it."""
+        place = self._rule.to_mlx(name)
+        if place not in self._modules and is_head(name):
+            place = self._tied_embedding()
+        return self._modules.get(place or "")
 
     def _is_saved(self, name: str) -> bool:
         return is_saved_whole(self._config.fields, name)
