@@ -49,6 +49,7 @@ class Keeper:
         self._memory = memory
         self._registry = registry
         self._folder = folder
+        self._root: Path | None = None
         self._kept: dict[Version, None] = {}  # oldest first
         self._numbers = count()
         self._writing = asyncio.Lock()
@@ -87,18 +88,17 @@ class Keeper:
                 self.adopt(version, copy or await self._copy_rows(version, {beside, version}))
             return version.kept
 
-    async def keep_current(self, entry: Entry | None, beside: Version | None = None) -> None:
-        """Keep what is current when this returns, as far as that can be. As `keep`."""
+    async def keep_current(self, entry: Entry | None) -> None:
+        """Keep what is current at the instant at which this returns, as far as that can be."""
         kept = None
         while entry is not None and kept is not entry.current:
             kept = entry.current
-            await self.keep(kept, beside)
+            await self.keep(kept)
 
     async def keep_made(self, version: Version, weights: Mapping[str, ModuleWeights]) -> bool:
         """Copy `weights`, evaluated, which `version` was made of; False if that cannot be."""
-        size_bytes = version.size_bytes
         async with self._writing:
-            if not self._make_room(size_bytes, {version}):
+            if not self._make_room(version.size_bytes, {version}):
                 return False
             self.adopt(version, await self._write(lambda place: run_aside(ModulesCopy.of, weights, place)))
             return version.kept
@@ -160,8 +160,9 @@ class Keeper:
     async def _write(self, write: Callable[[Path], Awaitable[_T]]) -> _T | None:
         """The copy that `write` makes at a new place; None, with a line in the log, if it cannot."""
         try:
-            place = await asyncio.to_thread(self._folder.path) / str(next(self._numbers))
-            copy = await write(place)
+            if self._root is None:
+                self._root = await asyncio.to_thread(self._folder.path)
+            copy = await write(self._root / str(next(self._numbers)))
         except (OSError, RuntimeError) as error:  # MLX's own errors of writing are RuntimeErrors
             _log.warning("version_not_kept", reason=str(error))
             return None
