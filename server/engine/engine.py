@@ -28,9 +28,6 @@ __all__ = ["Engine", "Generation"]
 
 _log = structlog.get_logger(__name__)
 
-# What a thread that ought to stop may take longer than it was given: the step that is under way.
-_STOP_GRACE_SECONDS = 30.0
-
 
 class _Stream:
     """One request as the event loop sees it: its events on their way, and what to call when it has ended."""
@@ -112,8 +109,9 @@ class Generation:
 class Engine:
     """Serves one model from one thread.
 
-    `load` runs on that thread. At most `max_waiting` requests wait for a place in the batch. `container` runs
-    functions on the thread; it is usable from `start` to `stop`.
+    `load` runs on that thread. At most `max_waiting` requests wait for a place in the batch. A stop waits
+    `grace_seconds` longer than it was given, for the step that is under way. `container` runs functions on
+    the thread; it is usable from `start` to `stop`.
     """
 
     def __init__(
@@ -123,12 +121,14 @@ class Engine:
         *,
         prompt_cache_bytes: int,
         max_waiting: int,
+        grace_seconds: float = 30.0,
     ) -> None:
         self.container = ModelContainer(self._post_update)
         self._load = load
         self._options = options
         self._prompt_cache_bytes = prompt_cache_bytes
         self._max_waiting = max_waiting
+        self._grace_seconds = grace_seconds
         self._thread: GenerationThread | None = None
         self._info: ModelInfo | None = None
         self._streams: dict[str, _Stream] = {}
@@ -167,7 +167,7 @@ class Engine:
             return
         self._thread.inbox.put(Stop(timeout_seconds))
         try:
-            async with asyncio.timeout(timeout_seconds + _STOP_GRACE_SECONDS):
+            async with asyncio.timeout(timeout_seconds + self._grace_seconds):
                 await self._ended.wait()
         except TimeoutError:
             _log.error("the generation thread does not stop; it is left behind")
@@ -283,11 +283,11 @@ class Engine:
         self._running_thread().inbox.put(update)
 
     def _on_report(self, events: list[tuple[str, Event]], stats: LoopStats) -> None:
+        if self._ended.is_set():  # the thread was given up on, and this comes too late
+            return
         self._stats = stats
         for request_id, event in events:
-            stream = self._streams.get(request_id)
-            if stream is None:  # the thread was given up on, and this comes too late
-                continue
+            stream = self._streams[request_id]
             if isinstance(event, Finished | Failed):
                 del self._streams[request_id]
             stream.put(event)

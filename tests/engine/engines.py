@@ -70,10 +70,15 @@ def make_engine(
     *,
     max_waiting: int = 16,
     prompt_cache_bytes: int = 1 << 22,
+    grace_seconds: float = WAIT_SECONDS,
     **options: int,
 ) -> Engine:
     return Engine(
-        load, LoopOptions(**options), prompt_cache_bytes=prompt_cache_bytes, max_waiting=max_waiting
+        load,
+        LoopOptions(**options),
+        prompt_cache_bytes=prompt_cache_bytes,
+        max_waiting=max_waiting,
+        grace_seconds=grace_seconds,
     )
 
 

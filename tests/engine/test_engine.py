@@ -34,6 +34,7 @@ from tests.engine.engines import (
     make_engine,
     tokens,
 )
+from tests.engine.scores import scoring
 from tests.engine.support import loaded, reference, submit
 from tests.models import tiny_llama
 
@@ -361,6 +362,31 @@ async def test_what_does_not_finish_in_time_fails_at_the_stop(engine: Engine) ->
     with pytest.raises(EngineStoppedError):
         await drain
     await engine.stop(0.0)
+
+
+async def test_a_thread_that_does_not_stop_is_left_behind_and_what_it_says_later_is_not_heard() -> None:
+    gate, ends = Gate(), [Ends() for _ in range(3)]
+    engine = make_engine(lambda: loaded(Gated(tiny_llama(), gate)), max_batch_size=1, grace_seconds=0.05)
+    await engine.start()
+    generations = [engine.generate(submit(f"r{i}", [1, 2, 3], 5), ends[i]) for i in range(2)]
+    generations.append(engine.score(scoring("scored", [1, 2, 3], [4, 5]), ends[2]))
+    await gate.reached()
+    update = asyncio.create_task(engine.container.update(lambda context: None, drain=True))
+    await asyncio.sleep(0)
+    await engine.stop(0.0)
+    assert not engine.alive
+    for generation in generations:
+        (event,) = await collect(generation)
+        assert isinstance(event, Failed)
+        assert "stopped" in event.message
+    with pytest.raises(EngineStoppedError):
+        engine.generate(submit("late", [1]))
+    gate.open()
+    with pytest.raises(EngineStoppedError):
+        await update
+    await engine.stop(0.0)
+    assert [end.count for end in ends] == [1, 1, 1]
+    assert engine.stats.running_rows == 0
 
 
 async def test_a_thread_that_dies_fails_what_it_had_and_is_not_alive() -> None:
