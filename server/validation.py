@@ -82,6 +82,8 @@ def _sentence(problem: Problem) -> str:
         return f"The body is not valid JSON: {problem['ctx']['error']} at character {problem['loc'][-1]}."
     if kind == "missing":
         return "A JSON body is required." if name is None else f"{subject} is required."
+    if kind == "extra_forbidden":
+        return f"{subject} is not a field of this call."
     if kind == "model_attributes_type":
         message = "Input should be a JSON object"
     for start in ("Input ", "Value "):

@@ -205,6 +205,15 @@ async def test_refusals(loaded_site: Site) -> None:
         assert error["param"] == param, fields
 
 
+async def test_a_field_that_is_none_is_named(loaded_site: Site) -> None:
+    for body, name in (
+        ({"id": "q", "what": 1}, "what"),
+        ({"id": "q", "blend": [{"id": "a", "scale": 2}]}, "blend[0].scale"),
+    ):
+        error = await loaded_site.refused("POST", "/v1/adapters", body, 400, None)
+        assert error["message"] == f"'{name}' is not a field of this call."
+
+
 async def test_a_dora_is_named(loaded_site: Site) -> None:
     body = {"id": "mix", "blend": [{"id": "a"}, {"id": "d"}]}
     error = await loaded_site.refused("POST", "/v1/adapters", body, 400, "not_blendable")
