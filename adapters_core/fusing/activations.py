@@ -29,9 +29,9 @@ class ActivationReport:
     """What a fusion changed in the outputs, over all tokens of all prompts.
 
     A layer's error is ‖y' - y‖ / ‖y - y₀‖: y' the fused layer's output, y the adapted one's, y₀ the base's.
-    Layers in which the adapter changes no output at all are left out. `agreement` is the share of tokens
-    after which both models find the same token the likeliest. KL is Σ p log(p / q) in nats, p the adapted
-    model's probabilities of the next token and q the fused one's.
+    Layers in which the adapter changes no output at all are left out, and none is the worst where all errors
+    are 0. `agreement` is the share of tokens after which both models find the same token the likeliest. KL is
+    Σ p log(p / q) in nats, p the adapted model's probabilities of the next token and q the fused one's.
     """
 
     prompts: int
@@ -128,7 +128,7 @@ def compare_activations(
         tokens=len(same),
         error_mean=sum(errors.values()) / len(errors) if errors else 0.0,
         error_worst=0.0 if worst is None else errors[worst],
-        worst_module=worst,
+        worst_module=None if worst is None or errors[worst] == 0 else worst,
         agreement=sum(same) / len(same),
         kl_mean=sum(divergences) / len(divergences),
         kl_max=max(divergences),

@@ -38,15 +38,16 @@ class FuseReport:
     """What a fusion did.
 
     `precision` counts modules by the form that they got (`forms.Form`). The errors are relative errors
-    of the fused change, over all modules; `threshold` is what "auto" kept to. The bytes are those of the
-    adapted modules alone, as they were in the base and as they are now.
+    of the fused change, over all modules, none of which is the worst where all errors are 0; `threshold` is
+    what "auto" kept to. The bytes are those of the adapted modules alone, as they were in the base and as
+    they are now.
     """
 
     modules: int
     precision: dict[str, int]
     error_mean: float
     error_worst: float
-    worst_module: str
+    worst_module: str | None
     threshold: float
     bytes_before: int
     bytes_after: int
@@ -127,7 +128,7 @@ def fuse_layers(
         precision=dict(Counter(result.form for result in fused.values())),
         error_mean=sum(result.error for result in fused.values()) / len(fused),
         error_worst=fused[worst].error,
-        worst_module=worst,
+        worst_module=worst if fused[worst].error > 0 else None,
         threshold=threshold,
         bytes_before=sum(size_bytes(layer.reverted()) for layer in layers.values()),
         bytes_after=sum(size_bytes(result.module) for result in fused.values()),

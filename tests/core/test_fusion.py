@@ -70,7 +70,7 @@ def test_a_dense_model_fused_computes_what_it_did_with_the_adapter(
     assert report.modules == 21
     assert report.precision == {"dense": 21}
     assert 0 <= report.error_mean <= report.error_worst < 1e-5
-    assert report.worst_module.startswith("model.layers.")
+    assert (report.worst_module is None) == (report.error_worst == 0)
     with pytest.raises(ContainerStateError):
         container.unload(from_=model)
     fusion.undo()
@@ -136,7 +136,7 @@ def test_requantising_keeps_the_quantisation_and_reports_what_is_lost(
             errors[path] = (mx.linalg.norm(lost) / mx.linalg.norm(change)).item()
     assert report.error_mean == pytest.approx(np.mean(list(errors.values())), rel=1e-4)
     assert report.error_worst == pytest.approx(max(errors.values()), rel=1e-4)
-    assert errors[report.worst_module] == pytest.approx(report.error_worst, rel=1e-4)
+    assert errors[str(report.worst_module)] == pytest.approx(report.error_worst, rel=1e-4)
     assert report.error_worst > 0
 
 
