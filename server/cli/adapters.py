@@ -116,7 +116,8 @@ def unload(
     """Unload an adapter once the requests that use it have finished."""
 
     def tell(adapter: Mapping[str, Any]) -> None:
-        freed = human_bytes(adapter.get("freed_bytes"))
+        # Of what left memory nothing is free as long as others have the same layout: it is their room now.
+        freed = human_bytes(adapter.get("freed_bytes") or None)
         say(f"Unloaded {id}." + (f" Freed {freed}." if freed else ""))
 
     params = {} if timeout is None else {"timeout_seconds": timeout}

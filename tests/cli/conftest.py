@@ -112,7 +112,7 @@ def canned_app(server: CannedServer) -> FastAPI:
 
     @app.delete("/v1/adapters/{name}")
     async def unload(name: str) -> dict[str, Any]:
-        return {**ADAPTER, "id": name, "freed_bytes": 1843200}
+        return {**ADAPTER, "id": name, "freed_bytes": 0 if name == "twin" else 1843200}
 
     @app.put("/v1/adapters/active")
     async def swap(request: Request) -> dict[str, Any]:

@@ -27,6 +27,7 @@ CALLS: list[tuple[list[str], tuple[str, str, Any], str]] = [
         "1.8 MiB, version 1.",
     ),
     (["unload", "pirate"], ("DELETE", "/v1/adapters/pirate", None), "Unloaded pirate. Freed 1.8 MiB."),
+    (["unload", "twin"], ("DELETE", "/v1/adapters/twin", None), "Unloaded twin.\n"),
     (
         ["unload", "a/b ?", "--timeout", "1.5"],
         ("DELETE", "/v1/adapters/a%2Fb%20%3F?timeout_seconds=1.5", None),
