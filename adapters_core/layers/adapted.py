@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .builders import dense_like, quantized_like
+from .magnitudes import dora_factor
 from .module_weights import ModuleWeights
 from .modules import dense_weight, is_quantized
 
@@ -94,7 +95,7 @@ class DoRALayer(AdaptedLayer):
         """m / ‖W + s·Δ‖ ⊙ (W + s·Δ), float32."""
         adapted_weight = self._adapted_weight()
         norm = mx.linalg.norm(adapted_weight, axis=-1)
-        return (self.m.astype(mx.float32) / norm)[:, None] * adapted_weight
+        return dora_factor(self.m.astype(mx.float32), norm)[:, None] * adapted_weight
 
     def settle(self) -> None:
         """Compute m / ‖W + s·Δ‖ now, for forwards outside of training with these very parameters."""
@@ -117,7 +118,7 @@ class DoRALayer(AdaptedLayer):
 
     def _computed_factor(self) -> mx.array:
         norm = mx.stop_gradient(mx.linalg.norm(self._adapted_weight(), axis=-1))
-        return self.m / norm
+        return dora_factor(self.m, norm)
 
 
 def _same(left: object, right: object) -> bool:

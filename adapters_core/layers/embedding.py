@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from ..errors import UnsupportedModelError
 from .adapted import AdaptedLayer, DoRALayer
+from .magnitudes import dora_factor
 from .module_weights import ModuleWeights
 from .modules import dense_weight
 
@@ -75,7 +76,8 @@ class DoRAEmbedding(_AdaptedEmbedding, DoRALayer):
         if factor is not None:
             factor = factor[x]
         else:
-            factor = self.m[x] / mx.stop_gradient(mx.linalg.norm((y + z).astype(mx.float32), axis=-1))
+            norm = mx.stop_gradient(mx.linalg.norm((y + z).astype(mx.float32), axis=-1))
+            factor = dora_factor(self.m[x], norm)
         return factor[..., None].astype(y.dtype) * (y + self.dropout(z).astype(y.dtype))
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -119,4 +121,4 @@ class FeatureDoRAEmbedding(_AdaptedEmbedding, DoRALayer):
         return self._adapted_weight() * self._computed_factor().astype(mx.float32)
 
     def _computed_factor(self) -> mx.array:
-        return self.m / mx.stop_gradient(mx.linalg.norm(self._adapted_weight(), axis=0))
+        return dora_factor(self.m, mx.stop_gradient(mx.linalg.norm(self._adapted_weight(), axis=0)))

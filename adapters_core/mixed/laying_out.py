@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..layers.magnitudes import dora_factor
 from ..layers.module_weights import ModuleWeights
 from ..layers.modules import ModuleKind, compute_dtype, dense_weight, kind_of, weight_shape
 from .layout import Factors, GroupLayout, Projection, bucket_rank, group_projections
@@ -109,7 +110,9 @@ def _factors(module: nn.Module, weights: ModuleWeights, scale: float, default: m
         base = dense_weight(module).astype(mx.float32)
         delta = (weights.scale * b.T.astype(mx.float32)) @ a.astype(mx.float32)
         norm = mx.linalg.norm(base + delta, axis=0 if weights.by_feature else 1)
-        factor = (weights.magnitude.astype(mx.float32) / norm).astype(compute_dtype(module, default))
+        factor = dora_factor(weights.magnitude.astype(mx.float32), norm).astype(
+            compute_dtype(module, default)
+        )
     if weights.scale != scale:
         # In float32, whatever the file holds; the row's dtype rounds once, when it is packed.
         rest = weights.scale / scale
