@@ -32,6 +32,7 @@ from .fusing.progress import Tell, no_tell
 from .gate import Gate
 from .keeping.keeper import Keeper
 from .keeping.private import PrivateFolder
+from .listing import Lister, Listing
 from .memory.line import Line
 from .memory.memory import Memory
 from .memory.residency import Residency
@@ -66,19 +67,6 @@ class Swapped:
     swap_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """`resident_bytes` is what the bank takes; `available` are ids that could be loaded.
-
-    `checkpoints` are the steps that trainings have written, by the id that their folder under the root gives.
-    """
-
-    entries: list[Entry]
-    resident_bytes: int
-    available: list[str]
-    checkpoints: dict[str, list[int]]
-
-
 class AdapterService:
     """The adapters beside the one model in `container`, which is served under the name `base`.
 
@@ -99,7 +87,6 @@ class AdapterService:
         self.info = info
         self.created = time.time()
         self._container = container
-        self._folders = folders
         self._options = options
         self._gate = gate = Gate()
         self._tasks = tasks = Tasks()
@@ -115,6 +102,7 @@ class AdapterService:
         placer = Placer(self.registry, memory, keeper, reader)
         reloader = Reloader(self.registry, memory, placer, unloader, journal)
         returner = Returner(self.registry, memory, keeper, reader, reloader)
+        self._lister = Lister(self.registry, memory, folders)
         self._pinner = Pinner(self.registry, memory, reloader)
         self._changes = Changes(self.registry, folders, tasks, placer, returner, journal)
         self._finder = Finder(self.registry, folders, tasks, gate, placer, journal)
@@ -182,28 +170,11 @@ class AdapterService:
 
     async def list(self) -> Listing:
         """All adapters, loaded and not."""
-        loaded = {entry.id for entry in self.registry.entries}
-        available = await asyncio.to_thread(self._folders.available, self.registry.base, loaded)
-        resident_bytes = await self._container.perform(lambda context: context.bank.resident_bytes)
-        entries = self.registry.entries
-        gone = {entry.id for entry in entries}
-        await self.look_for_checkpoints(*entries)
-        checkpoints = await asyncio.to_thread(self._folders.trainings, self.registry.base)
-        available = [name for name in available if name not in gone]
-        return Listing(entries, resident_bytes, available, checkpoints)
+        return await self._lister.list()
 
     async def look_for_checkpoints(self, *entries: Entry) -> None:
         """See which checkpoints lie in the folders of `entries` now."""
-        sources = [(entry, entry.current.source) for entry in entries]
-
-        def look() -> None:
-            for entry, source in sources:
-                if isinstance(source, AdapterFolder) and source.weights_file is None:
-                    entry.checkpoints = self._folders.steps(source)
-                else:
-                    entry.checkpoints = ()
-
-        await asyncio.to_thread(look)
+        await self._lister.look_for_checkpoints(entries)
 
     async def load(
         self,

@@ -45,6 +45,12 @@ async def test_a_checkpoint_is_an_adapter_of_its_own(
         assert await tight.answer("a@step-100") == answers[100]
         assert registry.get("a@step-100").current.number == 2
 
+        # A trainer that keeps the last few removes it; what was loaded stays.
+        await tight.answer("a")
+        (own_root / "a" / "0000100_adapters.safetensors").unlink()
+        assert await tight.answer("a@step-100") == answers[100]
+        assert await tight.answer("a@step-100@1") != answers[100]
+
         await tight.service.unload("a@step-100")
         with pytest.raises(UnknownModelError):
             await tight.service.resolve("a@step-100")

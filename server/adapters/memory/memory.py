@@ -45,6 +45,10 @@ class Memory:
             self._bank = await self._container.perform(lambda context: context.bank)
         return self._bank
 
+    async def bytes_taken(self) -> int:
+        """What the bank really takes, free slots included."""
+        return await self._container.perform(lambda context: context.bank.resident_bytes)
+
     async def copy_of(self, version: Version) -> PreparedAdapter | None:
         """What the bank has of `version`, copied; None if it is not in memory."""
         return await self._container.perform(lambda context: context.bank.copy_of(version.resident))
