@@ -29,7 +29,17 @@ from .deltas import DisjointMean, WeightedSum, drop, trim
 from .ranks import LowRank, truncate_matrix, truncate_product
 from .side_by_side import side_by_side
 
-__all__ = ["MAX_PARTS", "Blend", "BlendMethod", "BlendOptions", "BlendPart", "BlendReport", "blend"]
+__all__ = [
+    "MAX_PARTS",
+    "Blend",
+    "BlendMethod",
+    "BlendOptions",
+    "BlendPart",
+    "BlendReport",
+    "blend",
+    "problem_of_dora",
+    "problems_unread",
+]
 
 BlendMethod = Literal["linear", "svd", "ties", "dare_linear", "dare_ties"]
 """How the deltas of several adapters become one."""
@@ -138,7 +148,7 @@ def blend(parts: Sequence[BlendPart], options: BlendOptions) -> Blend:
         InvalidBlendError: wrong options or weights, DoRA parts, parts that are not for the same model, or
             values that do not stay finite; everything is listed.
     """
-    problems = options.problems() + _problems_of_weights(parts)
+    problems = problems_unread([(part.name, part.weight) for part in parts], options)
     used = [(at, part) for at, part in enumerate(parts) if part.weight != 0]
     problems += [problem for _, part in used for problem in _problems_of_part(part, options.method)]
     paths = sorted({path for _, part in used for path in part.modules})
@@ -167,15 +177,28 @@ def blend(parts: Sequence[BlendPart], options: BlendOptions) -> Blend:
     return Blend({path: module.weights for path, module in merged.items()}, report)
 
 
-def _problems_of_weights(parts: Sequence[BlendPart]) -> list[str]:
-    if not 1 <= len(parts) <= MAX_PARTS:
-        return [f"blend: expected 1 to {MAX_PARTS} adapters, got {len(parts)}"]
-    if all(part.weight == 0 for part in parts):
+def problems_unread(terms: Sequence[tuple[str, float]], options: BlendOptions) -> list[str]:
+    """What is wrong with a blend of (name, weight) terms whatever the adapters are, a sentence each."""
+    return options.problems() + _problems_of_weights(terms)
+
+
+def problem_of_dora(name: str) -> str:
+    """Why a DoRA adapter called `name` cannot be blended."""
+    return (
+        f"blend: {name!r} is a DoRA adapter, whose magnitudes rescale the base: its effect is not a "
+        "delta that could be added (arXiv:2402.09353)"
+    )
+
+
+def _problems_of_weights(terms: Sequence[tuple[str, float]]) -> list[str]:
+    if not 1 <= len(terms) <= MAX_PARTS:
+        return [f"blend: expected 1 to {MAX_PARTS} adapters, got {len(terms)}"]
+    if all(weight == 0 for _, weight in terms):
         return ["blend: every weight is 0, so that nothing is left"]
     return [
-        f"blend: expected finite weights, that of {part.name!r} is {part.weight}"
-        for part in parts
-        if not math.isfinite(part.weight)
+        f"blend: expected finite weights, that of {name!r} is {weight}"
+        for name, weight in terms
+        if not math.isfinite(weight)
     ]
 
 
@@ -183,10 +206,7 @@ def _problems_of_part(part: BlendPart, method: BlendMethod) -> list[str]:
     modules = part.modules.values()
     problems = []
     if any(module.magnitude is not None for module in modules):
-        problems.append(
-            f"blend: {part.name!r} is a DoRA adapter, whose magnitudes rescale the base: its effect is not a "
-            "delta that could be added (arXiv:2402.09353)"
-        )
+        problems.append(problem_of_dora(part.name))
     if method in _WITH_DENSITY and any(module.bias is not None for module in modules):
         problems.append(
             f"blend: {part.name!r} has biases, for which {method} is not defined; linear and svd are"

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import structlog
 
-from adapters_core.blending.blend import BlendOptions, BlendReport
+from adapters_core.blending.blend import BlendOptions, BlendReport, problem_of_dora, problems_unread
 from adapters_core.errors import InvalidBlendError
 
 from .aside import run_aside
@@ -24,6 +25,7 @@ from .errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     BaseIsFusedError,
+    LifeCycleError,
     UnknownModelError,
     UnknownVersionError,
     quoted,
@@ -67,8 +69,8 @@ class Blender:
             And as `AdapterService.load_made`.
         """
         options = _with_seed(options)
-        if problems := options.problems():
-            raise InvalidBlendError(problems)
+        if problems := problems_unread(terms, options):  # then nothing is loaded, and no turn waited for
+            raise InvalidBlendError(problems + self._problems_of_loaded(terms))
         self._refuse_at_once(adapter_id, replace)
         parts = tuple([await self._part(name, weight) for name, weight in terms])
         started = time.perf_counter()
@@ -90,6 +92,16 @@ class Blender:
             raise BaseIsFusedError(registry.fused, _refusal(adapter_id))
         if registry.find(adapter_id) is not None and not replace:
             raise AdapterExistsError(adapter_id)
+
+    def _problems_of_loaded(self, terms: Terms) -> list[str]:
+        """What is known to be wrong with parts without reading any."""
+        registry, found = self._service.registry, list[str]()
+        for text, weight in terms:
+            with suppress(LifeCycleError):  # it is not loaded, or not in this version
+                version = registry.living(text)[1]
+                if weight and version.resident.type == "dora":
+                    found.append(problem_of_dora(text))
+        return found
 
     async def _part(self, text: str, weight: float) -> Part:
         """The version that `text` names now."""

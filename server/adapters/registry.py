@@ -81,6 +81,21 @@ class Registry:
             raise AdapterNotFoundError(f"No adapter {quoted(adapter_id)} is loaded. Loaded are: {loaded}.")
         return entry
 
+    def living(self, text: str) -> tuple[Entry, Version]:
+        """The entry and the version that `text` names (`id`, `id@2`, `base:` may precede), served or not.
+
+        Raises:
+            AdapterNotFoundError: no such id is registered.
+            UnknownVersionError: it has no such version, or has it no more.
+        """
+        name = parse_name(text.removeprefix(f"{self.base}:"), self.base)
+        entry = self.get(text if name is None else name.entry)
+        asked = None if name is None else name.version
+        for version in entry.named:
+            if asked in (None, version.number):
+                return entry, version
+        raise UnknownVersionError(entry.id, asked, [each.number for each in entry.named], "version")
+
     def was_unloaded(self, adapter_id: str) -> bool:
         """By a call, itself or the adapter that it is a checkpoint of."""
         checkpoint = checkpoint_of(adapter_id)

@@ -221,6 +221,17 @@ async def test_a_dora_is_named(loaded_site: Site) -> None:
     assert "'d' is a DoRA adapter" in error["message"]
 
 
+async def test_all_problems_are_told_at_once(loaded_site: Site) -> None:
+    parts = [{"id": "a", "weight": 0}, {"id": "d", "weight": 0}]
+    body = {"id": "mix", "blend": parts, "rank": 3}
+    error = await loaded_site.refused("POST", "/v1/adapters", body, 400, "not_blendable")
+    assert [problem.partition(":")[0] for problem in error["details"]] == ["rank", "blend"]
+    body = {"id": "mix", "blend": [{"id": "b"}, {"id": f"{BASE}:d@1"}], "method": "ties", "seed": 1}
+    error = await loaded_site.refused("POST", "/v1/adapters", body, 400, "not_blendable")
+    assert [problem.partition(":")[0] for problem in error["details"]] == ["density", "seed", "blend"]
+    assert "'tiny:d@1' is a DoRA adapter" in error["message"]
+
+
 async def test_nothing_is_blended_while_one_is_fused(tiny_site: Site) -> None:
     await tiny_site.call("POST", "/v1/adapters", {"id": "a"}, status=201)
     await tiny_site.call("POST", "/v1/adapters/a/fuse")

@@ -32,7 +32,6 @@ from ..errors import (
     quoted,
 )
 from ..folder import check_id
-from ..names import parse_name
 from ..originals import read_version
 from ..registry import Registry
 from ..service import AdapterService
@@ -144,14 +143,12 @@ def _write_and_read(files: AdapterFiles, folder: Path, name: str, model: nn.Modu
 
 def _living(registry: Registry, text: str, number: int | None) -> tuple[str, Version]:
     """The id, and the version that `text` and `number` name now."""
-    name = parse_name(text.removeprefix(f"{registry.base}:"), registry.base)
-    entry = registry.get(text if name is None else name.entry)
-    asked = None if name is None else name.version
-    wanted = asked if number is None else number
-    for version in entry.named:
-        if wanted in (None, version.number) and asked in (None, version.number):
-            return entry.id, version
-    raise UnknownVersionError(entry.id, wanted, [each.number for each in entry.named], "version")
+    entry, version = registry.living(text)
+    if number in (None, version.number):
+        return entry.id, version
+    if text.removeprefix(f"{registry.base}:") != entry.id:  # it names a version too, and another one
+        raise UnknownVersionError(entry.id, number, [each.number for each in entry.named], "version")
+    return entry.id, registry.living(f"{entry.id}@{number}")[1]
 
 
 def _require_usable(name: str, base: str) -> None:
