@@ -14,12 +14,15 @@ from .versions import Entry, Version
 __all__ = ["adapter_in_full", "adapter_object", "base_model_object", "model_object"]
 
 
-def adapter_object(entry: Entry, registry: Registry) -> dict[str, Any]:
-    """An adapter as the management calls show it; times are whole seconds since 1970."""
-    version = entry.current
-    resident = version.resident
+def adapter_object(entry: Entry, registry: Registry, shown: Version | None = None) -> dict[str, Any]:
+    """An adapter as the management calls show it; times are whole seconds since 1970.
+
+    A version that is `shown` is named with its number; state and use are those of the whole adapter.
+    """
+    version = entry.current if shown is None else shown
+    resident, is_current = version.resident, version is entry.current
     return {
-        "id": entry.id,
+        "id": _name(entry, shown),
         "object": "adapter",
         "created": int(version.created),
         "base": registry.base,
@@ -36,9 +39,9 @@ def adapter_object(entry: Entry, registry: Registry) -> dict[str, Any]:
         "versions": _versions(entry),
         "checkpoints": list(entry.checkpoints),
         "state": entry.state,
-        "resident": version.in_memory or entry.state == "fused",
-        "pinned": entry.pinned,
-        "active": registry.active == entry.id,
+        "resident": version.in_memory or (is_current and entry.state == "fused"),
+        "pinned": version.pinned,
+        "active": is_current and registry.active == entry.id,
         "in_flight": entry.in_flight,
         "requests": entry.requests,
         "last_used": None if entry.last_used is None else int(entry.last_used),
@@ -46,10 +49,16 @@ def adapter_object(entry: Entry, registry: Registry) -> dict[str, Any]:
     }
 
 
-def adapter_in_full(entry: Entry, registry: Registry, info: ModelInfo) -> dict[str, Any]:
+def adapter_in_full(
+    entry: Entry, registry: Registry, info: ModelInfo, shown: Version | None = None
+) -> dict[str, Any]:
     """As `adapter_object`, with the report on what was loaded."""
-    report = report_on(entry.current, registry, info)
-    return adapter_object(entry, registry) | {"report": None if report is None else report.to_values()}
+    report = report_on(entry.current if shown is None else shown, registry, info)
+    return adapter_object(entry, registry, shown) | {"report": None if report is None else report.to_values()}
+
+
+def _name(entry: Entry, version: Version | None) -> str:
+    return entry.id if version is None else f"{entry.id}@{version.number}"
 
 
 def _versions(entry: Entry) -> list[dict[str, Any]]:
@@ -78,8 +87,7 @@ def base_model_object(registry: Registry, root: str, created: float, context_tok
 def model_object(entry: Entry, registry: Registry, version: Version | None = None) -> dict[str, Any]:
     """An adapter as a model that descends from the base; a `version` is named with its number."""
     shown = entry.current if version is None else version
-    name = entry.id if version is None else f"{entry.id}@{version.number}"
-    return _model(name, shown.created, shown.source.shown, registry.base, state=entry.state)
+    return _model(_name(entry, version), shown.created, shown.source.shown, registry.base, state=entry.state)
 
 
 def _model(name: str, created: float, root: str | None, parent: str | None, **more: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Response
 
 from server.adapters.blending import Blender
+from server.adapters.errors import AdapterNotFoundError, UnknownVersionError
 from server.adapters.views import adapter_in_full, adapter_object
 from server.json_body import JsonRoute
 from server.routes.blending import BlendFields
@@ -86,10 +87,13 @@ async def swap_adapter(body: SwapBody, service: Adapters) -> dict[str, Any]:
 
 @router.get("/{id}")
 async def get_adapter(id: str, service: Adapters) -> dict[str, Any]:
-    """One adapter, with the report on what was loaded."""
-    entry = service.registry.get(id)
+    """One adapter, with the report on what was loaded; `{id}` may name a version that lives: `pirate@2`."""
+    try:
+        entry, version = service.registry.living(id)
+    except UnknownVersionError as error:
+        raise AdapterNotFoundError(str(error)) from error
     await service.look_for_checkpoints(entry)
-    return adapter_in_full(entry, service.registry, service.info)
+    return adapter_in_full(entry, service.registry, service.info, None if id == entry.id else version)
 
 
 @router.delete("/{id}")
@@ -106,4 +110,4 @@ async def unload_adapter(
 @router.post("/{id}/rollback")
 async def roll_back_adapter(id: str, service: Adapters) -> dict[str, Any]:
     """Make an adapter's previous version the current one; requests in flight finish on theirs."""
-    return adapter_object(await service.roll_back(id), service.registry)
+    return adapter_in_full(await service.roll_back(id), service.registry, service.info)

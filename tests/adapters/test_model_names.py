@@ -26,6 +26,21 @@ async def test_versions_that_live_are_models_too(tiny_site: Site) -> None:
         assert f"'{BASE}', 'a'" in error["message"]
 
 
+async def test_versions_that_live_are_adapters_too(tiny_site: Site) -> None:
+    await tiny_site.call("POST", "/v1/adapters", {"id": "a", "activate": True}, status=201)
+    first = await tiny_site.call("GET", "/v1/adapters/a")
+    await tiny_site.call("POST", "/v1/adapters", {"id": "a", "path": "d", "replace": True})
+    second = await tiny_site.call("GET", "/v1/adapters/a")
+    shown = await tiny_site.call("GET", "/v1/adapters/a@1")
+    same = ("digest", "path", "type", "rank", "report", "version")
+    assert {name: shown[name] for name in same} == {name: first[name] for name in same}
+    assert (shown["id"], shown["active"], shown["versions"]) == ("a@1", False, second["versions"])
+    assert await tiny_site.call("GET", f"/v1/adapters/{BASE}:a@2") == second | {"id": "a@2"}
+    error = await tiny_site.refused("GET", "/v1/adapters/a@3", None, 404, "adapter_not_found")
+    assert "'a@2', 'a@1'" in error["message"]
+    await tiny_site.refused("GET", "/v1/adapters/b@1", None, 404, "adapter_not_found")
+
+
 async def test_checkpoints_are_models_once_they_are_served(tiny_site: Site) -> None:
     folder = make_adapter(tiny_site.root / "run", read_model(tiny_site.model), seed=5)
     shutil.copy(folder / "adapters.safetensors", folder / "0000100_adapters.safetensors")
