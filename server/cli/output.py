@@ -145,16 +145,25 @@ def report_table(report: Mapping[str, Any]) -> Table:
 
 
 def adapter_sentence(adapter: Mapping[str, Any]) -> str:
-    """What an adapter object says of the adapter, in a few words."""
+    """What an adapter object says of the adapter, in a few words; ranks and scales as its report has them."""
+    report = adapter.get("report") or {}
     parts = [
         str(adapter.get("type", "adapter")),
-        f"rank {_value(adapter.get('rank'))}",
-        f"scale {_value(adapter.get('scale'))}",
+        _span("rank", report.get("ranks") or [adapter.get("rank")]),
+        _span("scale", report.get("scales") or [adapter.get("scale")]),
         f"{_value(adapter.get('modules'))} modules",
         human_bytes(adapter.get("bytes")),
         f"version {_value(adapter.get('version'))}",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _span(noun: str, values: Sequence[Any]) -> str:
+    """One value, or the least and the largest of ascending ones: rank 8; ranks 2-6; scales -2 to 4."""
+    first, last = _value(values[0]), _value(values[-1])
+    if first == last:
+        return f"{noun} {first}"
+    return f"{noun}s {first}{' to ' if '-' in first + last else '-'}{last}"
 
 
 def human_bytes(size_bytes: object) -> str:

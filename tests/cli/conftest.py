@@ -104,7 +104,12 @@ def canned_app(server: CannedServer) -> FastAPI:
         if body["id"] == "loaded":
             return error(409, "'loaded' is loaded. Send \"replace\": true.", "adapter_exists")
         if "blend" not in body:
-            report = {"report": {"warnings": ["Another base."]}} if body["id"] == "foreign" else {}
+            reports = {
+                "foreign": {"warnings": ["Another base."]},
+                "patterned": {"ranks": [2, 4, 6], "scales": [1.5, 11.3137]},
+                "negative": {"ranks": [2], "scales": [-2.0, 0.5]},
+            }
+            report = {"report": reports[body["id"]]} if body["id"] in reports else {}
             return JSONResponse({**ADAPTER, "id": body["id"], **report}, 201)
         errors = {"error_mean": 0.125, "error_worst": 0.25} if "rank" in body else {}
         recipe = {"method": body.get("method", "linear"), **errors}

@@ -110,6 +110,13 @@ def test_a_load_tells_its_warnings(command: Program, canned: CannedServer) -> No
     assert done.out.startswith("Loaded foreign: lora,")
 
 
+def test_ranks_and_scales_that_differ_are_told_as_such(command: Program, canned: CannedServer) -> None:
+    done = command("adapters", "load", "patterned", "--url", canned.url)
+    assert done.out.startswith("Loaded patterned: lora, ranks 2-6, scales 1.5-11.31, 60 modules,")
+    done = command("adapters", "load", "negative", "--url", canned.url)
+    assert done.out.startswith("Loaded negative: lora, rank 2, scales -2 to 0.5, 60 modules,")
+
+
 def test_an_error_is_one_sentence_with_its_details(command: Program, canned: CannedServer) -> None:
     done = command("adapters", "load", "broken", "--url", canned.url)
     assert (done.code, done.out) == (1, "")
