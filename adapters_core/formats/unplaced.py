@@ -24,6 +24,7 @@ from .peft.factors import Factors, sort_tensors
 from .peft.module_factors import has_embedding_factors, left_out, module_weights
 from .peft.names import HEADS, Leaf, is_head
 from .peft.targets import rank_and_scale
+from .peft.ties import targets_are_tied
 from .reading import read_files
 from .tensor_names import LEAVES, is_leaf, part_problems, split_name, weights_of
 
@@ -172,7 +173,7 @@ def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
             found.parts[key] = _part_of(factors, rank, scale)
             continue
         is_embedding = has_embedding_factors(factors)
-        is_tied = is_head(path) and bool(config.fields.ensure_weight_tying)
+        is_tied = is_head(path) and targets_are_tied(config.fields)
         problems = [] if is_tied else left_out(config, factors, is_linear=not is_embedding)
         weights = None
         if not problems:
@@ -184,7 +185,7 @@ def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
 
 
 def _peft_doubt(config: PeftConfig, path: str, is_embedding: bool) -> str | None:
-    if is_embedding or (path in HEADS and config.fields.ensure_weight_tying):
+    if is_embedding or (path in HEADS and targets_are_tied(config.fields)):
         return "it depends on the model whether head and embedding are one"
     if path.startswith("model.layers.") or path in HEADS:
         return None

@@ -12,9 +12,10 @@ import mlx.nn as nn
 
 from ..layers.module_weights import ModuleWeights
 from ..layers.modules import ModuleKind, kind_of
-from ..layers.targets import module_at
+from ..layers.targets import module_at, named_base_modules
 from .adapter_files import AdapterFiles
 from .mlx_writing import mlx_files
+from .peft.ties import tied_embedding
 from .peft.writing import peft_files
 from .protocol import FormatName
 
@@ -63,9 +64,15 @@ def adapter_files(
     """What `write_adapter` writes, with `source` in errors. Raises what it raises, but for the files."""
     if to == "mlx":
         return mlx_files(weights, source, model, base_name=base_name, dropout=dropout)
-    if model is not None:
-        embeddings = [path for path in weights if kind_of(module_at(model, path)) is ModuleKind.EMBEDDING]
-    model_type = None if model is None else str(getattr(model, "model_type", ""))
+    if model is None:
+        return peft_files(weights, source, embeddings, base_name=base_name, dropout=dropout)
+    embeddings = [path for path in weights if kind_of(module_at(model, path)) is ModuleKind.EMBEDDING]
     return peft_files(
-        weights, source, embeddings, model_type=model_type, base_name=base_name, dropout=dropout
+        weights,
+        source,
+        embeddings,
+        tied=tied_embedding(dict(named_base_modules(model))),
+        model_type=str(getattr(model, "model_type", "")),
+        base_name=base_name,
+        dropout=dropout,
     )

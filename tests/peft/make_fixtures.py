@@ -304,6 +304,58 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"r": 2, "lora_alpha": 3, "bias": "all", "lora_bias": True, "target_modules": ["q_proj"]},
     ),
+    "tied-by-another-name": (
+        "gpt2",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "fan_in_fan_out": True,
+            "target_modules": ["c_attn", "wte"],
+            "ensure_weight_tying": True,
+        },
+    ),
+    "tied-in-an-expression": (
+        "qwen3",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": r".*(embed_tokens|q_proj)",
+            "ensure_weight_tying": True,
+        },
+    ),
+    "tied-past-an-expression": (
+        "qwen3",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": r"model\.embed_tokens|.*q_proj",
+            "ensure_weight_tying": True,
+        },
+    ),
+    "positions": (
+        "gpt2",
+        {"r": 2, "lora_alpha": 4, "fan_in_fan_out": True, "target_modules": ["c_attn", "wpe"]},
+    ),
+    "routers-qwen3": ("qwen3_moe", {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}),
+    "routers-mixtral": (
+        "mixtral",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj", "gate"],
+            "rank_pattern": {"gate.weight": 3},
+            "alpha_pattern": {"layers.1.mlp.gate.weight": 5},
+        },
+    ),
+    "parameter": (
+        "llama",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["k_proj.weight", "layers.1.mlp.up_proj.weight"],
+        },
+    ),
 }
 
 # Rows that were trained of modules that are saved whole, by the name of the module.

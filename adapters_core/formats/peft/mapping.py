@@ -25,6 +25,7 @@ from .module_factors import left_out, module_weights
 from .names import HEADS, Leaf, is_head
 from .paths import any_layer, find_rule
 from .targets import all_linear, is_target, rank_and_scale
+from .ties import TIED_NAMES, targets_are_tied, tied_embedding
 from .tokens import token_indices, token_weights
 from .whole import WholeMapping
 
@@ -47,6 +48,7 @@ class _Mapping:
         self._tensors = tensors
         self._all_modules = dict(named_base_modules(model))
         self._modules = {path: module for path, module in self._all_modules.items() if kind_of(module)}
+        self._tied = tied_embedding(self._modules)
         self._rule = find_rule((path for path, _ in contents.factors), self._exists)
         model_type = str(getattr(model, "model_type", None))
         self._experts = ExpertMapping(model_type, self._modules, self._rule, config)
@@ -78,7 +80,7 @@ class _Mapping:
 
     def _take(self, factors: Factors) -> None:
         path = self._at(factors.path)
-        if path is None and self._head_is_tied and is_head(factors.path):
+        if path is None and self._tied is not None and is_head(factors.path):
             self._take_tied_head(factors)
             return
         if path is None or factors.depth or kind_of(self._modules[path]) is ModuleKind.SWITCH:
@@ -104,15 +106,15 @@ class _Mapping:
         )
         self._problems += problems
         if weights is not None and is_embedding:
-            weights = self._embedding(factors, weights)
+            weights = self._embedding(path, factors, weights)
         if weights is not None:
             self._weights[path] = weights
 
-    def _embedding(self, factors: Factors, weights: ModuleWeights) -> ModuleWeights | None:
-        """`weights` with what becomes of a head that is tied to the embedding."""
-        if not self._head_is_tied:
+    def _embedding(self, path: str, factors: Factors, weights: ModuleWeights) -> ModuleWeights | None:
+        """`weights` of the embedding at `path` with what becomes of a head that is tied to it."""
+        if path != self._tied:
             return weights
-        is_tied = bool(self._config.fields.ensure_weight_tying)
+        is_tied = targets_are_tied(self._config.fields)
         reason = None
         if is_tied and weights.by_feature:
             reason = (
@@ -131,14 +133,10 @@ class _Mapping:
         """Whether ensure_weight_tying gives head and embedding the same factors and not the same scale."""
         return rank_and_scale(self._config, HEADS[0]) != rank_and_scale(self._config, embedding)
 
-    @property
-    def _head_is_tied(self) -> bool:
-        return not any(is_head(path) for path in self._modules)
-
     def _take_tied_head(self, factors: Factors) -> None:
         """With ensure_weight_tying, the head's factors are the embedding's own, transposed."""
-        embeddings = [one for one in self._contents.factors.values() if Leaf.EMBEDDING_A in one.tensors]
-        is_tied = bool(self._config.fields.ensure_weight_tying) and any(
+        embeddings = [one for one in self._contents.factors.values() if self._at(one.path) == self._tied]
+        is_tied = targets_are_tied(self._config.fields) and any(
             _is_transposed(factors, one)
             and rank_and_scale(self._config, factors.path) == rank_and_scale(self._config, one.path)
             for one in embeddings
@@ -146,7 +144,8 @@ class _Mapping:
         if not is_tied:
             self._problems += factors.refused(
                 "the model's head is tied to its embedding, so that it cannot have factors or rows of its "
-                "own; train both with ensure_weight_tying, or merge the adapter into its base"
+                "own; train both with ensure_weight_tying, which PEFT heeds where target_modules name "
+                f"{' or '.join(TIED_NAMES)}, or merge the adapter into its base"
             )
 
     def _map_wholes(self) -> Sequence[str]:

@@ -28,7 +28,15 @@ __all__ = [
 ]
 
 HEADS = ("lm_head", "embed_out")
-_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
+_INPUT_EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "word_embeddings",
+    "tok_embeddings",
+    "token_embeddings",
+    "embeddings",
+)
 
 _PREFIX = "base_model.model."
 _NAME = re.compile(

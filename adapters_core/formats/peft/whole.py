@@ -27,15 +27,14 @@ from ...layers.module_weights import ModuleWeights
 from ...layers.modules import ModuleKind, is_quantized, kind_of, weight_shape
 from .config import PeftConfig
 from .copies import changed_rows, is_copy
-from .names import HEADS, WholeName, is_head, is_input_embedding
+from .names import HEADS, WholeName, is_head
 from .paths import PathRule
 from .targets import is_saved_whole
+from .ties import saved_are_tied, tied_embedding
 from .tokens import MAX_ROWS, has_rows, row_weights
 
 __all__ = ["WholeMapping"]
 
-# PEFT's EMBEDDING_LAYER_NAMES: what ensure_weight_tying looks for among the modules that are saved whole.
-_TIED_NAMES = ("embed_tokens", "lm_head")
 _SHOWN_NAMES = 8
 _SHARED = "all rows of a batch share the base"
 _MERGE = "merge the adapter into its base and serve that"
@@ -65,6 +64,8 @@ class WholeMapping:
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self._modules = {path: module for path, module in modules.items() if "weight" in module}
+        self._tied = tied_embedding(self._modules)
+        self._ties = saved_are_tied(config.fields)  # PEFT gives the head what it gives the embedding
         self._rule = rule
         self._config = config
         self._adapted = adapted
@@ -83,7 +84,7 @@ class WholeMapping:
             elif not _same(first := kept.setdefault(one.path, one), one):
                 self._refuse(one, f"{first.name} is another {whole.parameter} of the same module")
         self._find_missing(found)
-        if (place := self._tied_embedding()) is not None:
+        if (place := self._tied) is not None:
             embedding = next((path for path in found if self._rule.to_mlx(path) == place), "")
             head = next((path for path in found if is_head(path)), "")
             self._map_tied(place, found.pop(embedding, None), found.pop(head, None))
@@ -205,7 +206,7 @@ class WholeMapping:
             name = self._rule.to_peft(path)
             if is_single and name is not None and self._is_saved(name):
                 wanted.append(name)
-        if self._tied_embedding() is not None and not self._ties and self._is_saved(HEADS[0]):
+        if self._tied is not None and not self._ties and self._is_saved(HEADS[0]):
             wanted += [] if any(is_head(path) for path in found) else [HEADS[0]]
         self.problems += [
             f"module {name}: expected its weight, the file has none, though {CONFIG_FILE} says that it was "
@@ -228,30 +229,15 @@ class WholeMapping:
             f"{len(self._copies)} module(s): {shown}{rounding}."
         )
 
-    def _tied_embedding(self) -> str | None:
-        """The embedding that is the head as well, if the model has no head of its own."""
-        kinds = {path: kind_of(module) for path, module in self._modules.items()}
-        if any(is_head(path) and kind is not None for path, kind in kinds.items()):
-            return None
-        embeddings = (path for path, kind in kinds.items() if kind is ModuleKind.EMBEDDING)
-        return next((path for path in embeddings if is_input_embedding(path)), None)
-
     def _module(self, name: str) -> nn.Module | None:
         """The module of this name; the embedding for a head that is tied to it."""
         place = self._rule.to_mlx(name)
         if place not in self._modules and is_head(name):
-            place = self._tied_embedding()
+            place = self._tied
         return self._modules.get(place or "")
 
     def _is_saved(self, name: str) -> bool:
         return is_saved_whole(self._config.fields, name)
-
-    @property
-    def _ties(self) -> bool:
-        """Whether PEFT gives the head what it gives the embedding."""
-        fields = self._config.fields
-        named = (saved.rpartition(".")[2] for saved in fields.modules_to_save or ())
-        return bool(fields.ensure_weight_tying) and any(name in _TIED_NAMES for name in named)
 
     def _advice(self, one: _Whole) -> str:
         if self._is_saved(one.path):

@@ -23,6 +23,7 @@ from ..adapter_files import AdapterFiles, in_order
 from ..weights import PEFT_WEIGHTS_FILE
 from .expert_writing import expert_parameters
 from .names import HEADS, is_head, is_input_embedding
+from .ties import TIED_NAMES
 
 __all__ = ["peft_files"]
 
@@ -37,13 +38,15 @@ def peft_files(
     source: str,
     embeddings: Collection[str],
     *,
+    tied: str | None = None,
     model_type: str | None = None,
     base_name: str | None = None,
     dropout: float = 0.0,
 ) -> AdapterFiles:
     """The files with which PEFT adapts exactly the modules of `weights`; `embeddings` are those that are one.
 
-    Experts are written for a known `model_type` alone, and without `dropout`, which PEFT has not for them.
+    `tied` is the one that is the model's head as well; without a `model_type`, any may be. Experts are
+    written for a known `model_type` alone, and without `dropout`, which PEFT has not for them.
 
     Raises:
         InvalidAdapterError: naming `source` and everything that the format cannot say.
@@ -64,7 +67,7 @@ def peft_files(
     mx.eval(tensors)
     named = modules | {parameter.name: parameter.weights for parameter in parameters}
     # mlx-lm adapts a head that is tied to the embedding with it; elsewhere the field has no effect.
-    ties = bool(embeddings) and not any(one.lookup_only or one.by_feature for one in weights.values())
+    ties = _ties(modules, embeddings if model_type is None else [path for path in embeddings if path == tied])
     config: dict[str, JsonValue] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -75,7 +78,7 @@ def peft_files(
         "init_lora_weights": True,
         "lora_bias": has_bias,
         "lora_dropout": 0.0 if parameters else dropout,
-        "target_modules": list(modules),
+        "target_modules": [*modules, *(_named_for_ties(modules) if tied and ties else ())],
         "use_dora": any(module.magnitude is not None for module in weights.values()),
         "use_rslora": False,
         "ensure_weight_tying": ties,
@@ -85,6 +88,17 @@ def peft_files(
         config["target_parameters"] = [parameter.name for parameter in parameters]
         config["peft_version"] = _PEFT_VERSION
     return AdapterFiles(config, tensors, PEFT_WEIGHTS_FILE)
+
+
+def _ties(weights: Mapping[str, ModuleWeights], embeddings: Collection[str]) -> bool:
+    """Whether a head that is tied to one of the `embeddings` has its factors."""
+    found = [weights[path] for path in embeddings]
+    return bool(found) and not any(one.lookup_only or one.by_feature for one in found)
+
+
+def _named_for_ties(modules: Collection[str]) -> tuple[str, ...]:
+    """The name by which PEFT sees that a head is to follow its embedding, unless the embedding has one."""
+    return () if any(path.rpartition(".")[2] in TIED_NAMES for path in modules) else (TIED_NAMES[-1],)
 
 
 def _embedding(module: ModuleWeights) -> dict[str, mx.array]:
