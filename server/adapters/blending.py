@@ -24,7 +24,6 @@ from .blended import Blended, Part, make_blend
 from .errors import (
     AdapterExistsError,
     AdapterNotFoundError,
-    BaseIsFusedError,
     LifeCycleError,
     UnknownModelError,
     UnknownVersionError,
@@ -88,8 +87,7 @@ class Blender:
         """What loading would refuse anyway, before anything is computed."""
         registry = self._service.registry
         check_id(adapter_id, registry.base)
-        if registry.fused is not None:
-            raise BaseIsFusedError(registry.fused, _refusal(adapter_id))
+        registry.refuse_if_fused(_refusal(adapter_id))
         if registry.find(adapter_id) is not None and not replace:
             raise AdapterExistsError(adapter_id)
 

@@ -182,14 +182,21 @@ class AdapterBusyError(LifeCycleError):
 
 
 class BaseIsFusedError(LifeCycleError):
+    """`fused` is the adapter by which the fusion is known; `terms` (id, weight) are those of a sum."""
+
     status, code = 409, "base_is_fused"
 
-    def __init__(self, fused: str, refused: str) -> None:
-        super().__init__(
-            f"Adapter {quoted(fused)} is fused into the base, so {refused}. "
-            f"Unfuse it first: DELETE /v1/adapters/{fused}/fuse."
-        )
-        self.details = {"fused": fused}
+    def __init__(self, fused: str, refused: str, terms: Sequence[tuple[str, float]] = ()) -> None:
+        if terms:
+            parts = ", ".join(f"{quoted(adapter_id)} x {weight:g}" for adapter_id, weight in terms)
+            now = (
+                f"A sum of adapters ({parts}), for which only the base's name stands, is fused into the base"
+            )
+        else:
+            now = f"Adapter {quoted(fused)} is fused into the base"
+        super().__init__(f"{now}, so {refused}. Unfuse it first: DELETE /v1/adapters/{fused}/fuse.")
+        parts_of_it = [{"id": adapter_id, "weight": weight} for adapter_id, weight in terms]
+        self.details = {"fused": fused, **({"adapters": parts_of_it} if terms else {})}
 
 
 class AdapterChangedError(LifeCycleError):

@@ -12,8 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from adapters_core.bank import make_row
-
 from .errors import (
     AdapterNotFoundError,
     AdaptersWithModelError,
@@ -25,6 +23,7 @@ from .errors import (
 )
 from .names import checkpoint_of, parse_name
 from .pins import Kind, Pin, Resolved, Terms
+from .rows import row_of
 from .versions import Entry, Version
 
 __all__ = ["Registry"]
@@ -42,8 +41,8 @@ class Registry:
         self.base = base
         self.active: str | None = None
         self.fused: str | None = None
-        self.fused_as_sum = False
-        """Whether what is fused is weighted or has company, so that no adapter's name stands for it."""
+        self.fused_sum: Terms = ()
+        """What is fused, if it is weighted or has company, so that no adapter's name stands for it."""
         self.unloaded: set[str] = set()
         self.in_flight = 0
         """Pins of every kind: requests that compute with the base, with or without adapters."""
@@ -105,7 +104,7 @@ class Registry:
     def refuse_if_fused(self, refused: str) -> None:
         """Raises BaseIsFusedError, which says what is `refused`, if anything is fused into the base."""
         if self.fused is not None:
-            raise BaseIsFusedError(self.fused, refused)
+            raise BaseIsFusedError(self.fused, refused, self.fused_sum)
 
     def terms(self, model: str | None, adapters: Terms | None) -> Terms:
         """The adapters that a request names, as of now; they need not be loaded.
@@ -141,7 +140,7 @@ class Registry:
         param = "model" if adapters is None else "adapters"
         found = [(self._served_version(name, param), weight) for name, weight in terms]
         if self.fused is None:
-            row = make_row((version.resident, weight) for (_, version), weight in found)
+            row = row_of([(entry.id, version, weight) for (entry, version), weight in found])
         else:
             self._require_fused_only(self.fused, found)
             row = ()
@@ -220,17 +219,17 @@ class Registry:
         if was_active and self.active is None:
             self.active = entry.id
 
-    def start_fused(self, entries: Sequence[Entry], is_sum: bool) -> None:
-        """The base is fused with `entries`, known by the first; a sum of them answers in nobody's name."""
-        self.fused, self.fused_as_sum = entries[0].id, is_sum
+    def start_fused(self, entries: Sequence[Entry], terms: Terms = ()) -> None:
+        """The base is fused with `entries`, known by the first; a sum of `terms` answers in no name of theirs."""
+        self.fused, self.fused_sum = entries[0].id, terms
         for entry in entries:
             entry.state = "fused"
-            if is_sum and self.active == entry.id:
+            if terms and self.active == entry.id:
                 self.active = None
 
     def end_fused(self, entries: Sequence[Entry]) -> None:
         """The base is bare again, and `entries` are served."""
-        self.fused, self.fused_as_sum = None, False
+        self.fused, self.fused_sum = None, ()
         for entry in entries:
             entry.state = "ready"
 
@@ -271,8 +270,8 @@ class Registry:
         """
         if adapter_id is not None:
             entry = self.get(adapter_id)
-            if self.fused is not None and (self.fused_as_sum or self.fused != adapter_id):
-                raise BaseIsFusedError(self.fused, f"{quoted(adapter_id)} cannot be the active one")
+            if self.fused_sum or self.fused != adapter_id:
+                self.refuse_if_fused(f"{quoted(adapter_id)} cannot be the active one")
             if not self._is_served(entry):
                 raise AdapterNotFoundError(f"Adapter {quoted(adapter_id)} is being unloaded.")
         previous, self.active = self.active, adapter_id
@@ -289,7 +288,7 @@ class Registry:
         return name
 
     def _is_served(self, entry: Entry) -> bool:
-        return entry.state == "ready" or (entry.state == "fused" and not self.fused_as_sum)
+        return entry.state == "ready" or (entry.state == "fused" and not self.fused_sum)
 
     def _make_current(self, entry: Entry, version: Version) -> None:
         older, entry.current = entry.current, version
@@ -305,8 +304,8 @@ class Registry:
         name = parse_name(text, self.base)
         entry = None if name is None else self._entries.get(name.entry)
         if name is None or entry is None or not self._is_served(entry):
-            if self.fused is not None and name is not None and (entry or name.entry in self.unloaded):
-                raise BaseIsFusedError(self.fused, f"{quoted(text)} is not served")
+            if name is not None and (entry or name.entry in self.unloaded):
+                self.refuse_if_fused(f"{quoted(text)} is not served")
             raise UnknownModelError(text, self.served, param)
         for version in entry.named:
             if name.version in (None, version.number):
@@ -319,7 +318,7 @@ class Registry:
             for (entry, version), weight in found
         )
         if len(found) > 1 or not allowed:
-            raise BaseIsFusedError(fused, "no other adapter, version or weight can be computed with")
+            self.refuse_if_fused("no other adapter, version or weight can be computed with")
 
 
 def _is_used(version: Version) -> bool:

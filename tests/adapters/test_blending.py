@@ -219,6 +219,9 @@ async def test_a_dora_is_named(loaded_site: Site) -> None:
     error = await loaded_site.refused("POST", "/v1/adapters", body, 400, "not_blendable")
     assert len(error["details"]) == 1
     assert "'d' is a DoRA adapter" in error["message"]
+    error = (await loaded_site.chat(None, status=400, adapters=body["blend"]))["error"]
+    assert (error["code"], error["param"]) == ("not_blendable", "adapters")
+    assert error["message"].startswith("A DoRA adapter ('d') rescales the base,")
 
 
 async def test_all_problems_are_told_at_once(loaded_site: Site) -> None:

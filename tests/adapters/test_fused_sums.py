@@ -154,10 +154,16 @@ async def test_sums_over_http(tiny_site: Site) -> None:
     assert report["bytes_after"] == report["bytes_before"] > 0
     assert report["threshold"] == 0.05
     assert await tiny_site.says(BASE) == blended
-    assert (await tiny_site.chat("b", status=409))["error"]["code"] == "base_is_fused"
+    error = (await tiny_site.chat("b", status=409))["error"]
+    assert (error["code"], error["details"]) == ("base_is_fused", {"fused": "a", "adapters": blend})
+    assert "A sum of adapters ('a' x 0.7, 'b' x -0.5), for which only the base's name" in error["message"]
     assert [model["id"] for model in (await tiny_site.call("GET", "/v1/models"))["data"]] == [BASE]
     await tiny_site.call("DELETE", fuse)
     assert await tiny_site.says(BASE) == base
+    await tiny_site.call("POST", "/v1/adapters", {"id": "d"}, status=201)
+    for body in ({"adapters": [{"id": "d"}]}, {"adapters": [{"id": "b"}, {"id": "d", "weight": 0.5}]}):
+        error = await tiny_site.refused("POST", fuse, body, 400, "not_blendable")
+        assert error["message"].startswith("A DoRA adapter ('d') rescales the base,")
     for body, status, code in (
         ({"adapters": [{"id": "b", "weight": 0}]}, 400, "not_blendable"),
         ({"adapters": [{"id": "nowhere"}]}, 404, "adapter_not_found"),

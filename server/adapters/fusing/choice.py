@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 
-from adapters_core.bank import make_row
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import BlendError
 from adapters_core.fusing.fusion import Precision
 
-from ..errors import AdapterBusyError, AdapterChangedError, AdaptersLoadedError, BaseIsFusedError, quoted
+from ..errors import AdapterBusyError, AdapterChangedError, AdaptersLoadedError, quoted
 from ..originals import read_version
 from ..pins import Terms
 from ..registry import Registry
+from ..rows import row_of
 from ..versions import Entry, Version
 
 __all__ = ["Choice", "choose"]
@@ -80,17 +80,16 @@ def choose(registry: Registry, terms: Terms, unload_others: bool) -> Choice:
     for adapter_id, weight in terms:
         weights[adapter_id] = weights.get(adapter_id, 0.0) + weight
     entries = tuple(registry.get(adapter_id) for adapter_id in weights)
-    if registry.fused is not None:
-        raise BaseIsFusedError(registry.fused, "nothing else can be fused")
+    registry.refuse_if_fused("nothing else can be fused")
     draining = next((other for other in registry.entries if other.state == "draining"), None)
     if draining is not None:
         raise AdapterBusyError(
             f"Adapter {quoted(draining.id)} is being unloaded. Try again when it is gone.", draining.in_flight
         )
     versions = tuple(entry.current for entry in entries)
-    row = make_row(zip((version.resident for version in versions), weights.values(), strict=True))
+    row = row_of(list(zip(weights, versions, weights.values(), strict=True)))
     if len(row) < len(entries):
-        raise BlendError("a weight of 0 fuses nothing; leave that adapter out")
+        raise BlendError("A weight of 0 fuses nothing; leave that adapter out.")
     others = [other.id for other in registry.entries if other not in entries]
     if others and not unload_others:
         raise AdaptersLoadedError(entries[0].id, others)

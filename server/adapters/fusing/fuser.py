@@ -244,7 +244,7 @@ class Fuser:
                 self._registry.remove(other)
         for entry in chosen.entries:
             entry.retired = []
-        self._registry.start_fused(chosen.entries, is_sum=not chosen.is_alone)
+        self._registry.start_fused(chosen.entries, () if chosen.is_alone else chosen.terms)
 
     async def _forget_what_left(self) -> None:
         """A fusion that failed may have emptied the bank: what is not there comes back when it is named."""
