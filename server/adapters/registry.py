@@ -220,7 +220,7 @@ class Registry:
             self.active = entry.id
 
     def start_fused(self, entries: Sequence[Entry], terms: Terms = ()) -> None:
-        """The base is fused with `entries`, known by the first; a sum of `terms` answers in no name of theirs."""
+        """The base is fused with `entries`, known by the first; a sum of `terms` answers in no other name."""
         self.fused, self.fused_sum = entries[0].id, terms
         for entry in entries:
             entry.state = "fused"

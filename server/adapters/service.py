@@ -94,7 +94,7 @@ class AdapterService:
         self._line = Line(gate, options.max_waiting, options.wait_seconds)
         self._private = PrivateFolder(options.kept_dir)
         memory = Memory(container, gate, self.residency, self._line)
-        self.keeper = keeper = Keeper(memory, self.registry, self._private, options.kept_bytes)
+        self.keeper = keeper = Keeper(memory, self.registry, self._private, tasks, options.kept_bytes)
         self._unloader = unloader = Unloader(self.registry, memory, keeper, tasks, self._releases)
         journal = Journal(self.registry, info, on_load)
         is_watched = options.watched_dir is not None
@@ -107,7 +107,7 @@ class AdapterService:
         self._changes = Changes(self.registry, folders, tasks, placer, returner, journal)
         self._finder = Finder(self.registry, folders, tasks, gate, placer, journal)
         self._fuser = Fuser(
-            container, info, self.registry, self.residency, gate, self._releases.idle,
+            container, info, self.registry, self.residency, gate, unloader,
             FuseOptions(options.models_dir, options.fuse_threshold),
         )  # fmt: skip
         self._watcher: Watcher | None = None
@@ -308,16 +308,18 @@ class AdapterService:
 
     async def _change(self, work: Coroutine[Any, Any, _T]) -> _T:
         """What comes of `work`, which may leave versions behind that nothing uses."""
-        done = await self._tasks.to_the_end(work)
+        try:
+            done = await self._tasks.to_the_end(work)
+        except BaseException:
+            self._unloader.released()
+            raise
         await self._tasks.to_the_end(self._unloader.reap())
         return done
 
     async def _in_turn(self, adapter_id: str, work: Coroutine[Any, Any, _T]) -> _T:
-        """What comes of surgery on the base, which may take others out of the registry."""
-        before = self.registry.versions
+        """What comes of surgery on the base; who waits for what is served no more is told."""
         try:
             async with self._tasks.lock(adapter_id):
                 return await work
         finally:
-            self._unloader.forget_copies(before - self.registry.versions)
             self._line.look_again()

@@ -6,7 +6,7 @@ Runs on the event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -81,6 +81,10 @@ class Unloader:
         task.add_done_callback(lambda done: _log_failure(adapter_id, done))
         if idle:
             await asyncio.wait({task})
+
+    async def idle(self, in_flight: Callable[[], int], timeout_seconds: float, what: str) -> None:
+        """Wait until `in_flight()` is 0. Raises AdapterBusyError, which names `what`, when the time is up."""
+        await self._releases.idle(in_flight, timeout_seconds, what)
 
     async def remove(self, versions: Sequence[Version]) -> int:
         """Take versions that nothing uses out of memory, and what requests can name no more out of the

@@ -248,6 +248,52 @@ async def test_adapters_come_back_when_the_exchange_fails(
         assert await unlucky.snapshot() == bits
 
 
+class Held(ModelContainer):
+    """A real container that holds one `perform` up until it is open, the next when it is told to."""
+
+    def __init__(self, inner: ModelContainer) -> None:
+        self._inner = inner
+        self.holds_next = False
+        self.reached, self.open = asyncio.Event(), asyncio.Event()
+
+    async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
+        return await self._inner.update(fn, drain=drain)
+
+    async def perform(self, fn: Callable[[ModelContext], Any]) -> Any:
+        if self.holds_next:
+            self.holds_next = False
+            self.reached.set()
+            await self.open.wait()
+        return await self._inner.perform(fn)
+
+
+async def test_what_was_loaded_while_a_fusion_was_computed_leaves_no_copies(
+    model_path: Path, root: Path
+) -> None:
+    async with house(model_path, root, wrap=Held) as held:
+        service, container = held.service, held.container
+        assert isinstance(container, Held)
+        for name in ("a", "b"):
+            await service.load(name)
+        container.holds_next = True
+        fusing = asyncio.create_task(service.fuse("a", "auto", unload_others=True))
+        try:
+            async with asyncio.timeout(20):
+                await container.reached.wait()
+            await service.load("d")
+            await service.load("b", "d", replace=True)
+        finally:
+            container.open.set()  # or the house could not close
+        await fusing
+        assert {version.source.shown for version in service.registry.versions} == {"a"}
+        (copy,) = [version.copy for version in service.registry.versions]
+        assert copy is not None
+        assert service.keeper.bytes_held == copy.size_bytes
+        await service.unfuse("a")
+        await service.unload("a")
+        assert service.keeper.bytes_held == 0
+
+
 async def test_the_base_stays_fused_when_unfusing_fails(model_path: Path, root: Path) -> None:
     async with house(model_path, root, wrap=Stumbling) as unlucky:
         service, container = unlucky.service, unlucky.container

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from ..pins import Terms
 from ..registry import Registry
 from ..saving.folders import MODELS, SavedFolders
 from ..saving.models import ModelDraft
+from ..unloading import Unloader
 from ..versions import Entry
 from .choice import Choice, choose
 from .exchange import FusedLayers, install, take_out
@@ -44,9 +44,6 @@ __all__ = ["FuseOptions", "FuseResult", "Fuser"]
 _log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 0.2
-
-AwaitIdle = Callable[[Callable[[], int], float, str], Awaitable[None]]
-"""Waits until a count is 0, at most so many seconds; says in the error what is in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,10 @@ class _Fused:
 
 
 class Fuser:
-    """At most one adapter, or one sum of adapters, is fused into the base in `container`."""
+    """At most one adapter, or one sum of adapters, is fused into the base in `container`.
+
+    `on_removed` is told which versions a fusion took out of the registry.
+    """
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Fuser:
         registry: Registry,
         residency: Residency,
         gate: Gate,
-        idle: AwaitIdle,
+        unloader: Unloader,
         options: FuseOptions,
     ) -> None:
         self._container = container
@@ -104,7 +104,7 @@ class Fuser:
         self._registry = registry
         self._residency = residency
         self._gate = gate
-        self._idle = idle
+        self._unloader = unloader
         self._threshold = options.threshold
         self._folders = SavedFolders(options.models_dir, MODELS)
         self._fused: _Fused | None = None
@@ -134,7 +134,7 @@ class Fuser:
         layers = FusedLayers(work.merged.modules, adapter, chosen.mark(precision, self._threshold))
         async with self._gate.alone():
             chosen.require_same(choose(self._registry, terms, unload_others))
-            await self._idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
+            await self._unloader.idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
             try:
                 await self._container.update(lambda context: install(context, layers), drain=True)
             except BaseException:
@@ -177,7 +177,7 @@ class Fuser:
         self._require_fused(adapter_id)  # before the gate, which holds every request up
         async with self._gate.alone():
             entry, fused = self._require_fused(adapter_id)
-            await self._idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
+            await self._unloader.idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
             resident = await self._container.update(
                 lambda context: take_out(context, fused.layers), drain=True
             )
@@ -237,14 +237,18 @@ class Fuser:
 
     def _note_fused(self, chosen: Choice, layers: FusedLayers) -> None:
         """Bring the books in line with a base that has these layers, beside which there are no others."""
+        before = self._registry.versions
         self._residency.clear()
         self._fused = _Fused(chosen.entries, layers)
+        before = self._registry.versions  # as they are now: loads went on until the gate closed
         for other in self._registry.entries:
             if other not in chosen.entries:
                 self._registry.remove(other)
         for entry in chosen.entries:
             entry.retired = []
+        self._on_removed(before - self._registry.versions)
         self._registry.start_fused(chosen.entries, () if chosen.is_alone else chosen.terms)
+        self._unloader.forget_copies(before - self._registry.versions)
 
     async def _forget_what_left(self) -> None:
         """A fusion that failed may have emptied the bank: what is not there comes back when it is named."""
