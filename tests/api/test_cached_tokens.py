@@ -40,6 +40,8 @@ async def test_completions_streamed_and_of_several_prompts(service: Service) -> 
 
 
 async def test_metrics_count_them(service: Service) -> None:
+    for _ in range(2):
+        await service.chat("t" * 20 + "hello")
     text = (await service.client.get("/metrics")).text
     values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[0] != "#"}
     assert values["graft_cached_tokens_total"] > 0

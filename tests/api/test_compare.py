@@ -407,13 +407,13 @@ async def test_versions_do_not_change_under_it(service: Service, adapters_root: 
 
 
 async def test_models_share_memory_or_take_turns_and_never_wait_for_each_other(
-    parrot: LoadedModel, adapters_root: Path, service: Service
+    adapters_root: Path, service: Service
 ) -> None:
     """Each of these comparisons needs all the memory that there is; half of it would be of no use to it."""
     await compare(service, "hello", list(SIZES))
     listed = (await service.client.get("/v1/adapters")).json()["data"]
     room = 2 * max(adapter["bytes"] for adapter in listed)
-    async with serving(parrot, adapters_dir=adapters_root, adapter_memory_bytes=room) as small:
+    async with serving(own_parrot(), adapters_dir=adapters_root, adapter_memory_bytes=room) as small:
         pairs = [["echo", "loud"], ["loud", "other"], ["other", "echo"]] * 2
         answers = await asyncio.gather(*(compare(small, "hello", pair) for pair in pairs))
         assert [answer["models"] for answer in answers] == pairs
@@ -423,8 +423,8 @@ async def test_models_share_memory_or_take_turns_and_never_wait_for_each_other(
         assert registry_of(small).in_flight == 0
 
 
-async def test_a_fuse_waits_for_it_and_it_for_the_fuse(parrot: LoadedModel, adapters_root: Path) -> None:
-    async with serving(parrot, adapters_dir=adapters_root) as service:
+async def test_a_fuse_waits_for_it_and_it_for_the_fuse(adapters_root: Path) -> None:
+    async with serving(own_parrot(), adapters_dir=adapters_root) as service:  # which stays fused
         await compare(service, "hello", ["parrot", "echo"])
         running = asyncio.create_task(compare(service, "sing", ["parrot", "echo"], max_tokens=60))
         await until(service, lambda stats: stats.running_rows)
