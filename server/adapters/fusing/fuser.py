@@ -84,10 +84,7 @@ class _Fused:
 
 
 class Fuser:
-    """At most one adapter, or one sum of adapters, is fused into the base in `container`.
-
-    `on_removed` is told which versions a fusion took out of the registry.
-    """
+    """At most one adapter, or one sum of adapters, is fused into the base in `container`."""
 
     def __init__(
         self,
@@ -237,7 +234,6 @@ class Fuser:
 
     def _note_fused(self, chosen: Choice, layers: FusedLayers) -> None:
         """Bring the books in line with a base that has these layers, beside which there are no others."""
-        before = self._registry.versions
         self._residency.clear()
         self._fused = _Fused(chosen.entries, layers)
         before = self._registry.versions  # as they are now: loads went on until the gate closed
@@ -246,7 +242,6 @@ class Fuser:
                 self._registry.remove(other)
         for entry in chosen.entries:
             entry.retired = []
-        self._on_removed(before - self._registry.versions)
         self._registry.start_fused(chosen.entries, () if chosen.is_alone else chosen.terms)
         self._unloader.forget_copies(before - self._registry.versions)
 
