@@ -23,6 +23,7 @@ from .peft.config import PeftConfig
 from .peft.factors import Factors, sort_tensors
 from .peft.module_factors import has_embedding_factors, left_out, module_weights
 from .peft.names import HEADS, Leaf, is_head
+from .peft.parameters import target_weight
 from .peft.targets import rank_and_scale
 from .peft.ties import targets_are_tied
 from .reading import read_files
@@ -173,6 +174,11 @@ def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
             found.parts[key] = _part_of(factors, rank, scale)
             continue
         is_embedding = has_embedding_factors(factors)
+        weight = target_weight(config, path)
+        if weight is not None and left_out(config, factors, is_linear=True):
+            found.open[path] = "where the module of a parameter lies depends on the model"
+            found.parts[path] = _part_of(factors, *rank_and_scale(config, weight))
+            continue
         is_tied = is_head(path) and targets_are_tied(config.fields)
         problems = [] if is_tied else left_out(config, factors, is_linear=not is_embedding)
         weights = None

@@ -59,6 +59,18 @@ CASES: dict[str, tuple[str, bool, bool, dict[str, tuple[int, float]]]] = {
             QWEN.format(1, "up_proj"): (3, 1.5),
         },
     ),
+    "routers": (
+        "mixtral",
+        False,
+        False,
+        {
+            Q0: (4, 2.0),
+            "model.layers.0.block_sparse_moe.gate": (2, 1.5),
+            "model.layers.1.block_sparse_moe.gate": (3, 0.7),
+            MIXTRAL.format("down_proj"): (3, 0.7),
+        },
+    ),
+    "one-router": ("qwen3_moe", False, False, {Q0: (4, 2.0), "model.layers.1.mlp.gate": (2, 1.5)}),
 }
 
 

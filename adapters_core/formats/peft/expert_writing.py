@@ -1,7 +1,8 @@
-"""Experts in PEFT's format, as parameters of all experts (target_parameters): `experts` the other way round.
+"""Experts and routers in PEFT's format, as parameters (target_parameters): `experts` the other way round.
 
 gate and up are one parameter there, with one A. Where theirs differ, A has the ranks of both, and B is nought
-where a rank is not its own; `experts` takes such a pair apart again. Changes nothing; runs on any thread.
+where a rank is not its own; `experts` takes such a pair apart again. A router is no linear layer in
+transformers 5 (`parameters`). Changes nothing; runs on any thread.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from ...layers.module_weights import ModuleWeights
 from ..adapter_files import scaled
 from .experts import expert_block
 
-__all__ = ["Parameter", "expert_parameters"]
+__all__ = ["Parameter", "expert_parameters", "router_parameter"]
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _NESTED = ".base_layer"
+_ROUTER = ".gate"
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of one layer's experts in the transformers model; `prefix` begins its tensors' names."""
+    """A parameter of one layer's experts, or its router; `prefix` begins its tensors' names."""
 
     name: str
     prefix: str
@@ -32,8 +34,15 @@ class Parameter:
 
     @property
     def tensors(self) -> dict[str, mx.array]:
-        """lora_A (experts · r, in), expert by expert, and lora_B (out, r · experts), rank by rank."""
+        """lora_A (experts · r, in), expert by expert, and lora_B (out, r · experts), rank by rank.
+
+        Those of a matrix are a linear layer's.
+        """
         a, b = self.weights.lora_a, self.weights.lora_b
+        if b.ndim == 2:
+            return {f"{self.prefix}.lora_A.weight": mx.contiguous(a.T)} | {
+                f"{self.prefix}.lora_B.weight": mx.contiguous(b.T)
+            }
         experts, outputs, rank = b.shape
         return {
             f"{self.prefix}.lora_A.weight": a.reshape(experts * rank, -1),
@@ -68,6 +77,17 @@ def expert_parameters(
         if down is not None:
             found.append(Parameter(f"{name}.down_proj", f"{name}", down))
     return found, []
+
+
+def router_parameter(path: str, weights: ModuleWeights, model_type: str | None) -> Parameter | None:
+    """The parameter that the router at `path` is in a model of this type; None if it is no such router."""
+    if not path.endswith(_ROUTER) or weights.magnitude is not None or weights.bias is not None:
+        return None
+    block = expert_block(model_type or "", path)
+    if block is None:
+        return None
+    name = f"{block.rpartition('.')[0]}{_ROUTER}"
+    return Parameter(f"{name}.weight", name, weights)
 
 
 def _unknown(block: str, projection: str, model_type: str | None) -> str | None:

@@ -27,6 +27,7 @@ from ...layers.modules import ModuleKind, kind_of, weight_shape
 from .config import PeftConfig
 from .factors import Factors
 from .names import Leaf
+from .parameters import SIBLINGS, old_layout
 from .paths import PathRule, any_layer
 from .targets import is_target, is_target_parameter, rank_and_scale
 
@@ -36,8 +37,6 @@ _EXPERT = re.compile(r"(?P<block>.+\.experts)(?:\.(?P<index>\d+)\.(?P<projection
 _PARAMETERS = ("gate_up_proj", "down_proj")
 _PROJECTIONS = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
 _PROJECTIONS |= {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-# Where mlx-lm keeps the experts of what transformers calls mlp.experts.
-_SIBLINGS = ("block_sparse_moe", "mlp", "feed_forward")
 # Models whose parameters are (experts, out, in) and whose gate and up lie one after the other.
 _FUSED_MODELS = frozenset(
     {
@@ -62,7 +61,6 @@ _FUSED_MODELS = frozenset(
         "qwen3_vl_moe",
     }
 )
-_FIRST_VERSION = (0, 20)
 
 _Pair = tuple[mx.array, mx.array]
 
@@ -75,7 +73,7 @@ def switch_block(modules: Mapping[str, nn.Module], path: str) -> str | None:
     parent = found["block"].rpartition(".")[0]
     grandparent = parent.rpartition(".")[0]
     blocks = [f"{parent}.switch_mlp", f"{parent}.experts"]
-    blocks += [f"{grandparent}.{sibling}.switch_mlp" for sibling in _SIBLINGS]
+    blocks += [f"{grandparent}.{sibling}.switch_mlp" for sibling in SIBLINGS]
     for block in blocks:
         module = modules.get(f"{block}.down_proj")
         if module is not None and kind_of(module) is ModuleKind.SWITCH:
@@ -229,14 +227,7 @@ class ExpertMapping:
                 f"how the parameters of the experts of a {self._model_type} model lie is not known; merge "
                 "the adapter into its base and serve that"
             )
-        version = re.match(r"(\d+)\.(\d+)", self._config.fields.peft_version or "")
-        if version is None or (int(version[1]), int(version[2])) < _FIRST_VERSION:
-            oldest = ".".join(map(str, _FIRST_VERSION))
-            return (
-                f"target_parameters were laid out in other ways before PEFT {oldest}, and peft_version is "
-                f"{self._config.fields.peft_version!r}; train it, or convert it, with a newer PEFT"
-            )
-        return None
+        return old_layout(self._config)
 
 
 def _apart(parts: list[_Pair]) -> list[_Pair | None]:

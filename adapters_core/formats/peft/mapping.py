@@ -23,6 +23,7 @@ from .experts import ExpertMapping, switch_block
 from .factors import Contents, Factors, sort_tensors
 from .module_factors import left_out, module_weights
 from .names import HEADS, Leaf, is_head
+from .parameters import old_layout, router_name, router_place, target_weight, transposed_weights
 from .paths import any_layer, find_rule
 from .targets import all_linear, is_target, rank_and_scale
 from .ties import TIED_NAMES, targets_are_tied, tied_embedding
@@ -50,8 +51,8 @@ class _Mapping:
         self._modules = {path: module for path, module in self._all_modules.items() if kind_of(module)}
         self._tied = tied_embedding(self._modules)
         self._rule = find_rule((path for path, _ in contents.factors), self._exists)
-        model_type = str(getattr(model, "model_type", None))
-        self._experts = ExpertMapping(model_type, self._modules, self._rule, config)
+        self._model_type = str(getattr(model, "model_type", None))
+        self._experts = ExpertMapping(self._model_type, self._modules, self._rule, config)
         self._weights: dict[str, ModuleWeights] = {}
         self._problems = list(contents.problems)
         self._seen: set[str] = set()
@@ -71,12 +72,15 @@ class _Mapping:
         return Mapped(self._weights, self._problems, tuple(warnings))
 
     def _exists(self, path: str) -> bool:
-        return path in self._modules or switch_block(self._modules, path) is not None
+        is_module = path in self._modules or router_place(self._modules, path) is not None
+        return is_module or switch_block(self._modules, path) is not None
 
     def _at(self, name: str) -> str | None:
         """The path in the model of the transformers module `name`."""
         path = self._rule.to_mlx(name)
-        return path if path in self._modules else None
+        if path is None or path in self._modules:
+            return path
+        return router_place(self._modules, path)
 
     def _take(self, factors: Factors) -> None:
         path = self._at(factors.path)
@@ -94,21 +98,34 @@ class _Mapping:
             self._problems += problems
             return
         is_embedding = kind_of(module) is ModuleKind.EMBEDDING
-        is_linear = kind_of(module) in (ModuleKind.LINEAR, ModuleKind.SPLIT)
-        problems = left_out(self._config, factors, is_linear=is_linear)
+        weight = self._parameter(factors.path, module)
+        problems = self._left_out(factors, module, weight)
         if self._config.fields.use_dora and (reason := no_dora(module)):
             problems += factors.refused(f"a {type(module).__name__} cannot have magnitudes: {reason}")
         if problems:
             self._problems += problems
             return
         weights, problems = module_weights(
-            self._config, factors, is_embedding=is_embedding, shape=weight_shape(module)
+            self._config, factors, is_embedding=is_embedding, shape=weight_shape(module), name=weight
         )
         self._problems += problems
         if weights is not None and is_embedding:
             weights = self._embedding(path, factors, weights)
         if weights is not None:
             self._weights[path] = weights
+
+    def _left_out(self, factors: Factors, module: nn.Module, weight: str | None) -> list[str]:
+        """Problems if the config adapts neither the module nor its `weight` as a parameter that is known."""
+        if weight is None:
+            return left_out(self._config, factors, is_linear=_is_linear(module))
+        reason = old_layout(self._config) or transposed_weights(self._model_type)
+        return [] if reason is None else factors.refused(reason)
+
+    def _parameter(self, name: str, module: nn.Module) -> str | None:
+        """The name of the module's weight if not the module is a target, but this parameter."""
+        if not _is_linear(module) or self._is_target(name, module):
+            return None
+        return target_weight(self._config, name)
 
     def _embedding(self, path: str, factors: Factors, weights: ModuleWeights) -> ModuleWeights | None:
         """`weights` of the embedding at `path` with what becomes of a head that is tied to it."""
@@ -160,11 +177,11 @@ class _Mapping:
         """Modules that the config targets and the file has no factors for."""
         adapted = {any_layer(path) for path in self._seen}
         for path, module in self._modules.items():
-            name = self._rule.to_peft(path)
+            name = self._rule.to_peft(self._named(path))
             is_single = kind_of(module) is not ModuleKind.SWITCH
             if path in self._seen or name is None or not is_single:
                 continue
-            if not self._is_target(name, module) and not token_indices(self._config, name):
+            if not self._is_wanted(name, module):
                 continue
             # What is a linear layer here need not be one in the model that was trained (a router's gate).
             if all_linear(self._config.fields) and any_layer(path) not in adapted:
@@ -173,9 +190,21 @@ class _Mapping:
                 f"module {name}: expected tensors, the file has none, though {CONFIG_FILE} targets it"
             )
 
+    def _named(self, path: str) -> str:
+        """`path` as a name that is looked for among the targets."""
+        return router_name(self._modules, path) if self._config.fields.target_parameters else path
+
+    def _is_wanted(self, name: str, module: nn.Module) -> bool:
+        if self._is_target(name, module) or token_indices(self._config, name):
+            return True
+        return self._parameter(name, module) is not None
+
     def _is_target(self, name: str, module: nn.Module) -> bool:
-        is_linear = kind_of(module) in (ModuleKind.LINEAR, ModuleKind.SPLIT)
-        return is_target(self._config.fields, name, is_linear=is_linear, is_head=is_head(name))
+        return is_target(self._config.fields, name, is_linear=_is_linear(module), is_head=is_head(name))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return kind_of(module) in (ModuleKind.LINEAR, ModuleKind.SPLIT)
 
 
 def _is_transposed(head: Factors, embedding: Factors) -> bool:

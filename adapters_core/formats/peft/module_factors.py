@@ -46,22 +46,28 @@ def left_out(config: PeftConfig, factors: Factors, *, is_linear: bool) -> list[s
 
 
 def module_weights(
-    config: PeftConfig, factors: Factors, *, is_embedding: bool, shape: Shape | None = None
+    config: PeftConfig,
+    factors: Factors,
+    *,
+    is_embedding: bool,
+    shape: Shape | None = None,
+    name: str | None = None,
 ) -> tuple[ModuleWeights | None, list[str]]:
     """The weights for a base weight of `shape` (rows, columns), or why there are none.
 
     Factors are transposed because the format says so, whatever their shapes. DoRA has a magnitude for each
-    output of a linear layer, and for each feature of an embedding.
+    output of a linear layer, and for each feature of an embedding. `name` is whose rank and alpha it has, the
+    module's if left out.
     """
     if is_embedding and config.fields.lora_bias:
         return None, factors.refused("PEFT has no bias (lora_bias) for embeddings")
-    rank, scale = rank_and_scale(config, factors.path)
+    rank, scale = rank_and_scale(config, name or factors.path)
     leaves = _EMBEDDING if is_embedding else _LINEAR
     if shape is None:
         without = [leaf for leaf in leaves if leaf not in factors.tensors or factors.tensors[leaf].ndim != 2]
         if without:
-            name = factors.path
-            return None, [f"tensor {name}.{leaf}: expected a matrix, the file has none" for leaf in without]
+            path = factors.path
+            return None, [f"tensor {path}.{leaf}: expected a matrix, the file has none" for leaf in without]
         inputs, outputs = factors.tensors[leaves[0]].shape[1], factors.tensors[leaves[1]].shape[0]
     else:
         inputs, outputs = shape if is_embedding else reversed(shape)

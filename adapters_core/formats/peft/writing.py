@@ -21,7 +21,7 @@ from ...errors import InvalidAdapterError
 from ...layers.module_weights import ModuleWeights
 from ..adapter_files import AdapterFiles, in_order
 from ..weights import PEFT_WEIGHTS_FILE
-from .expert_writing import expert_parameters
+from .expert_writing import expert_parameters, router_parameter
 from .names import HEADS, is_head, is_input_embedding
 from .ties import TIED_NAMES
 
@@ -58,10 +58,14 @@ def peft_files(
     if problems := _problems(weights, embeddings) + problems:
         raise InvalidAdapterError(source, problems)
     has_bias = any(module.bias is not None for module in weights.values())
+    found = {path: router_parameter(path, module, model_type) for path, module in modules.items()}
+    routers = {path: router for path, router in found.items() if router is not None and not has_bias}
+    parameters += routers.values()
+    modules = {path: module for path, module in modules.items() if path not in routers}
     tensors: dict[str, mx.array] = {}
     for path, module in modules.items():
-        found = _embedding(module) if path in embeddings else _linear(module, has_bias)
-        tensors |= {f"{_PREFIX}{path}.{leaf}": tensor for leaf, tensor in found.items()}
+        own = _embedding(module) if path in embeddings else _linear(module, has_bias)
+        tensors |= {f"{_PREFIX}{path}.{leaf}": tensor for leaf, tensor in own.items()}
     for parameter in parameters:
         tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in parameter.tensors.items()}
     mx.eval(tensors)
