@@ -185,3 +185,38 @@ def test_a_dora_by_feature_is_seen_without_a_model_and_told_apart() -> None:
     linear = AdapterContainer.from_weights({path: replace(square, by_feature=True)}, "it")
     with pytest.raises(InvalidAdapterError, match="magnitudes by feature are for embeddings, got a Linear"):
         linear.check(fixtures.model("llama"))
+
+
+def test_what_would_be_refused_when_it_is_read_is_not_written(tmp_path: Path) -> None:
+    model = fixtures.model("qwen3_moe")
+    q, k, v = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    half = mx.zeros((4, 2049, 32)), mx.zeros((4, 24, 2049))
+    weights = {
+        GATE: ModuleWeights(half[0], half[1] + 1, None, 1.0),
+        UP: ModuleWeights(half[0] + 1, half[1] + 1, None, 1.0),
+        q: ModuleWeights(mx.zeros((32, 4097)), mx.zeros((4097, 32)), None, 1.0),
+        k: ModuleWeights(mx.zeros((32, 2)), mx.zeros((2, 32)), None, -1e6),
+        v: ModuleWeights(mx.zeros((32, 2)), mx.zeros((2, 32)), None, float("nan")),
+    }
+    with pytest.raises(InvalidAdapterError) as refused:
+        write_adapter(tmp_path / "a", weights, "peft", model)
+    assert sorted(refused.value.problems) == [
+        f"module {k}: expected a lora_alpha between -1e+06 and 1e+06, got -2e+06 (scale -1e+06 times rank 2)",
+        f"module {q}: expected a rank of at most 4096, got 4097",
+        f"module {v}: expected a lora_alpha between -1e+06 and 1e+06, got nan (scale nan times rank 2)",
+        "module model.layers.1.mlp.experts.gate_up_proj: expected a rank of at most 4096, got 4098",
+    ]
+    assert not (tmp_path / "a").exists()
+
+
+def test_more_unlike_ranks_than_are_read_are_not_written() -> None:
+    weights = {
+        f"model.layers.{layer}.q_proj": ModuleWeights(
+            mx.zeros((4, 1 + layer % 2)), mx.zeros((1 + layer % 2, 4)), None, 1.0
+        )
+        for layer in range(4100)
+    }
+    with pytest.raises(
+        InvalidAdapterError, match="at most 2048 modules with ranks other than most, got 2050"
+    ):
+        peft_files(weights, "it", ())

@@ -20,12 +20,12 @@ from ...config import CONFIG_FILE, MAX_RANK, FineTuneType, shown
 from ...errors import InvalidAdapterError
 from .patterns import KeyPatterns, Pattern, PatternError, compiled
 
-__all__ = ["PeftConfig", "PeftFields"]
+__all__ = ["MAX_ALPHA", "PeftConfig", "PeftFields"]
 
 # What PEFT puts the keys of rank_pattern and alpha_pattern, and those of layers_pattern, into.
 _NAME_FRAME = r"(.*\.)?({})$"
 _LAYER_FRAME = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
-_MAX_ALPHA = 1e6
+MAX_ALPHA = 1e6
 _MAX_NAMES = 100_000
 _MAX_INDEX = 100_000
 _MAX_LAYER_NAMES = 64
@@ -34,7 +34,7 @@ _MAX_SAVED_NAMES = 1024
 _Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=512)]
 _Pattern = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=4096)]
 _Rank = Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)]
-_Alpha = Annotated[float, Field(ge=-_MAX_ALPHA, le=_MAX_ALPHA, allow_inf_nan=False, strict=True)]
+_Alpha = Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA, allow_inf_nan=False, strict=True)]
 _Index = Annotated[int, Field(ge=0, le=_MAX_INDEX, strict=True)]
 _Tokens = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 _SavedName = Annotated[str, StringConstraints(strict=True, pattern=r"^[\w.-]+$", max_length=512)]
@@ -45,7 +45,7 @@ _Names = Annotated[list[_Name], Field(max_length=_MAX_NAMES)]
 _EXPECTED = {
     "peft_type": '"LORA"',
     "r": f"a whole number from 1 to {MAX_RANK}",
-    "lora_alpha": f"a finite number between -{_MAX_ALPHA:g} and {_MAX_ALPHA:g}",
+    "lora_alpha": f"a finite number between -{MAX_ALPHA:g} and {MAX_ALPHA:g}",
     "target_modules": "null, a list of module names, or one regular expression",
     "exclude_modules": "null, a list of module names, or one regular expression",
     "modules_to_save": f"null, or a list of at most {_MAX_SAVED_NAMES} module names",

@@ -14,10 +14,10 @@ from typing import Any, Protocol, cast
 
 import re2
 
-__all__ = ["KeyPatterns", "Pattern", "PatternError", "compiled"]
+__all__ = ["MAX_KEYS", "KeyPatterns", "Pattern", "PatternError", "compiled"]
 
 _MAX_LENGTH = 4096
-_MAX_KEYS = 2048
+MAX_KEYS = 2048
 _MAX_MEMORY_BYTES = 1 << 17  # of one expression; the program of the longest one fits
 # What both accept and read in different ways: an omitted minimum, and POSIX classes.
 _AMBIGUOUS = re.compile(r"\{,\d*\}|\[:")
@@ -83,8 +83,8 @@ class KeyPatterns:
     @classmethod
     def of(cls, values: Mapping[str, float], frame: str) -> KeyPatterns:
         """Compile all keys, each in `frame`, whose end has to be the text's."""
-        if len(values) > _MAX_KEYS:
-            return cls((), (f"expected at most {_MAX_KEYS} names or regular expressions, got {len(values)}",))
+        if len(values) > MAX_KEYS:
+            return cls((), (f"expected at most {MAX_KEYS} names or regular expressions, got {len(values)}",))
         entries, problems = [], []
         for key, value in values.items():
             try:

@@ -11,18 +11,21 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 import mlx.core as mx
 from pydantic import JsonValue
 
+from ...config import MAX_RANK
 from ...errors import InvalidAdapterError
 from ...layers.module_weights import ModuleWeights
 from ..adapter_files import AdapterFiles, in_order
 from ..weights import PEFT_WEIGHTS_FILE
+from .config import MAX_ALPHA
 from .expert_writing import expert_parameters, router_parameter
 from .names import HEADS, is_head, is_input_embedding
+from .patterns import MAX_KEYS
 from .ties import TIED_NAMES
 
 __all__ = ["peft_files"]
@@ -62,6 +65,9 @@ def peft_files(
     routers = {path: router for path, router in found.items() if router is not None and not has_bias}
     parameters += routers.values()
     modules = {path: module for path, module in modules.items() if path not in routers}
+    named = modules | {parameter.name: parameter.weights for parameter in parameters}
+    if problems := _too_large(named):
+        raise InvalidAdapterError(source, problems)
     tensors: dict[str, mx.array] = {}
     for path, module in modules.items():
         own = _embedding(module) if path in embeddings else _linear(module, has_bias)
@@ -69,7 +75,6 @@ def peft_files(
     for parameter in parameters:
         tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in parameter.tensors.items()}
     mx.eval(tensors)
-    named = modules | {parameter.name: parameter.weights for parameter in parameters}
     # mlx-lm adapts a head that is tied to the embedding with it; elsewhere the field has no effect.
     ties = _ties(modules, embeddings if model_type is None else [path for path in embeddings if path == tied])
     config: dict[str, JsonValue] = {
@@ -153,6 +158,26 @@ def _problems(weights: Mapping[str, ModuleWeights], embeddings: Collection[str])
     return problems
 
 
+def _too_large(named: Mapping[str, ModuleWeights]) -> list[str]:
+    """Ranks and alphas that are refused when they are read."""
+    problems = [
+        f"module {name}: expected a rank of at most {MAX_RANK}, got {module.rank}"
+        for name, module in named.items()
+        if module.rank > MAX_RANK
+    ]
+    problems += [
+        f"module {name}: expected a lora_alpha between -{MAX_ALPHA:g} and {MAX_ALPHA:g}, got "
+        f"{_alpha(module):g} (scale {module.scale:g} times rank {module.rank})"
+        for name, module in named.items()
+        if not abs(_alpha(module)) <= MAX_ALPHA
+    ]
+    ranks: list[float] = [module.rank for module in named.values()]
+    for what, values in (("ranks", ranks), ("alphas", _alphas(named))):
+        if (count := len(values) - values.count(_most_common(values))) > MAX_KEYS:
+            problems.append(f"expected at most {MAX_KEYS} modules with {what} other than most, got {count}")
+    return problems
+
+
 def _tied_head(modules: Mapping[str, ModuleWeights], embeddings: Collection[str]) -> dict[str, ModuleWeights]:
     """The head, by the end of its name, where it can only be a tied one, with what its embedding has."""
     tied = [modules[path] for path in embeddings if path in modules and is_input_embedding(path)]
@@ -164,7 +189,7 @@ def _ranks_and_alphas(
 ) -> dict[str, JsonValue]:
     """The rank and the alpha of most modules, and patterns for the others and for those named `by_end`."""
     rank = _most_common([module.rank for module in weights.values()])
-    alpha = _most_common([_alpha(module) for module in weights.values()])
+    alpha = _most_common(_alphas(weights))
     patterns = {_pattern(path): module for path, module in weights.items()} | dict(by_end)
     ranks = {key: module.rank for key, module in patterns.items() if module.rank != rank}
     alphas = {key: value for key, module in patterns.items() if (value := _alpha(module)) != alpha}
@@ -185,5 +210,9 @@ def _alpha(module: ModuleWeights) -> int | float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _most_common(values: list[_T]) -> _T:
+def _alphas(weights: Mapping[str, ModuleWeights]) -> list[float]:
+    return [_alpha(module) for module in weights.values()]
+
+
+def _most_common(values: Sequence[_T]) -> _T:
     return Counter(values).most_common(1)[0][0]
