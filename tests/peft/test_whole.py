@@ -259,6 +259,26 @@ def test_a_head_that_was_saved_whole_and_not_trained_leaves_the_embedding_alone(
     np.testing.assert_allclose(logits, fixtures.expected("saved-lookup"), atol=1e-4, rtol=0)
 
 
+def test_a_copy_of_a_tied_head_is_told_in_the_report(tmp_path: Path) -> None:
+    model = fixtures.model("qwen3")
+    weight = mx.array(np.array(dict(model.named_modules())[EMBEDDING].weight))
+    folder = fixtures.changed(
+        tmp_path / "a",
+        "saved-lookup",
+        {"modules_to_save": ["lm_head"]},
+        lambda tensors: (
+            {name: value for name, value in tensors.items() if "embed_tokens" not in name}
+            | {f"{BASE}lm_head.weight": weight}
+        ),
+    )
+    mapped = AdapterContainer.from_directory(folder).place(model)
+    assert EMBEDDING not in mapped.weights
+    assert mapped.warnings == (
+        "Saved whole (modules_to_save) and no other than the base's own, so that nothing is served of 1 "
+        "module(s): lm_head.",
+    )
+
+
 def test_biases_that_were_trained_become_the_adapters_own() -> None:
     mapped = _container("bias-all").place(fixtures.model("llama"))
     layer = "model.layers.0.self_attn"

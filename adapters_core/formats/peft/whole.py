@@ -110,14 +110,21 @@ class WholeMapping:
         if looked_up is not None and used is not None and _same(looked_up, used):
             self._settle(looked_up, place)
             return
-        if used is not None and self._changed(used, self._modules[place]):
+        if used is not None:
+            self._settle_tied_head(used, place)
+        if looked_up is not None:
+            self._settle(looked_up, place, lookup_only=True)
+
+    def _settle_tied_head(self, head: _Whole, place: str) -> None:
+        rows = self._changed(head, self._modules[place])
+        if rows:
             self._refuse(
-                used,
+                head,
                 f"a weight that is not the base's: the head is tied to the embedding {place}, so that it "
                 f"cannot have rows of its own; {_MERGE}, or train both with ensure_weight_tying",
             )
-        if looked_up is not None:
-            self._settle(looked_up, place, lookup_only=True)
+        elif rows is not None and self._is_saved(head.path):
+            self._copies.append(head.path)
 
     def _settle(self, one: _Whole, place: str, *, lookup_only: bool = False) -> None:
         """Keep what the weight changes of the module at `place`, if anything can be."""
