@@ -17,7 +17,7 @@ FIELDS = {
     "messages": [{"role": "user", "content": QUESTION}],
     "models": MODELS,
     "temperature": 0,
-    "max_tokens": 12,
+    "max_tokens": 8,
 }
 
 
