@@ -25,6 +25,7 @@ from .errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     LifeCycleError,
+    UnknownCheckpointError,
     UnknownModelError,
     UnknownVersionError,
     quoted,
@@ -112,7 +113,7 @@ class Blender:
             version = registry.resolve(None, [(text, 1.0)]).versions[0]
         except UnknownModelError:
             raise _not_found(text, registry.served) from None
-        except UnknownVersionError as error:
+        except (UnknownVersionError, UnknownCheckpointError) as error:
             error.param = "blend"
             raise
         return Part(text, weight, version)

@@ -7,15 +7,16 @@ before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 
+from adapters_core.errors import InvalidAdapterError
 from adapters_core.layers.module_weights import ModuleWeights
 
-from .errors import AdapterExistsError, quoted
-from .folder import AdapterFolders
+from .errors import AdapterExistsError, quoted, some_of
+from .folder import AdapterFolder, AdapterFolders
 from .paging.placing import Placer, Wish
 from .paging.returning import Returner
 from .registry import Registry
@@ -70,7 +71,11 @@ class Changes:
         async with self._tasks.lock(adapter_id):
             entry = self._replaceable(adapter_id, wishes)
             folder = await asyncio.to_thread(self._folders.find, adapter_id, path)
-            version = await self._placer.load_in_turn(Wish(adapter_id, folder, entry))
+            try:
+                version = await self._placer.load_in_turn(Wish(adapter_id, folder, entry))
+            except InvalidAdapterError as error:
+                steps = await asyncio.to_thread(self._folders.steps, folder)
+                raise _with_checkpoints(error, adapter_id, folder, steps) from error
             return self._publish(adapter_id, version, wishes, entry)
 
     async def load_made(
@@ -104,3 +109,14 @@ class Changes:
         if wishes.activate:
             self._registry.activate(adapter_id)
         return Loaded(entry, created=before is None)
+
+
+def _with_checkpoints(
+    error: InvalidAdapterError, adapter_id: str, folder: AdapterFolder, steps: Sequence[int]
+) -> InvalidAdapterError:
+    """With a word on `steps`, if a training wrote them into a folder of which their names are."""
+    if not steps or folder.shown != adapter_id:
+        return error
+    names = some_of([f"{adapter_id}@step-{step}" for step in reversed(steps)])
+    more = f"the folder holds checkpoints, which have names of their own: {names}"
+    return InvalidAdapterError(error.source, [*error.problems, more])

@@ -7,8 +7,9 @@ LifeCycleError
 ├── PathNotAllowedError     403, a path that leads out of its root
 ├── UnknownModelError       404, a name in a request that nothing is served under
 ├── UnknownVersionError     404, a version in a request that does not live (any more)
+├── UnknownCheckpointError  404, no such checkpoint, or adapter, and a training that wrote some
 ├── AdapterNotFoundError    404, an id or a folder that is not there
-├── VersionGoneError        404, the private copy of a version cannot be read
+├── VersionGoneError        404, the private copy of a version is not what was kept
 ├── AdapterExistsError      409
 ├── AdapterBusyError        409, requests in flight did not end in time
 ├── BaseIsFusedError        409, an adapter is fused into the base
@@ -22,6 +23,7 @@ LifeCycleError
 ├── AdapterFolderExistsError 409, likewise, of an adapter
 ├── AdapterNotWritableError 422, an adapter that a format cannot say
 ├── AdapterChangingError    503, its folder is being written
+├── VersionUnreadableError  503, the private copy of a version cannot be read now
 ├── AdapterMemoryBusyError  503, adapters in use left no room in memory for long, or too many wait
 ├── AdapterMemoryError      507, more than memory for adapters can hold
 ├── VersionNotKeptError     507, a version without a folder could not be copied aside
@@ -59,11 +61,13 @@ __all__ = [
     "ModelNotSavedError",
     "NoPreviousVersionError",
     "PathNotAllowedError",
+    "UnknownCheckpointError",
     "UnknownModelError",
     "UnknownVersionError",
     "UnmergedModelError",
     "VersionGoneError",
     "VersionNotKeptError",
+    "VersionUnreadableError",
     "quoted",
     "some_of",
 ]
@@ -150,6 +154,19 @@ class UnknownVersionError(LifeCycleError):
         self.param = param
 
 
+class UnknownCheckpointError(LifeCycleError):
+    """`name` is not there; the training that writes adapter `adapter_id` has written `steps`, upwards."""
+
+    status, code = 404, "model_not_found"
+
+    def __init__(self, name: str, adapter_id: str, steps: Sequence[int], param: str) -> None:
+        names = [f"{adapter_id}@step-{step}" for step in reversed(steps)]
+        super().__init__(
+            f"There is no {quoted(name)} to be loaded. Its folder holds checkpoints: {some_of(names)}."
+        )
+        self.param = param
+
+
 class AdapterNotFoundError(LifeCycleError):
     status, code = 404, "adapter_not_found"
 
@@ -159,8 +176,8 @@ class VersionGoneError(LifeCycleError):
 
     def __init__(self, digest: str) -> None:
         super().__init__(
-            f"The version with digest {digest} cannot be read any more: its folder or private copy holds "
-            'something else. Load its folder with "replace": true.'
+            f"The version with digest {digest} lives no more: its private copy has gone or is damaged. If it "
+            'has a folder, load what that holds with "replace": true; if it was blended, blend it anew.'
         )
 
 
@@ -215,9 +232,9 @@ class BlendPartChangedError(LifeCycleError):
 
     def __init__(self, adapter_id: str) -> None:
         super().__init__(
-            f"The folder of adapter {quoted(adapter_id)} does not hold what was loaded from it any more, and "
-            "blending reads it from there. Put the files that were loaded back into the folder, or load what "
-            'it holds now with "replace": true and blend that.'
+            f"What was loaded as adapter {quoted(adapter_id)} cannot be read any more: there is no private "
+            "copy of it, and its folder, or those of what it was blended from, hold something else. Put the "
+            'files that were loaded back, or load what is there now with "replace": true and blend that.'
         )
 
 
@@ -291,6 +308,16 @@ class AdapterChangingError(LifeCycleError):
         super().__init__(
             f"Adapter {quoted(adapter_id)} has left memory, and its folder is being written. Try again when "
             "that has ended."
+        )
+
+
+class VersionUnreadableError(LifeCycleError):
+    status, code = 503, "version_unreadable"
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(
+            f"The private copy of the version with digest {digest} cannot be read now, and is kept. Try "
+            "again; the server's log says why."
         )
 
 

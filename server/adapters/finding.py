@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 
-from .errors import quoted
+from adapters_core.bank import PreparedAdapter
+from adapters_core.errors import InvalidAdapterError
+
+from .errors import AdapterMemoryError, UnknownCheckpointError, quoted
 from .folder import AdapterFolder, AdapterFolders
 from .gate import Gate
 from .names import checkpoint_of
@@ -18,6 +21,10 @@ from .tasks import Tasks
 from .versions import Version
 
 __all__ = ["Finder"]
+
+
+class _BeingWrittenError(Exception):
+    """Somebody has written what a request named, while it waited or was read."""
 
 
 class Finder:
@@ -54,6 +61,20 @@ class Finder:
             task.add_done_callback(lambda _: self._demanded.pop(adapter_id, None))
         await asyncio.shield(task)
 
+    async def refuse_if_training(self, adapter_id: str, param: str) -> None:
+        """Say which checkpoints there are, of what was not found; `param` is where it was named.
+
+        Raises:
+            UnknownCheckpointError: there are some.
+        """
+        checkpoint = checkpoint_of(adapter_id)
+        trained = adapter_id if checkpoint is None else checkpoint.id
+        parent = self._trained_into(trained)
+        steps = await asyncio.to_thread(self._folders.steps_of, trained, parent)
+        is_there = checkpoint is not None and checkpoint.step in steps  # and is being written
+        if steps and not is_there:
+            raise UnknownCheckpointError(adapter_id, trained, steps, param)
+
     async def load(self, adapter_id: str, folder: AdapterFolder, accept: Accept) -> None:
         """Load what is in a watched folder, as the first or the next version of an id.
 
@@ -73,23 +94,39 @@ class Finder:
                     self._publish(wish, await self._placer.load(wish, may_evict=False))
 
     async def _demand(self, adapter_id: str) -> None:
+        has_settled = self._placer.reader.has_settled
         folder = await asyncio.to_thread(self._folder_of, adapter_id)
-        if folder is None or not await self._placer.reader.has_settled(folder):
+        if folder is None or not await has_settled(folder):
             return
+
+        async def accept(_: PreparedAdapter) -> None:
+            if not await has_settled(folder):
+                raise _BeingWrittenError
+
         async with self._tasks.lock(adapter_id), self._gate.shared():
             self._refuse_if_fused(adapter_id)
             if self._registry.find(adapter_id) is None and not self._registry.was_unloaded(adapter_id):
-                wish = Wish(adapter_id, folder)
-                self._publish(wish, await self._placer.load(wish))
+                wish = Wish(adapter_id, folder, accept=accept)
+                try:
+                    self._publish(wish, await self._placer.load(wish))
+                except _BeingWrittenError:
+                    return
+                except (InvalidAdapterError, AdapterMemoryError):
+                    if await has_settled(folder):
+                        raise
 
     def _folder_of(self, adapter_id: str) -> AdapterFolder | None:
         checkpoint = checkpoint_of(adapter_id)
         if checkpoint is None:
             return self._folders.on_demand(adapter_id)
-        trained = self._registry.find(checkpoint.id)
-        source = None if trained is None else trained.newest.source
-        parent = source if isinstance(source, AdapterFolder) else None
+        parent = self._trained_into(checkpoint.id)
         return self._folders.checkpoint(checkpoint.id, checkpoint.step, parent)
+
+    def _trained_into(self, adapter_id: str) -> AdapterFolder | None:
+        """The folder that an adapter was loaded from last."""
+        trained = self._registry.find(adapter_id)
+        source = None if trained is None else trained.newest.source
+        return source if isinstance(source, AdapterFolder) else None
 
     def _publish(self, wish: Wish, version: Version) -> None:
         entry = self._registry.find(wish.adapter_id)

@@ -127,15 +127,9 @@ class AdapterFolders:
         It lies in `parent`, or without one in the folder directly under the root that is named as the id.
         """
         try:
-            if parent is None:
-                if self._root is None or not os.path.isdir(self._root / adapter_id):
-                    return None
-                # A file system that ignores case would find the folder under many names.
-                if adapter_id not in os.listdir(self._root):
-                    return None
-                parent = self.find(adapter_id, adapter_id)
-            name = _written_at(parent.path, step)
-            if name is None:
+            parent = self._trained_into(adapter_id) if parent is None else parent
+            name = None if parent is None else _written_at(parent.path, step)
+            if parent is None or name is None:
                 return None
             if name.endswith(_STEP_FILE_END):
                 return self._checkpoint_file(parent, name)
@@ -144,6 +138,13 @@ class AdapterFolders:
             return self.find(adapter_id, f"{parent.shown}/{name}")
         except (AdapterNotFoundError, PathNotAllowedError):
             return None
+
+    def steps_of(self, adapter_id: str, parent: AdapterFolder | None) -> list[int]:
+        """The steps of what `checkpoint` finds."""
+        with suppress(AdapterNotFoundError, PathNotAllowedError):
+            parent = self._trained_into(adapter_id) if parent is None else parent
+            return [] if parent is None else self.steps(parent)
+        return []
 
     def steps(self, folder: AdapterFolder) -> list[int]:
         """The steps at which a training wrote checkpoints into `folder`, upwards."""
@@ -175,6 +176,13 @@ class AdapterFolders:
             for name in sorted(os.listdir(self._root))
             if name not in loaded and is_valid_id(name, base) and self._looks_like_adapter(self._root, name)
         ]
+
+    def _trained_into(self, adapter_id: str) -> AdapterFolder | None:
+        """The folder directly under the root with this very name. Raises as `find`."""
+        if self._root is None or not os.path.isdir(self._root / adapter_id):
+            return None
+        # A file system that ignores case would find the folder under many names.
+        return self.find(adapter_id, adapter_id) if adapter_id in os.listdir(self._root) else None
 
     def _checkpoint_file(self, folder: AdapterFolder, name: str) -> AdapterFolder:
         if self._root is not None and not folder.trusted:

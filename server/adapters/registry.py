@@ -77,7 +77,11 @@ class Registry:
         entry = self._entries.get(adapter_id)
         if entry is None:
             loaded = some_of(list(self._entries))
-            raise AdapterNotFoundError(f"No adapter {quoted(adapter_id)} is loaded. Loaded are: {loaded}.")
+            raise AdapterNotFoundError(
+                f"No adapter {quoted(adapter_id)} is loaded. "
+                + ("A call unloaded it, and a call can load it. " if self.was_unloaded(adapter_id) else "")
+                + f"Loaded are: {loaded}."
+            )
         return entry
 
     def living(self, text: str) -> tuple[Entry, Version]:

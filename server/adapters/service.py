@@ -264,8 +264,12 @@ class AdapterService:
     async def fuse(
         self, what: str | Terms, precision: Precision, unload_others: bool = False, tell: Tell = no_tell
     ) -> FuseResult:
-        """Fuse an adapter, or a sum of (id, weight) terms, into the resident base. As `Fuser.fuse`."""
+        """Fuse an adapter, or a sum of (id, weight) terms, into the resident base. As `Fuser.fuse`.
+
+        What is not registered is loaded on demand first.
+        """
         terms = [(what, 1.0)] if isinstance(what, str) else what
+        await self._load_to_fuse(terms)
         timeout_seconds = self._options.unload_timeout_seconds
         work = self._fuser.fuse(terms, precision, unload_others, timeout_seconds, tell)
         return await self._tasks.to_the_end(self._in_turn(terms[0][0], work))
@@ -275,6 +279,7 @@ class AdapterService:
     ) -> FuseResult:
         """Write the base with such terms fused into it to a new model folder. As `Fuser.save`."""
         terms = [(what, 1.0)] if isinstance(what, str) else what
+        await self._load_to_fuse(terms)
         work = self._fuser.save(terms, precision, name, tell)
         return await self._tasks.to_the_end(self._in_turn(terms[0][0], work))
 
@@ -283,6 +288,10 @@ class AdapterService:
         timeout_seconds = self._options.unload_timeout_seconds
         work = self._fuser.unfuse(adapter_id, timeout_seconds)
         return await self._tasks.to_the_end(self._in_turn(adapter_id, work))
+
+    async def to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """What comes of `work`, which goes on if the caller is cancelled; `close` waits for it."""
+        return await self._tasks.to_the_end(work)
 
     async def bare_model(self, refused: str) -> nn.Module:
         """A copy of the base's module tree that shares its arrays, without adapters; it stays as it is now.
@@ -297,11 +306,21 @@ class AdapterService:
         for text, _ in self.registry.terms(model, adapters):
             name = parse_name(text, self.registry.base)
             # What is not registered has no versions that could be asked for.
-            if name is None or name.version is not None or self.registry.find(name.entry) is not None:
+            if name is None or name.version is not None or not self._may_be_demanded(name.entry):
                 continue
-            if self._options.load_on_demand and not self.registry.was_unloaded(name.entry):
-                with self._pinner.waiting_for_load():
-                    await self._finder.demand(name.entry)
+            with self._pinner.waiting_for_load():
+                await self._finder.demand(name.entry)
+            if self.registry.find(name.entry) is None:
+                await self._finder.refuse_if_training(name.entry, "model" if adapters is None else "adapters")
+
+    async def _load_to_fuse(self, terms: Terms) -> None:
+        for adapter_id, _ in terms:
+            if parse_name(adapter_id, self.registry.base) is not None and self._may_be_demanded(adapter_id):
+                await self._finder.demand(adapter_id)
+
+    def _may_be_demanded(self, adapter_id: str) -> bool:
+        is_new = self.registry.find(adapter_id) is None and not self.registry.was_unloaded(adapter_id)
+        return is_new and self._options.load_on_demand
 
     async def _load_watched(self, adapter_id: str, folder: AdapterFolder, accept: Accept) -> None:
         await self._change(self._finder.load(adapter_id, folder, accept))

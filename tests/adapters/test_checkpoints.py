@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from adapters_core.blending.blend import BlendOptions
 from adapters_core.errors import InvalidAdapterError
-from server.adapters.errors import AdapterNotFoundError, UnknownModelError
+from server.adapters.blending import Blender
+from server.adapters.errors import AdapterNotFoundError, UnknownCheckpointError, UnknownModelError
 from server.adapters.folder import AdapterFolders
 from tests.adapters.support import Site, answer_of, house, read_model
 from tests.models import make_adapter
@@ -35,7 +38,9 @@ async def test_a_checkpoint_is_an_adapter_of_its_own(
         registry = tight.service.registry
         assert registry.served == ["tiny", "a@step-100", "a@step-12345678", "a"]
         assert await tight.answer("a@step-100@1") == answers[100]
-        for missing in ("a@step-200", "b@step-100", "nowhere@step-100", "A@step-100"):
+        with pytest.raises(UnknownCheckpointError, match="'a@step-12345678', 'a@step-100'"):
+            await tight.service.resolve("a@step-200")
+        for missing in ("b@step-100", "nowhere@step-100", "A@step-100"):
             with pytest.raises(UnknownModelError):
                 await tight.service.resolve(missing)
 
@@ -74,8 +79,22 @@ async def test_folders_that_peft_trainers_write_while_there_is_no_adapter_yet(
     make_adapter(tmp_path / "mine", model, seed=8)
     async with house(model_path, root, configured={"mine": tmp_path / "mine"}) as tiny:
         assert await tiny.answer("run@step-5") == answer_of(model_path, root / "run" / "checkpoint-5")
-        with pytest.raises(UnknownModelError):
-            await tiny.service.resolve("run")
+        there = re.escape("'run@step-15', 'run@step-10', 'run@step-5'.")
+        for name in ("run", "run@step-7"):
+            with pytest.raises(UnknownCheckpointError, match=f"'{name}' to be loaded.*{there}") as raised:
+                await tiny.service.resolve(name)
+            assert raised.value.param == "model"
+            with pytest.raises(UnknownCheckpointError, match=there) as raised:
+                await tiny.service.resolve(None, [(name, 0.5)])
+            assert raised.value.param == "adapters"
+            with pytest.raises(UnknownCheckpointError, match=there) as raised:
+                await Blender(tiny.service).blend("mix", [(name, 1.0)], BlendOptions())
+            assert raised.value.param == "blend"
+        with pytest.raises(InvalidAdapterError, match=f"checkpoints, .* {there[:-2]}"):
+            await tiny.service.load("run")
+        with pytest.raises(InvalidAdapterError, match="expected a file") as invalid:
+            await tiny.service.load("other", "run")
+        assert "checkpoints" not in str(invalid.value)
         with pytest.raises(InvalidAdapterError):
             await tiny.service.resolve("run@step-15")
         assert (await tiny.service.list()).checkpoints == {"run": [5, 10, 15]}

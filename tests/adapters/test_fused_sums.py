@@ -11,6 +11,9 @@ import pytest
 
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import BlendError
+from adapters_core.fusing.fusion import fuse_layers
+from adapters_core.fusing.sums import summed_layers
+from adapters_core.layers.surgery import replace_modules
 from server.adapters.errors import (
     AdapterNotFoundError,
     AdapterNotFusedError,
@@ -74,6 +77,33 @@ async def test_a_weighted_adapter_is_not_what_its_name_means(tiny_house: House) 
     with pytest.raises(BaseIsFusedError):
         await service.resolve("a")
     await service.unfuse("a")
+
+
+async def test_what_nobody_has_named_yet_is_loaded_to_be_fused(tiny_house: House, model_path: Path) -> None:
+    service = tiny_house.service
+    assert (await service.fuse(SUM, "auto")).terms == SUM
+    assert await tiny_house.answer(BASE) == await _sum_of(tiny_house.root, model_path)
+    with pytest.raises(BaseIsFusedError):
+        await service.fuse("d", "auto")
+    await service.unfuse("a")
+    assert service.registry.served == [BASE, "a", "b"]
+    await service.unload("b")
+    for call in (service.fuse(SUM, "auto"), service.save_fused("b", "auto", "x")):
+        with pytest.raises(AdapterNotFoundError, match="A call unloaded it, and a call can load it"):
+            await call
+    for name in ("nowhere", "a@1", "tiny", "", "../a"):
+        with pytest.raises(AdapterNotFoundError):
+            await service.fuse([("a", 1.0), (name, 1.0)], "auto")
+    assert (service.registry.served, service.registry.fused) == ([BASE, "a"], None)
+
+
+async def _sum_of(root: Path, model_path: Path) -> list[int]:
+    """What mlx-lm answers with the sum merged."""
+    model = read_model(model_path)
+    terms = [(AdapterContainer.from_directory(root / name), weight) for name, weight in SUM]
+    modules, _ = fuse_layers(summed_layers(model, terms), "auto", "sum")
+    replace_modules(model, modules)
+    return greedy(model)
 
 
 async def test_what_is_no_sum_is_refused_and_changes_nothing(tiny_house: House) -> None:
