@@ -33,7 +33,7 @@ async def get_model(name: str, service: Adapters, configured: Configured) -> dic
     registry = service.registry
     served = registry.served
     found = name if name in served else name.removeprefix(f"{registry.base}:")
-    if found in served:
+    if found in served and (found != registry.base or name == found):
         return _object(found, service, configured.model)
     asked = parse_name(found, registry.base)
     if asked is None or asked.version is None or asked.entry not in served:

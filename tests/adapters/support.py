@@ -28,7 +28,7 @@ from server.adapters.folder import AdapterFolders
 from server.adapters.pins import Pin
 from server.adapters.service import AdapterService, ServiceOptions
 from server.app import create_app
-from server.engine.container import ModelContainer
+from server.engine.container import ModelContainer, ModelContext
 from server.engine.engine import Engine, Generation
 from server.engine.loop import LoopOptions
 from server.engine.messages import Failed, SamplingParams, Submit, Token
@@ -130,6 +130,25 @@ class House:
         async with asyncio.timeout(20):
             while not condition():
                 await self.engine.container.perform(lambda context: None)
+
+
+class Held(ModelContainer):
+    """A real container that holds one `perform` up until it is open, the next when it is told to."""
+
+    def __init__(self, inner: ModelContainer) -> None:
+        self._inner = inner
+        self.holds_next = False
+        self.reached, self.open = asyncio.Event(), asyncio.Event()
+
+    async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
+        return await self._inner.update(fn, drain=drain)
+
+    async def perform(self, fn: Callable[[ModelContext], Any]) -> Any:
+        if self.holds_next:
+            self.holds_next = False
+            self.reached.set()
+            await self.open.wait()
+        return await self._inner.perform(fn)
 
 
 def answer_of(model_path: Path, folder: Path) -> list[int]:

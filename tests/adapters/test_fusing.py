@@ -33,7 +33,16 @@ from server.adapters.errors import (
 )
 from server.adapters.saving.models import config_of
 from server.engine.container import ModelContainer, ModelContext
-from tests.adapters.support import House, greedy, house, make_adapters, read_model, tokens_of, write_model
+from tests.adapters.support import (
+    Held,
+    House,
+    greedy,
+    house,
+    make_adapters,
+    read_model,
+    tokens_of,
+    write_model,
+)
 from tests.models import logits, make_adapter, relative_error, tiny_llama
 
 
@@ -246,25 +255,6 @@ async def test_adapters_come_back_when_the_exchange_fails(
         for name in answers.keys() - {"tiny"}:
             await service.unload(name)
         assert await unlucky.snapshot() == bits
-
-
-class Held(ModelContainer):
-    """A real container that holds one `perform` up until it is open, the next when it is told to."""
-
-    def __init__(self, inner: ModelContainer) -> None:
-        self._inner = inner
-        self.holds_next = False
-        self.reached, self.open = asyncio.Event(), asyncio.Event()
-
-    async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
-        return await self._inner.update(fn, drain=drain)
-
-    async def perform(self, fn: Callable[[ModelContext], Any]) -> Any:
-        if self.holds_next:
-            self.holds_next = False
-            self.reached.set()
-            await self.open.wait()
-        return await self._inner.perform(fn)
 
 
 async def test_what_was_loaded_while_a_fusion_was_computed_leaves_no_copies(

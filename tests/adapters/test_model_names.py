@@ -21,7 +21,7 @@ async def test_versions_that_live_are_models_too(tiny_site: Site) -> None:
         assert await tiny_site.says(name)  # which is what it was asked for
     error = await tiny_site.refused("GET", "/v1/models/a@3", None, 404, "model_not_found")
     assert "'a@2', 'a@1'" in error["message"]
-    for name in ("b@1", "a@0", "a@", "a@x", "@1", f"{BASE}@1", "default@1"):
+    for name in ("b@1", f"{BASE}:{BASE}", "a@0", "a@", "a@x", "@1", f"{BASE}@1", "default@1"):
         error = await tiny_site.refused("GET", f"/v1/models/{name}", None, 404, "model_not_found")
         assert f"'{BASE}', 'a'" in error["message"]
 

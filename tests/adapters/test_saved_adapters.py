@@ -28,7 +28,7 @@ from server.adapters.errors import (
     PathNotAllowedError,
 )
 from server.adapters.saving.adapters import AdapterSaver
-from tests.adapters.support import BASE, House, Site, answer_of, house, read_model
+from tests.adapters.support import BASE, Held, House, Site, answer_of, house, read_model
 from tests.adapters.test_saving import no_large_files
 from tests.models import make_adapter
 
@@ -224,6 +224,28 @@ async def test_a_disk_that_fills_up_leaves_nothing(tiny_house: House) -> None:
     assert sorted(type(result).__name__ for result in results) == ["AdapterFolderExistsError", "SavedAdapter"]
     assert any(isinstance(result, AdapterFolderExistsError) for result in results)
     assert sorted(os.listdir(tiny_house.root)) == sorted([*before, "x"])
+
+
+async def test_what_was_begun_is_saved_to_its_end(model_path: Path, root: Path) -> None:
+    async with house(model_path, root, wrap=Held) as held:
+        container, saver = held.container, AdapterSaver(held.service, root)
+        assert isinstance(container, Held)
+        await held.service.load("b")
+        container.holds_next = True
+        saving = asyncio.create_task(saver.save("b", "x"))
+        try:
+            async with asyncio.timeout(20):
+                await container.reached.wait()
+            saving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await saving
+            other = asyncio.create_task(saver.save("b", "x"))
+            await asyncio.sleep(0)
+        finally:
+            container.open.set()  # or the house could not close
+        with pytest.raises(AdapterFolderExistsError):  # it waited for its turn
+            await other
+    assert AdapterContainer.from_directory(root / "x").type == "lora"
 
 
 async def test_a_watched_root_has_it_as_a_new_adapter(model_path: Path, tmp_path: Path, root: Path) -> None:

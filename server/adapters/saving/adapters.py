@@ -2,7 +2,8 @@
 
 A version is read from its private copy or from where it came, and known by its digest; what was written is
 read back before the folder gets its name. Nothing that is served changes. One at a time, since a blend that
-is made again holds whole matrices. Runs on the event loop; reads and writes on a thread of its own.
+is made again holds whole matrices, and to its end whoever waits. Runs on the event loop; reads and writes on
+a thread of its own.
 """
 
 from __future__ import annotations
@@ -92,11 +93,14 @@ class AdapterSaver:
         entry_id, version = _living(self._service.registry, adapter_id, number)
         await asyncio.to_thread(self._folders.check, name)
         _require_usable(name, self._service.registry.base)
-        async with self._turn:
-            model = await self._service.bare_model(f"{quoted(entry_id)} cannot be saved")
-            saved = await run_aside(self._write, entry_id, version, name, to, model)
+        saved = await self._service.to_the_end(self._save(entry_id, version, name, to))
         _log.info("adapter_saved", adapter=entry_id, version=saved.version, saved_to=name, format=to)
         return saved
+
+    async def _save(self, entry_id: str, version: Version, name: str, to: FormatName) -> SavedAdapter:
+        async with self._turn:
+            model = await self._service.bare_model(f"{quoted(entry_id)} cannot be saved")
+            return await run_aside(self._write, entry_id, version, name, to, model)
 
     def _write(
         self, entry_id: str, version: Version, name: str, to: FormatName, model: nn.Module
