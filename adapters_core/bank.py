@@ -16,11 +16,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from .container import AdapterContainer
 from .errors import ContainerStateError, UnsupportedModelError
 from .formats.peft.copies import copies_bytes
+from .formats.peft.ties import tied_embedding
 from .formats.protocol import Mapped
+from .layers.module_weights import ModuleWeights
 from .layers.modules import ModuleKind, kind_of
 from .layers.split import undivided
 from .layers.surgery import replace_modules
-from .layers.targets import module_at
+from .layers.targets import module_at, named_base_modules
 from .mixed.embedding import MixedEmbedding, TiedHead
 from .mixed.experts import ExpertGroups, MixedExperts, routes_rows, switch_layers
 from .mixed.laying_out import float_dtype, group_modules, lay_out
@@ -92,7 +94,7 @@ class AdapterBank:
         mapped = container.place(self._model)
         weights = mapped.weights
         modules = {path: module_at(self._model, path) for path in weights}
-        self._require_served(modules)
+        self._require_served(modules, weights)
         laid_out = lay_out(weights, modules, self._float_dtype)
         resident = ResidentAdapter(
             digest=container.digest,
@@ -210,9 +212,12 @@ class AdapterBank:
         """Build one forward and compute nothing: a model that reads an embedding's weight itself fails."""
         self._model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(self._model))
 
-    def _require_served(self, modules: dict[str, nn.Module]) -> None:
-        """Refuse switch layers whose tokens could not be told apart by row."""
+    def _require_served(self, modules: dict[str, nn.Module], weights: dict[str, ModuleWeights]) -> None:
+        """Refuse switch layers whose tokens could not be told apart by row, and heads that scale features."""
         problems: list[str] = []
+        both = [path for path, one in weights.items() if one.by_feature and not one.lookup_only]
+        if both and (tied := tied_embedding(dict(named_base_modules(self._model)))) in both:
+            problems.append(f"{tied}: a DoRA by feature is served for look-ups alone")
         for path, module in modules.items():
             if kind_of(module) is ModuleKind.SWITCH:
                 parent = module_at(self._model, path.rpartition(".")[0])

@@ -149,10 +149,10 @@ def _shape_problems(path: str, module: nn.Module, weights: ModuleWeights) -> lis
     is_dora = weights.magnitude is not None
     if is_dora and (reason := no_dora(module)):
         return [f"module {path}: a {type(module).__name__} cannot have magnitudes: {reason}"]
+    if problems := _unfit(module, weights):
+        return [f"module {path}: {problem}" for problem in problems]
     expected = product_shapes(module, weights.rank, is_dora)
     if weights.by_feature:
-        if kind_of(module) is not ModuleKind.EMBEDDING:
-            return [f"module {path}: magnitudes by feature are for embeddings, got a {type(module).__name__}"]
         expected["m"] = weights.lora_b.shape[1:]
     actual = {"lora_a": weights.lora_a.shape, "lora_b": weights.lora_b.shape}
     if weights.magnitude is not None:
@@ -167,3 +167,18 @@ def _shape_problems(path: str, module: nn.Module, weights: ModuleWeights) -> lis
         for leaf in sorted({*expected, *actual})
         if expected.get(leaf) != actual.get(leaf)
     ]
+
+
+def _unfit(module: nn.Module, weights: ModuleWeights) -> list[str]:
+    """What `weights` have that a module of this kind cannot follow."""
+    kind, got = kind_of(module), f"got a {type(module).__name__}"
+    problems = []
+    if weights.by_feature and kind is not ModuleKind.EMBEDDING:
+        problems.append(f"magnitudes by feature are for embeddings, {got}")
+    if weights.lookup_only and kind is not ModuleKind.EMBEDDING:
+        problems.append(f"factors for look-ups alone (lookup_only) are for embeddings, {got}")
+    if weights.bias is not None and kind not in (ModuleKind.LINEAR, ModuleKind.SPLIT):
+        problems.append(f"a bias of the adapter's own is for linear layers, {got}")
+    if weights.bias is not None and weights.magnitude is not None:
+        problems.append("a bias and magnitudes: what one means beside the other is defined nowhere")
+    return problems

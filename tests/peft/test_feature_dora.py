@@ -12,7 +12,7 @@ import pytest
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
-from adapters_core.errors import UnsupportedModelError
+from adapters_core.errors import InvalidAdapterError, UnsupportedModelError
 from adapters_core.layers.embedding import FeatureDoRAEmbedding
 from adapters_core.layers.module_weights import ModuleWeights
 from adapters_core.layers.modules import dense_weight
@@ -20,7 +20,7 @@ from adapters_core.mixed.routing import RoutedModel, Routing, make_row
 from tests.models import snapshot
 from tests.peft import fixtures
 
-EMBEDDING = "model.embed_tokens"
+EMBEDDING, QUERY = "model.embed_tokens", "model.layers.0.self_attn.q_proj"
 
 
 def _weights() -> ModuleWeights:
@@ -111,8 +111,33 @@ def test_a_tied_head_that_it_is_to_change_is_refused_in_mixed_rows() -> None:
     model = fixtures.model("qwen3")
     found = AdapterContainer.from_directory(fixtures.adapter("lookup-dora")).check(model)
     both = {path: replace(one, lookup_only=False) for path, one in found.items()}
-    routing = Routing()
-    bank, routed = AdapterBank(model, routing), RoutedModel(model, routing)
-    resident = bank.add(AdapterContainer.from_weights(both, "both"))
+    before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match=r"model\.embed_tokens: a DoRA by feature"):
-        routed(fixtures.tokens()[:1], cache=routed.new_cache(make_row([(resident, 1.0)])))
+        AdapterBank(model, Routing()).add(AdapterContainer.from_weights(both, "both"))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "expected"),
+    [
+        (
+            EMBEDDING,
+            {"bias": mx.ones(32)},
+            "a bias of the adapter's own is for linear layers, got a Embedding",
+        ),
+        (QUERY, {"bias": mx.ones(32), "magnitude": mx.ones(32)}, "a bias and magnitudes"),
+        (QUERY, {"lookup_only": True}, r"look-ups alone \(lookup_only\) are for embeddings, got a Linear"),
+        (
+            QUERY,
+            {"by_feature": True, "magnitude": mx.ones(32)},
+            "by feature are for embeddings, got a Linear",
+        ),
+    ],
+)
+def test_what_a_module_cannot_follow_is_refused(path: str, change: dict[str, Any], expected: str) -> None:
+    rows = 64 if path == EMBEDDING else 32
+    weights = replace(ModuleWeights(mx.ones((rows, 2)), mx.ones((2, 32)), None, 1.0), **change)
+    container = AdapterContainer.from_weights({path: weights}, "it")
+    with pytest.raises(InvalidAdapterError, match=expected) as refused:
+        container.check(fixtures.model("llama"))
+    assert len(refused.value.problems) == 1
