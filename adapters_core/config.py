@@ -222,7 +222,7 @@ def read_values(path: Path, source: str) -> object:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
-        raise refuse(f"cannot be read: {error.strerror}") from None
+        raise refuse(f"cannot be read: {error.strerror}") from error
     if len(content) > MAX_CONFIG_BYTES:
         raise refuse(f"expected at most {MAX_CONFIG_BYTES} bytes, the file is larger")
     try:

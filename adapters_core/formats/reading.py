@@ -23,9 +23,11 @@ def read_files(
     """What is in `directory`; the tensors are those of `weights_file`, or of the format's own file.
 
     Raises:
-        InvalidAdapterError: naming the folder and every problem of both files.
+        InvalidAdapterError: naming the folder and every problem of both files; because of an OSError, if one
+            cannot be read.
     """
     problems: list[str] = []
+    cause: BaseException | None = None
     values: object = None
     config: AdapterConfig | PeftConfig | None = None
     weights = None
@@ -33,13 +35,13 @@ def read_files(
         values = read_values(directory / CONFIG_FILE, directory.name)
         config = _config(values, directory.name)
     except InvalidAdapterError as error:
-        problems += error.problems
+        problems, cause = [*problems, *error.problems], cause or error.__cause__
     try:
         weights = read_weights(directory, weights_file or _own_file(values))
     except InvalidAdapterError as error:
-        problems += error.problems
+        problems, cause = [*problems, *error.problems], cause or error.__cause__
     if config is None or weights is None:
-        raise InvalidAdapterError(directory.name, problems)
+        raise InvalidAdapterError(directory.name, problems) from cause
     return config, weights
 
 

@@ -57,7 +57,7 @@ def read_weights(directory: str | Path, file_name: str = WEIGHTS_FILE) -> Adapte
     Raises:
         InvalidAdapterError: the file is missing, not whole, not safetensors, has a header over 1 MiB (in
             PEFT's files 16 MiB), or holds tensors that are not float32, float16 or bfloat16, or values that
-            are not finite.
+            are not finite; because of an OSError, if it cannot be read.
     """
     directory = Path(directory)
     found, problems = _read(directory / file_name, _max_header_bytes(file_name))
@@ -171,7 +171,8 @@ def _read(path: Path, max_header_bytes: int) -> tuple[list[_Tensor], list[str]]:
                 file.seek(0)
                 return _parse(file.read())
     except OSError as error:
-        return [], [f"cannot be read: {error.strerror}"]
+        problem = f"{path.name}: cannot be read: {error.strerror}"
+        raise InvalidAdapterError(path.parent.name, [problem]) from error
     if len(prefix) < 8:
         return [], [f"expected a safetensors file, got {len(prefix)} byte(s)"]
     problem = (
