@@ -39,6 +39,7 @@ from server.adapters.errors import (
     AdapterChangingError,
     AdapterMemoryBusyError,
     LifeCycleError,
+    VersionUnreadableError,
 )
 from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
 from server.validation import describe_problems
@@ -230,6 +231,7 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     EngineStoppedError: lambda error: OverloadedError("The model is not served.", code="engine_stopped"),
     AdapterChangingError: lambda error: OverloadedError(str(error), code=error.code),
     AdapterMemoryBusyError: lambda error: OverloadedError(str(error), code=error.code),
+    VersionUnreadableError: lambda error: OverloadedError(str(error), code=error.code),
     LifeCycleError: _from_life_cycle,
     InvalidSubmitError: lambda error: InvalidRequestError(str(error)),
     HTTPException: _from_http,

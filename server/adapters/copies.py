@@ -7,6 +7,7 @@ something else already: it brings back what is served, bit for bit, and not the 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,10 @@ from .source import read_folder
 
 __all__ = ["Copy", "FilesCopy", "ModulesCopy", "RowsCopy", "files_bytes"]
 
+_HEADER_BYTES = 64
+_ENTRY_BYTES = 160
+"""Of a tensor in a header, beside its name: dtype, up to four sizes, and where it begins and ends."""
+
 
 class Copy(Protocol):
     """A copy on disk of `size_bytes`."""
@@ -42,12 +47,13 @@ class Copy(Protocol):
 
         Raises:
             AdapterNotReadableError: the copy does not hold it.
-            InvalidAdapterError, OSError, RuntimeError: it is damaged or has gone.
+            FileNotFoundError, ValueError, InvalidAdapterError: it has gone, or is not what was written.
+            Other OSErrors, RuntimeError, InvalidAdapterError because of an OSError: it cannot be read now.
         """
         ...
 
     def prepare(self, bank: AdapterBank) -> PreparedAdapter:
-        """What `bank` needs of it; whoever asks compares digests. Raises as `container`, and `ValueError`."""
+        """What `bank` needs of it; whoever asks compares digests. Raises as `container`."""
         ...
 
     def remove(self) -> None:
@@ -71,12 +77,13 @@ class FilesCopy:
         """
         target = place / folder.path.name
         try:
-            target.mkdir(parents=True)
+            place.mkdir()  # in a folder that is there
+            target.mkdir()
             for name in _files_of(folder):
                 shutil.copyfile(folder.path / name, target / name)
             copied = replace(folder, path=target, trusted=True)
             return cls(copied, files_bytes(copied))
-        except OSError:
+        except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
 
@@ -91,6 +98,45 @@ class FilesCopy:
     def remove(self) -> None:
         """Its folder, with the one around it."""
         shutil.rmtree(self.folder.path.parent, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A safetensors file as it was written: its size, and the bytes with which it begins."""
+
+    path: Path
+    size_bytes: int
+    header: bytes
+
+    @classmethod
+    def of(cls, path: Path, arrays: Mapping[str, mx.array]) -> _File:
+        """Write `arrays`. Raises OSError, or RuntimeError, which is MLX's own; then nothing is left."""
+        try:
+            mx.save_safetensors(str(path), dict(arrays))
+            with path.open("rb") as file:
+                prefix = file.read(8)
+                header = prefix + file.read(int.from_bytes(prefix, "little"))
+            return cls(path, path.stat().st_size, header)
+        except BaseException:
+            _unlink(path)
+            raise
+
+    def read(self) -> dict[str, mx.array]:
+        """What was written, evaluated.
+
+        Raises:
+            FileNotFoundError, ValueError: it has gone, or is not what was written.
+            OSError, RuntimeError: it cannot be read now.
+        """
+        with self.path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes != self.size_bytes or file.read(len(self.header)) != self.header:
+                raise ValueError("expected the file that was written")
+        loaded = mx.load(str(self.path))
+        if not isinstance(loaded, dict):
+            raise ValueError("expected tensors by name")
+        mx.eval(loaded)
+        return loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,30 +165,32 @@ class _Rest:
 class ModulesCopy:
     """A file with the arrays of modules, each by its path and place; `rest` is all else of them, by path."""
 
-    path: Path
+    file: _File
     rest: Mapping[str, _Rest]
-    size_bytes: int
 
     @classmethod
     def of(cls, weights: Mapping[str, ModuleWeights], place: Path) -> ModulesCopy:
-        """Write `weights`. Raises OSError, or RuntimeError, which is MLX's own."""
-        path = place.with_suffix(".safetensors")
-        arrays = {
-            f"{name}:{at}": array
-            for name, one in weights.items()
-            for at, array in enumerate(one.arrays)
-            if array is not None
-        }
-        mx.save_safetensors(str(path), arrays)
+        """Write `weights`. Raises OSError, or RuntimeError, which is MLX's own; then nothing is left."""
+        file = _File.of(place.with_suffix(".safetensors"), _named_arrays(weights))
         nothing = {"lora_a": mx.zeros(0), "lora_b": mx.zeros(0), "magnitude": None, "bias": None}
         rest = {
             name: _Rest(replace(one, parts=(), **nothing), len(one.parts)) for name, one in weights.items()
         }
-        return cls(path, rest, path.stat().st_size)
+        return cls(file, rest)
+
+    @staticmethod
+    def most_bytes(weights: Mapping[str, ModuleWeights]) -> int:
+        """What a copy of `weights` takes at most."""
+        return _most_bytes(_named_arrays(weights))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return self.file.size_bytes
 
     def container(self, name: str) -> AdapterContainer:
         """Of the same tensors and scales, so that the digest is the same."""
-        arrays = _load(self.path)
+        arrays = self.file.read()
         weights = {
             path: one.with_arrays([arrays.get(f"{path}:{at}") for at in range(2 * max(1, one.parts) + 2)])
             for path, one in self.rest.items()
@@ -155,7 +203,7 @@ class ModulesCopy:
 
     def remove(self) -> None:
         """The file."""
-        _unlink(self.path)
+        _unlink(self.file.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,18 +213,25 @@ class RowsCopy:
     `digest` is that of the rows, so that what comes back is what went.
     """
 
-    path: Path
+    file: _File
     rest: PreparedAdapter
     digest: str
-    size_bytes: int
 
     @classmethod
     def of(cls, prepared: PreparedAdapter, place: Path) -> RowsCopy:
-        """Write the rows. Raises OSError, or RuntimeError, which is MLX's own."""
-        path = place.with_suffix(".safetensors")
-        mx.save_safetensors(str(path), prepared.rows)
-        rest = replace(prepared, rows={})
-        return cls(path, rest, digest_of(prepared.rows), path.stat().st_size)
+        """Write the rows. Raises OSError, or RuntimeError, which is MLX's own; then nothing is left."""
+        file = _File.of(place.with_suffix(".safetensors"), prepared.rows)
+        return cls(file, replace(prepared, rows={}), digest_of(prepared.rows))
+
+    @staticmethod
+    def most_bytes(prepared: PreparedAdapter) -> int:
+        """What a copy of the rows of `prepared` takes at most."""
+        return _most_bytes(prepared.rows)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return self.file.size_bytes
 
     def container(self, name: str) -> AdapterContainer:
         """Scales and magnitudes are multiplied in, so that the adapter is not in the rows any more."""
@@ -184,15 +239,14 @@ class RowsCopy:
 
     def prepare(self, bank: AdapterBank) -> PreparedAdapter:
         """The very rows."""
-        rows = _load(self.path)
-        mx.eval(rows)
+        rows = self.file.read()
         if digest_of(rows) != self.digest:
             raise ValueError("expected the rows that were written")
         return replace(self.rest, rows=rows)
 
     def remove(self) -> None:
         """The file."""
-        _unlink(self.path)
+        _unlink(self.file.path)
 
 
 def files_bytes(folder: AdapterFolder) -> int:
@@ -204,11 +258,18 @@ def _files_of(folder: AdapterFolder) -> list[str]:
     return [name for name in folder.file_names if (folder.path / name).is_file()]
 
 
-def _load(path: Path) -> dict[str, mx.array]:
-    loaded = mx.load(str(path))
-    if not isinstance(loaded, dict):
-        raise ValueError("expected tensors by name")
-    return loaded
+def _named_arrays(weights: Mapping[str, ModuleWeights]) -> dict[str, mx.array]:
+    return {
+        f"{name}:{at}": array
+        for name, one in weights.items()
+        for at, array in enumerate(one.arrays)
+        if array is not None
+    }
+
+
+def _most_bytes(arrays: Mapping[str, mx.array]) -> int:
+    """What a safetensors file of `arrays` takes at most: their bytes, and a header with an entry for each."""
+    return _HEADER_BYTES + sum(array.nbytes + len(name) + _ENTRY_BYTES for name, array in arrays.items())
 
 
 def _unlink(path: Path) -> None:

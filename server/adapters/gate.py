@@ -38,9 +38,9 @@ class Gate:
             self.leave()
 
     def enter(self) -> None:
-        """Be inside from this instant on, at which `opened` holds; whoever enters so calls `leave`."""
-        if not self._opened.is_set():
-            raise RuntimeError("expected the gate to be open, but someone is alone inside or waits to be")
+        """Be inside from this instant on, until as many `leave`s; `opened` holds, or the caller is inside."""
+        if not self._opened.is_set() and not self._inside:
+            raise RuntimeError("expected the gate to be open, but someone is alone inside")
         self._inside += 1
         self._emptied.clear()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from server.adapters.source import Made
 from server.adapters.versions import Entry
 from server.engine.container import ModelContainer, ModelContext
 from tests.adapters.support import House, Site, answer_of, house, in_memory, read_model, tokens_of
+from tests.adapters.test_paging import Watched
 from tests.models import make_adapter
 
 
@@ -342,10 +342,15 @@ async def test_a_made_version_comes_after_one_that_a_request_found_meanwhile(
 
 
 async def test_a_replacement_that_fails_leaves_the_copy_that_a_rollback_needs_by_then(
-    model_path: Path, own_root: Path, equal_root: Path, size_bytes: int, tmp_path: Path
+    model_path: Path, own_root: Path, size_bytes: int
 ) -> None:
-    options: dict[str, Any] = {"memory_bytes": size_bytes, "kept_dir": tmp_path / "kept", "wrap": Paused}
-    async with house(model_path, own_root, **options) as tight:
+    watched: list[Watched] = []
+
+    def wrap(inner: ModelContainer) -> ModelContainer:
+        watched.append(Watched(inner))
+        return Paused(watched[0])
+
+    async with house(model_path, own_root, memory_bytes=size_bytes, wrap=wrap) as tight:
         container = tight.container
         assert isinstance(container, Paused)
         first = await tight.answer("a")
@@ -354,24 +359,24 @@ async def test_a_replacement_that_fails_leaves_the_copy_that_a_rollback_needs_by
         version = entry.current
         found = rewrite(model_path, own_root / "a", 94)
         container.holds_next = True
-        request = asyncio.create_task(tight.answer("a"))
+        request = asyncio.create_task(tight.service.resolve("a"))
         try:
             async with asyncio.timeout(20):
                 await container.reached.wait()  # what the folder holds now is about to become version 2
-            shutil.copytree(equal_root / "a", own_root / "a", dirs_exist_ok=True)
             made, weights = Made({"method": "test"}), weights_of(model_path, own_root / "e")
             replacing = asyncio.create_task(tight.service.load_made("a", made, weights, replace=True))
-            copies = (tmp_path / "kept").glob
-            await tight.until(lambda: any(copies("versions-*/*.safetensors")))
-            (copy,) = copies("versions-*/*.safetensors")  # that of what was made: a file alone
-            await tight.until(lambda: copy.stat().st_size > size_bytes / 2)
-            copy.write_bytes(b"damaged")
         finally:
             container.open.set()  # or the house could not close
-        with pytest.raises(VersionGoneError):
+        pin = await request  # so that the replacement waits
+        watched[0].refuses = True
+        assert await tokens_of(tight.generate(pin)) == found
+        with pytest.raises(RuntimeError, match="no memory"):
             await replacing
-        assert await request == found
+        watched[0].refuses = False
         assert (entry.current.number, entry.previous, version.kept) == (2, version, True)
+        copies = [each.copy.size_bytes for each in entry.versions if each.copy]
+        copies += [each.copy.size_bytes for each in tight.service.registry.get("b").versions if each.copy]
+        assert tight.service.keeper.bytes_held == sum(copies)
         await tight.service.roll_back("a")
         assert await tight.answer("a") == first
 

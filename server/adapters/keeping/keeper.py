@@ -1,35 +1,37 @@
 """Private copies of versions, so many bytes at most: what is copied when, and what goes first.
 
-What a folder holds is copied before it is read, so that the very files that were loaded are there when the
-folder holds others. What is made has a copy alone. Of the rest, what is about to be replaced is copied out of
-the bank. The copies lie on disk, for memory is what adapters compete for. The first to go are those of what
-folders still hold, as far as anybody knows; then those that only a rollback would need; the oldest first.
-Runs on the event loop; reads and writes on threads of its own.
+What a folder holds is copied before it is read, if there is free room, so that the very files that were
+loaded are there when the folder holds others. What is made has a copy alone. Of the rest, what is about to be
+replaced is copied, at the latest out of the bank. The copies lie on disk, for memory is what adapters compete
+for. The first to go are those of what folders still hold, as far as anybody knows; then those that only a
+rollback would need; the oldest first. The books change at one instant each time, before what is copied is
+written and before what goes is removed. Runs on the event loop; works on files on threads of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 
 from adapters_core.bank import PreparedAdapter
-from adapters_core.errors import AdapterError, InvalidAdapterError
+from adapters_core.errors import InvalidAdapterError
 from adapters_core.layers.module_weights import ModuleWeights
 
 from ..aside import run_aside
 from ..copies import Copy, FilesCopy, ModulesCopy, RowsCopy, files_bytes
-from ..errors import VersionGoneError
+from ..errors import VersionGoneError, VersionUnreadableError
 from ..folder import AdapterFolder
 from ..memory.memory import Memory
 from ..registry import Registry
 from ..source import read_folder
+from ..tasks import Tasks
 from ..versions import Entry, Version
 from .private import PrivateFolder
 
@@ -42,25 +44,30 @@ _T = TypeVar("_T", bound=Copy)
 class Keeper:
     """The copies of one registry's versions, in `folder`, `limit_bytes` at most."""
 
-    def __init__(self, memory: Memory, registry: Registry, folder: PrivateFolder, limit_bytes: int) -> None:
+    def __init__(
+        self, memory: Memory, registry: Registry, folder: PrivateFolder, tasks: Tasks, limit_bytes: int
+    ) -> None:
         self.limit_bytes = limit_bytes
         self.bytes_held = 0
-        """Bytes of all copies."""
+        """Bytes of all copies, and of those that are being written."""
         self._memory = memory
         self._registry = registry
         self._folder = folder
+        self._tasks = tasks
         self._root: Path | None = None
+        self._opening = asyncio.Lock()
         self._kept: dict[Version, None] = {}  # oldest first
         self._numbers = count()
-        self._writing = asyncio.Lock()
+        self._keeping: WeakValueDictionary[Version, asyncio.Lock] = WeakValueDictionary()
+        self._leaving: list[Copy] = []
+        self._removal: asyncio.Task[None] | None = None
 
-    async def copy_files(self, folder: AdapterFolder, beside: Version | None = None) -> FilesCopy | None:
-        """A copy of what `folder` holds now, to be adopted or discarded; None if that cannot be.
-
-        For it, no copy is given up that a rollback needs, nor that of `beside`.
-        """
-        async with self._writing:
-            return await self._copy_files(folder, {beside}, may_cost_rollbacks=False)
+    async def copy_files(self, folder: AdapterFolder) -> FilesCopy | None:
+        """A copy of what `folder` holds now, to be adopted or discarded; None if there is no free room."""
+        size_bytes = await _size_of(folder)
+        if not size_bytes or self.bytes_held + size_bytes > self.limit_bytes:
+            return None
+        return await self._write(size_bytes, lambda place: asyncio.to_thread(FilesCopy.of, folder, place))
 
     def adopt(self, version: Version, copy: Copy | None) -> None:
         """`copy` is that of `version` from now on."""
@@ -72,49 +79,72 @@ class Keeper:
         """Nothing comes of a copy that is no version's."""
         if copy is not None:
             self.bytes_held -= copy.size_bytes
-            copy.remove()
+            self._leaving.append(copy)
+            if self._removal is None:
+                self._removal = self._tasks.start(self._remove())
 
-    async def keep(self, version: Version, beside: Version | None = None) -> bool:
+    async def keep(
+        self, version: Version, beside: Version | None = None, *, may_cost_rollbacks: bool = True
+    ) -> bool:
         """See to it that there is a copy of `version`; False if that cannot be.
 
         It is of the files in its folder, if that still holds what was loaded, else of what the bank has. That
-        of `beside` is not given up for it.
+        of `beside` is not given up for it, and none that a rollback needs unless it `may_cost_rollbacks`.
         """
         if version.kept:
             return True
-        async with self._writing:
+        async with self._keeping.setdefault(version, asyncio.Lock()):
             if not version.kept:
-                copy = await self._copy_original(version, {beside, version})
-                self.adopt(version, copy or await self._copy_rows(version, {beside, version}))
+
+                def make_room(size_bytes: int) -> bool:
+                    return self._make_room(size_bytes, {beside, version}, may_cost_rollbacks)
+
+                copy = await self._copy_original(version, make_room)
+                self.adopt(version, copy or await self._copy_rows(version, make_room))
             return version.kept
 
-    async def keep_current(self, entry: Entry | None) -> None:
-        """Keep what is current at the instant at which this returns, as far as that can be."""
+    async def keep_current(self, entry: Entry | None, beside: Version | None = None) -> None:
+        """Keep, as `keep` does, what is current at the instant at which this returns, as far as can be."""
         kept = None
-        while entry is not None and kept is not entry.current:
+        while entry is not None and self._registry.find(entry.id) is entry and kept is not entry.current:
             kept = entry.current
-            await self.keep(kept)
+            await self.keep(kept, beside)
 
-    async def keep_made(self, version: Version, weights: Mapping[str, ModuleWeights]) -> bool:
+    async def keep_made(
+        self,
+        version: Version,
+        weights: Mapping[str, ModuleWeights],
+        beside: Version | None = None,
+        *,
+        may_cost_rollbacks: bool = True,
+    ) -> bool:
         """Copy `weights`, evaluated, which `version` was made of; False if that cannot be."""
-        async with self._writing:
-            if not self._make_room(version.size_bytes, {version}):
-                return False
-            self.adopt(version, await self._write(lambda place: run_aside(ModulesCopy.of, weights, place)))
-            return version.kept
+        size_bytes = ModulesCopy.most_bytes(weights)
+        if not self._make_room(size_bytes, {beside, version}, may_cost_rollbacks):
+            return False
+        write = ModulesCopy.of
+        self.adopt(version, await self._write(size_bytes, lambda place: run_aside(write, weights, place)))
+        return version.kept
 
     async def read(self, version: Version) -> PreparedAdapter:
         """What the copy of `version` holds, under the identity that rows know it by.
 
         Raises:
-            VersionGoneError: it cannot be read, or is not what was kept; there is no copy any more.
+            VersionGoneError: it is not what was kept, and is given up; there is no copy any more.
+            VersionUnreadableError: it cannot be read now, and stays.
         """
-        prepared, bank = None, await self._memory.bank()
-        if (copy := version.copy) is not None:
-            with suppress(OSError, RuntimeError, ValueError, AdapterError):
+        prepared, bank, copy = None, await self._memory.bank(), version.copy
+        if copy is not None:
+            try:
                 prepared = await run_aside(copy.prepare, bank)
+            except (FileNotFoundError, ValueError, InvalidAdapterError) as error:
+                if isinstance(error.__cause__, OSError):
+                    raise _unreadable(version, error) from error
+            except (OSError, RuntimeError, MemoryError) as error:
+                raise _unreadable(version, error) from error
         if prepared is None or prepared.resident.digest != version.resident.digest:
-            self.drop(version)
+            if version.copy is copy:
+                self.drop(version)
             raise VersionGoneError(version.resident.digest)
         return replace(prepared, resident=version.resident)
 
@@ -125,63 +155,85 @@ class Keeper:
         self._registry.forget_previous(version)
         self.discard(copy)
 
-    async def _copy_files(
-        self, folder: AdapterFolder, beside: set[Version | None], may_cost_rollbacks: bool
-    ) -> FilesCopy | None:
-        try:
-            size_bytes = await asyncio.to_thread(files_bytes, folder)
-        except OSError:
-            return None  # reading it will say what is wrong
-        if not self._make_room(size_bytes, beside, may_cost_rollbacks):
-            return None
-        return await self._write(lambda place: asyncio.to_thread(FilesCopy.of, folder, place))
-
-    async def _copy_original(self, version: Version, beside: set[Version | None]) -> FilesCopy | None:
+    async def _copy_original(self, version: Version, make_room: Callable[[int], bool]) -> FilesCopy | None:
         """The files of the folder that `version` came from, if they are what was loaded."""
         source, digest = version.source, version.resident.digest
-        if not self.limit_bytes or not isinstance(source, AdapterFolder):
+        if not isinstance(source, AdapterFolder):
             return None
-        if not await run_aside(_holds, source, digest):
+        size_bytes = await _size_of(source)
+        if not size_bytes or size_bytes > self.limit_bytes or not await run_aside(_holds, source, digest):
             return None  # before any other copy is given up for it
-        copy = await self._copy_files(source, beside, may_cost_rollbacks=True)
+        if not make_room(size_bytes):
+            return None
+        copy = await self._write(size_bytes, lambda place: asyncio.to_thread(FilesCopy.of, source, place))
         if copy is None or await run_aside(_holds, copy.folder, digest):
             return copy
         self.discard(copy)
         return None
 
-    async def _copy_rows(self, version: Version, beside: set[Version | None]) -> RowsCopy | None:
-        if not version.in_memory or not self._make_room(version.size_bytes, beside):
+    async def _copy_rows(self, version: Version, make_room: Callable[[int], bool]) -> RowsCopy | None:
+        if not version.in_memory or version.size_bytes > self.limit_bytes:
             return None
         prepared = await self._memory.copy_of(version)
-        if prepared is None:
+        if prepared is None or not make_room(size_bytes := RowsCopy.most_bytes(prepared)):
             return None
-        return await self._write(lambda place: run_aside(RowsCopy.of, prepared, place))
+        return await self._write(size_bytes, lambda place: run_aside(RowsCopy.of, prepared, place))
 
-    async def _write(self, write: Callable[[Path], Awaitable[_T]]) -> _T | None:
-        """The copy that `write` makes at a new place; None, with a line in the log, if it cannot."""
+    async def _write(self, size_bytes: int, write: Callable[[Path], Awaitable[_T]]) -> _T | None:
+        """The copy that `write` makes at a new place, of `size_bytes` at most, for which there is room.
+
+        None, with a line in the log, if it cannot; None as well if it is larger, for then somebody was
+        writing what was copied.
+        """
+        self.bytes_held += size_bytes
+        copy = None
         try:
-            if self._root is None:
-                self._root = await asyncio.to_thread(self._folder.path)
-            copy = await write(self._root / str(next(self._numbers)))
+            if self._removal is not None:
+                await asyncio.wait({self._removal})  # so that the disk has the room that the books say
+            copy = await write(await self._open() / str(next(self._numbers)))
         except (OSError, RuntimeError) as error:  # MLX's own errors of writing are RuntimeErrors
             _log.warning("version_not_kept", reason=str(error))
+        finally:
+            self.bytes_held += (0 if copy is None else copy.size_bytes) - size_bytes
+        if copy is not None and copy.size_bytes > size_bytes:
+            self.discard(copy)
             return None
-        self.bytes_held += copy.size_bytes
         return copy
+
+    async def _open(self) -> Path:
+        """The folder of the copies. Raises OSError."""
+        async with self._opening:
+            root, before = await asyncio.to_thread(self._folder.path), self._root
+            self._root = root
+            if before not in (None, root):  # it was removed, with all that was in it
+                for version in list(self._kept):
+                    self.drop(version)
+            return root
+
+    async def _remove(self) -> None:
+        """Remove what was discarded, until there is no more."""
+        while self._leaving:
+            leaving, self._leaving = self._leaving, []
+            await asyncio.to_thread(_remove_all, leaving)
+        self._removal = None
 
     def _make_room(
         self, size_bytes: int, beside: set[Version | None], may_cost_rollbacks: bool = True
     ) -> bool:
-        """Drop old copies that are needed less, until so many bytes more are allowed."""
-        if size_bytes > self.limit_bytes:
+        """Drop old copies that are needed less, until so many bytes more are allowed; none if that fails."""
+        lacking_bytes = self.bytes_held + size_bytes - self.limit_bytes
+        going: list[Version] = []
+        for version in self._spare(may_cost_rollbacks) if size_bytes <= self.limit_bytes else ():
+            if lacking_bytes <= 0:
+                break
+            if version.copy is not None and version not in beside and not version.loading:
+                going.append(version)
+                lacking_bytes -= version.copy.size_bytes
+        if lacking_bytes > 0:
             return False
-        if self.bytes_held + size_bytes > self.limit_bytes:
-            for version in self._spare(may_cost_rollbacks):
-                if self.bytes_held + size_bytes <= self.limit_bytes:
-                    break
-                if version not in beside and not version.loading:
-                    self.drop(version)
-        return self.bytes_held + size_bytes <= self.limit_bytes
+        for version in going:
+            self.drop(version)
+        return True
 
     def _spare(self, with_rollbacks: bool) -> Iterator[Version]:
         """What folders hold too, as far as is known; then what only a rollback would need. Oldest first."""
@@ -194,8 +246,26 @@ class Keeper:
             yield from (one for one in kept if one in previous)
 
 
+def _unreadable(version: Version, error: Exception) -> VersionUnreadableError:
+    _log.warning("version_not_readable", digest=version.resident.digest, reason=str(error))
+    return VersionUnreadableError(version.resident.digest)
+
+
+async def _size_of(folder: AdapterFolder) -> int | None:
+    """Bytes of the files in `folder`; None if that cannot be told: reading it will say what is wrong."""
+    try:
+        return await asyncio.to_thread(files_bytes, folder)
+    except OSError:
+        return None
+
+
 def _holds(folder: AdapterFolder, digest: str) -> bool:
     try:
         return read_folder(folder).digest == digest
     except (OSError, InvalidAdapterError):
         return False
+
+
+def _remove_all(copies: Sequence[Copy]) -> None:
+    for copy in copies:
+        copy.remove()

@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["PrivateFolder"]
@@ -26,29 +27,50 @@ class PrivateFolder:
         self._lock: int | None = None
 
     def path(self) -> Path:
-        """Where it is. Raises OSError if it cannot be made."""
-        if self._path is None:
-            self._parent.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            made = Path(tempfile.mkdtemp(prefix=".", dir=self._parent))
-            self._lock = _locked(made / _LOCK)
-            self._path = made.rename(made.with_name(f"{_PREFIX}{made.name[1:]}"))
-        return self._path
+        """Where it is; another one if somebody has removed it. Raises OSError if it cannot be made."""
+        path = self._path
+        if path is not None and not self._is_locked(path):
+            self._unlock()
+            # A cleaner may take the lock alone, which is older than the copies beside it.
+            self._lock = _locked(path / _LOCK) if path.is_dir() else None
+        if path is None or self._lock is None:
+            path = self._make()
+        self._path = path
+        return path
 
     def close(self) -> None:
         """Remove it with all that is in it."""
         path, self._path = self._path, None
-        lock, self._lock = self._lock, None
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
+        self._unlock()
+
+    def _make(self) -> Path:
+        self._parent.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        made = Path(tempfile.mkdtemp(prefix=".", dir=self._parent))
+        self._lock = _locked(made / _LOCK)
+        return made.rename(made.with_name(f"{_PREFIX}{made.name[1:]}"))
+
+    def _is_locked(self, path: Path) -> bool:
+        """Whether the lock that this holds is the one in the folder."""
+        try:
+            return self._lock is not None and os.path.samestat(os.fstat(self._lock), os.stat(path / _LOCK))
+        except OSError:
+            return False
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, None
         if lock is not None:
             os.close(lock)
 
     def _sweep(self) -> None:
         for left in self._parent.glob(f"{_PREFIX}*"):
-            if (lock := _locked(left / _LOCK)) is not None:  # whoever lives holds it
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
+            with suppress(OSError):  # no folder of ours, or not ours to remove
+                lock = _locked(left / _LOCK)
+                if lock is not None:  # whoever lives holds it
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
 
 
 def _locked(path: Path) -> int | None:

@@ -7,6 +7,7 @@ its limit alone.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
@@ -29,6 +30,7 @@ __all__ = [
     "known_as",
     "prepare_again",
     "prepare_folder",
+    "refuse_too_large",
     "remove_residents",
 ]
 
@@ -49,6 +51,11 @@ async def prepare_folder(folder: AdapterFolder, bank: AdapterBank, limit_bytes: 
         AdapterMemoryError: it would take more than `limit_bytes`, so it was not read.
     """
     return await run_aside(_prepare, folder, bank, limit_bytes)
+
+
+async def refuse_too_large(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> None:
+    """Raises AdapterMemoryError if what `folder` holds would take more than `limit_bytes`; reads headers."""
+    await asyncio.to_thread(_refuse_too_large, folder, bank, limit_bytes)
 
 
 async def prepare_again(
@@ -104,10 +111,14 @@ async def remove_residents(
 
 
 def _prepare(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:
+    _refuse_too_large(folder, bank, limit_bytes)
+    return bank.prepare(read_folder(folder))
+
+
+def _refuse_too_large(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> None:
     needed_bytes = least_memory_bytes(folder.path, folder.weights_file, bank.copies_bytes)
     if needed_bytes > limit_bytes:
         raise AdapterMemoryError(needed_bytes, limit_bytes)
-    return bank.prepare(read_folder(folder))
 
 
 def _check_made(

@@ -1,7 +1,8 @@
 """Loads the contents of folders as new versions, beside the generation. Runs on the event loop.
 
 While a load changes memory it is inside the gate; while it waits for room it is not, so that surgery on the
-base waits for no request. What is about to be replaced is copied aside first.
+base waits for no request. A folder is copied into free room and the copy read; without such room the folder
+is read. What is about to be replaced is kept as soon as there is room in memory for what replaces it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from adapters_core.bank import PreparedAdapter
 
+from ..copies import Copy
 from ..errors import quoted
 from ..folder import AdapterFolder
 from ..keeping.keeper import Keeper
@@ -60,24 +62,8 @@ class Placer:
             AdapterMemoryError: it can never fit.
             Whatever `wish.accept` raises.
         """
-        before = None if wish.entry is None else wish.entry.current
         async with self.reader.turns:
-            started, copy = time.perf_counter(), None
-            try:
-                await self._keeper.keep_current(wish.entry)
-                copy = await self._keeper.copy_files(wish.folder, beside=before)
-                prepared = await self.reader.folder(wish.folder if copy is None else copy.folder)
-                if wish.accept is not None:
-                    await wish.accept(prepared)
-                version = await self._place(wish, prepared, reservation, may_evict)
-            except BaseException:
-                self._memory.give_up(reservation)
-                self._keeper.discard(copy)
-                raise
-            self._keeper.adopt(version, copy)
-            version.load_seconds = time.perf_counter() - started
-        await self._keeper.keep_current(wish.entry)  # a request may have found another meanwhile
-        return version
+            return await self._load(wish, reservation, may_evict, even_cold=True)
 
     async def load_in_turn(self, wish: Wish) -> Version:
         """As `load`, outside the gate: waits for room, so that what comes is in memory.
@@ -87,31 +73,94 @@ class Placer:
         """
         async with self._memory.gate.shared():
             self._check(wish)
-            version = await self.load(wish)
+            async with self.reader.turns:
+                version = await self._load(wish)
         while not version.in_memory:
             # What was read is let go of: those who wait hold nothing.
             self._keeper.drop(version)
             reservation = await self._reserve_in_turn(wish, version.size_bytes)
             try:
-                version = await self.load(wish, reservation)
+                async with self.reader.turns:
+                    version = await self._load(wish, reservation)
             finally:
                 self._memory.gate.leave()
         return version
 
-    async def _place(
-        self, wish: Wish, prepared: PreparedAdapter, reservation: Reservation | None, may_evict: bool
+    async def place(
+        self,
+        wish: Wish,
+        prepared: PreparedAdapter,
+        copy: Copy | None = None,
+        reservation: Reservation | None = None,
+        *,
+        may_evict: bool = True,
+        even_cold: bool = False,
     ) -> Version:
-        """A new version of what was prepared: in memory if the reservation, or another at once, suffices."""
-        size_bytes, residency = prepared.resident.size_bytes, self._memory.residency
-        if reservation is None or reservation.size_bytes < size_bytes:
-            self._memory.give_up(reservation)
-            is_next = not len(self._memory.line) and (may_evict or residency.has_room(size_bytes))
-            replaces = None if wish.entry is None else wish.entry.current
-            reservation = residency.reserve(size_bytes, replaces, is_next)
+        """A new version of what was read, of which `copy` is one: in memory if there is room at once.
+
+        Call it inside the gate, with a turn to read. Nothing is kept, and no other copy given up for that,
+        before it has room, unless it is wanted `even_cold`. Raises as `load`; then the copy and the
+        reservation are given up.
+        """
         version = Version(0, prepared.resident, wish.folder)
-        if reservation is not None:
-            await self._memory.add(prepared, version, reservation)
+        self._keeper.adopt(version, copy)
+        try:
+            reservation = self._reserve(wish, version.size_bytes, reservation, may_evict)
+            if reservation is not None or even_cold:
+                await self._keep(version, wish.entry)
+            if reservation is not None:
+                await self._memory.add(prepared, version, reservation)
+            if reservation is not None or even_cold:
+                await self._keeper.keep_current(wish.entry)  # a request may have found another meanwhile
+        except BaseException:
+            self._memory.give_up(reservation)
+            self._keeper.drop(version)
+            raise
         return version
+
+    async def _load(
+        self,
+        wish: Wish,
+        reservation: Reservation | None = None,
+        may_evict: bool = True,
+        even_cold: bool = False,
+    ) -> Version:
+        """As `place`, of what is in the folder now."""
+        started, copy = time.perf_counter(), None
+        try:
+            await self.reader.refuse_too_large(wish.folder)
+            if wish.entry is None or wish.entry.current.kept:  # else that is what there should be room for
+                copy = await self._keeper.copy_files(wish.folder)
+            prepared = await self.reader.folder(wish.folder if copy is None else copy.folder)
+            if wish.accept is not None:
+                await wish.accept(prepared)
+        except BaseException:
+            self._memory.give_up(reservation)
+            self._keeper.discard(copy)
+            raise
+        version = await self.place(
+            wish, prepared, copy, reservation, may_evict=may_evict, even_cold=even_cold
+        )
+        version.load_seconds = time.perf_counter() - started
+        return version
+
+    async def _keep(self, version: Version, entry: Entry | None) -> None:
+        """Keep what is replaced; then, if that costs no rollback, the files of what replaces it."""
+        await self._keeper.keep_current(entry)
+        beside = None if entry is None else entry.current
+        await self._keeper.keep(version, beside, may_cost_rollbacks=False)
+
+    def _reserve(
+        self, wish: Wish, size_bytes: int, reservation: Reservation | None, may_evict: bool
+    ) -> Reservation | None:
+        """The room that was reserved if that is enough, else other room if there is some at once."""
+        if reservation is not None and reservation.size_bytes >= size_bytes:
+            return reservation
+        self._memory.give_up(reservation)
+        residency = self._memory.residency
+        is_next = not len(self._memory.line) and (may_evict or residency.has_room(size_bytes))
+        replaces = None if wish.entry is None else wish.entry.current
+        return residency.reserve(size_bytes, replaces, is_next)
 
     async def _reserve_in_turn(self, wish: Wish, size_bytes: int) -> Reservation:
         """Room for a version, inside the gate from the instant at which there is some."""

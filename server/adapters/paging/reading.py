@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 
 import structlog
 
@@ -14,11 +15,11 @@ from adapters_core.bank import PreparedAdapter, ResidentAdapter
 from adapters_core.errors import AdapterError
 from adapters_core.layers.module_weights import ModuleWeights
 
-from ..errors import AdapterChangingError, LifeCycleError
+from ..errors import AdapterChangingError, LifeCycleError, VersionGoneError, VersionUnreadableError
 from ..folder import AdapterFolder, AdapterFolders
 from ..keeping.keeper import Keeper
 from ..looks import unchanged_seconds
-from ..memory.loading import check_made, prepare_again, prepare_folder
+from ..memory.loading import check_made, prepare_again, prepare_folder, refuse_too_large
 from ..memory.memory import Memory
 from ..versions import Version
 
@@ -51,13 +52,26 @@ class Reader:
         """What a folder holds now. Raises as `prepare_folder`."""
         return await prepare_folder(folder, await self._memory.bank(), self._limit_bytes)
 
+    async def refuse_too_large(self, folder: AdapterFolder) -> None:
+        """Raises AdapterMemoryError if what a folder holds can never fit; reads headers alone."""
+        await refuse_too_large(folder, await self._memory.bank(), self._limit_bytes)
+
     async def made(self, name: str, weights: Mapping[str, ModuleWeights]) -> ResidentAdapter:
         """What an adapter of modules called `name` will be in memory. Raises as `check_made`."""
         return await check_made(name, weights, await self._memory.bank(), self._limit_bytes)
 
     async def copy(self, version: Version) -> PreparedAdapter:
-        """What the private copy of a version holds. Raises as `Keeper.read`."""
-        return await self._keeper.read(version)
+        """What was loaded, from a version's private copy, else from its folder. Raises as `Keeper.read`."""
+        try:
+            return await self._keeper.read(version)
+        except (VersionGoneError, VersionUnreadableError) as error:
+            if isinstance(version.source, AdapterFolder):
+                with suppress(AdapterError, LifeCycleError):
+                    prepared = await self._prepare_again(version.source)
+                    if prepared.resident.digest == version.resident.digest:
+                        _log.warning("adapter_read_from_folder", reason=str(error))
+                        return prepared
+            raise
 
     async def again(self, adapter_id: str, version: Version, folder: AdapterFolder) -> PreparedAdapter:
         """What the folder of a version holds, if that can be served; else what was loaded from it.
@@ -66,7 +80,7 @@ class Reader:
             AdapterChangingError: it is being written, and there is no copy.
             InvalidAdapterError, AdapterNotFoundError, PathNotAllowedError, AdapterMemoryError: of the folder,
                 and there is no copy.
-            VersionGoneError: the copy is damaged.
+            VersionGoneError, VersionUnreadableError: of the copy.
         """
         try:
             return await self._from_folder(adapter_id, version, folder)
@@ -78,8 +92,7 @@ class Reader:
 
     async def _from_folder(self, adapter_id: str, version: Version, folder: AdapterFolder) -> PreparedAdapter:
         try:
-            bank, limit_bytes = await self._memory.bank(), self._limit_bytes
-            prepared = await prepare_again(self._folders, folder, bank, limit_bytes)
+            prepared = await self._prepare_again(folder)
             if prepared.resident.digest == version.resident.digest:
                 return prepared
             if await self.has_settled(folder):
@@ -95,6 +108,9 @@ class Reader:
         if self._settle_seconds is None:
             return True
         return await asyncio.to_thread(unchanged_seconds, folder) >= self._settle_seconds
+
+    async def _prepare_again(self, folder: AdapterFolder) -> PreparedAdapter:
+        return await prepare_again(self._folders, folder, await self._memory.bank(), self._limit_bytes)
 
     @property
     def _limit_bytes(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+from adapters_core.bank import PreparedAdapter
+
 from ..errors import VersionGoneError
 from ..memory.loading import known_as
 from ..memory.memory import Memory
@@ -42,7 +44,7 @@ class Reloader:
         return self._loads.get(version)
 
     def start(self, entry: Entry | None, version: Version, reservation: Reservation) -> asyncio.Task[None]:
-        """Bring back `version` of `entry` into the room that was reserved; the gate is open."""
+        """Bring back `version` of `entry` into the room that was reserved, inside the gate (see `enter`)."""
         version.loading = True
         self._memory.gate.enter()
         work = self._reload(entry, version, reservation)
@@ -55,14 +57,16 @@ class Reloader:
         try:
             async with self._placer.reader.turns:
                 started = time.perf_counter()
-                came_back = await self._bring_back(entry, version, reservation)
-            if came_back:
-                version.load_seconds = time.perf_counter() - started
-                self._memory.residency.cold_loads += 1
-            elif entry is not None and entry.current is version:
-                await self._succeed(entry, version, reservation)
-            elif not was_current:
-                raise VersionGoneError(version.resident.digest)  # else whoever waits would try for ever
+                prepared = await self._read(entry, version)
+                if prepared.resident.digest == version.resident.digest:
+                    await self._memory.add(known_as(prepared, version.resident), version, reservation)
+                    version.load_seconds = time.perf_counter() - started
+                    self._memory.residency.cold_loads += 1
+                elif entry is not None and entry.current is version:
+                    await self._succeed(entry, version, prepared, reservation)
+                elif not was_current:
+                    # Else whoever waits would try for ever.
+                    raise VersionGoneError(version.resident.digest)
             self._journal.reloaded(time.perf_counter() - started)
         finally:
             self._memory.give_up(reservation)
@@ -70,27 +74,25 @@ class Reloader:
             del self._loads[version]
             self._memory.gate.leave()
 
-    async def _bring_back(self, entry: Entry | None, version: Version, reservation: Reservation) -> bool:
-        """Whether `version` is in memory; if not, its folder holds something else that may be served.
+    async def _read(self, entry: Entry | None, version: Version) -> PreparedAdapter:
+        """What `version` is, or what its folder holds in its place, if that may be served.
 
         What was loaded last of a folder is looked for there first, anything else in its copy.
         """
         source, reader = version.source, self._placer.reader
         is_last = entry is not None and version is entry.current is entry.newest
         if entry is None or isinstance(source, Made) or (version.kept and not is_last):
-            prepared = await reader.copy(version)
-        else:
-            prepared = await reader.again(entry.id, version, source)
-        if prepared.resident.digest != version.resident.digest:
-            return False
-        await self._memory.add(known_as(prepared, version.resident), version, reservation)
-        return True
+            return await reader.copy(version)
+        return await reader.again(entry.id, version, source)
 
-    async def _succeed(self, entry: Entry, version: Version, reservation: Reservation) -> None:
-        """Make what the folder of `version` holds the next version, which need not be in memory."""
+    async def _succeed(
+        self, entry: Entry, version: Version, prepared: PreparedAdapter, reservation: Reservation
+    ) -> None:
+        """Make what was read of the folder of `version` the next version, which need not be in memory."""
         if isinstance(version.source, Made):
             return
-        new = await self._placer.load(Wish(entry.id, version.source, entry), reservation)
+        wish = Wish(entry.id, version.source, entry)
+        new = await self._placer.place(wish, prepared, reservation=reservation, even_cold=True)
         if entry.current is not version:  # a call was faster; what it loaded counts
             self._registry.retire(entry, new)
             return

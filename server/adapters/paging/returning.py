@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
 from adapters_core.layers.module_weights import ModuleWeights
 
 from ..errors import NoPreviousVersionError, VersionNotKeptError, quoted
 from ..keeping.keeper import Keeper
 from ..memory.memory import Memory
+from ..memory.residency import Reservation
 from ..registry import Registry
 from ..source import Made
 from ..versions import Entry, Version
@@ -21,6 +23,18 @@ from .reading import Reader
 from .reloading import Reloader
 
 __all__ = ["Returner"]
+
+
+@dataclass(slots=True)
+class _Room:
+    """Inside the gate: room for a version, unless it is in memory or `load` brings it there."""
+
+    load: asyncio.Task[None] | None
+    reservation: Reservation | None = None
+
+
+async def _nothing() -> None:
+    """What is brought back is kept already."""
 
 
 class Returner:
@@ -58,11 +72,15 @@ class Returner:
             self._registry.refuse_if_fused(refused)
             async with self._reader.turns:
                 resident = await self._reader.made(adapter_id, weights)
-            version = Version(0, resident, made)
-            if not await self._keeper.keep_made(version, weights):
+            self._memory.residency.require_possible(resident.size_bytes, _current_of(entry))
+        version = Version(0, resident, made)
+
+        async def keep() -> None:
+            if not version.kept and not await self._keeper.keep_made(version, weights, _current_of(entry)):
                 raise VersionNotKeptError(adapter_id)
+
         try:
-            await self._bring_back(version, entry, lambda: self._registry.refuse_if_fused(refused))
+            await self._bring_back(version, entry, lambda: self._registry.refuse_if_fused(refused), keep)
         except BaseException:
             self._keeper.drop(version)  # nothing comes of what was never published
             async with self._memory.gate.shared():
@@ -78,7 +96,7 @@ class Returner:
 
         Raises:
             NoPreviousVersionError: there is none.
-            VersionGoneError: its copy cannot be read.
+            VersionGoneError, VersionUnreadableError: its copy is not what was kept, or cannot be read now.
             AdapterMemoryError: there was no room for it in time.
             BaseIsFusedError
         """
@@ -94,33 +112,51 @@ class Returner:
             await self._bring_back(version, entry, check)
             self._registry.roll_back(entry)
 
-    async def _bring_back(self, version: Version, entry: Entry | None, check: Callable[[], None]) -> None:
-        """Have `version`, which is kept, in memory, in the place of the current version of `entry`.
+    async def _bring_back(
+        self,
+        version: Version,
+        entry: Entry | None,
+        check: Callable[[], None],
+        keep: Callable[[], Awaitable[None]] = _nothing,
+    ) -> None:
+        """Have `version`, once `keep` has seen to its copy, in memory, in the place of the current one.
 
-        At the instant at which this returns, that is kept as well, as far as it can be.
+        At the instant at which this returns, `check` holds, and the current version of `entry` is kept as far
+        as it can be. No copy is made, nor given up for one, before there is room in memory.
         """
 
-        def attempt(is_next: bool) -> list[asyncio.Task[None]] | None:
+        def attempt(is_next: bool) -> _Room | None:
             check()
-            load = self._reloader.load_of(version)
-            if load is None and not version.in_memory:
-                replaces = None if entry is None else entry.current
-                reservation = self._memory.residency.reserve(version.size_bytes, replaces, is_next)
-                if reservation is None:
+            room = _Room(self._reloader.load_of(version))
+            if room.load is None and not version.in_memory:
+                room.reservation = self._memory.residency.reserve(
+                    version.size_bytes, _current_of(entry), is_next
+                )
+                if room.reservation is None:
                     return None
-                load = self._reloader.start(entry, version, reservation)
-            return [] if load is None else [load]
+            self._memory.gate.enter()
+            return room
 
-        kept: Version | None = None
         while True:
-            if entry is not None and kept is not entry.current:
-                async with self._memory.gate.shared():
+            room = await self._memory.in_turn(attempt, version.size_bytes)
+            try:
+                async with self._reader.turns:
+                    await self._keeper.keep_current(entry, beside=version)
+                await keep()  # waits for nothing if that was done, so that the one above still holds
+                if version.in_memory:
                     check()
-                    kept = entry.current
-                    await self._keeper.keep(kept, beside=version)
-            loads = await self._memory.in_turn(attempt, version.size_bytes)
-            if loads:
-                await asyncio.wait(loads)
-                loads[0].result()
-            elif entry is None or kept is entry.current:
-                return
+                    return
+                load = self._reloader.load_of(version)
+                if load is None and room.reservation is not None:
+                    load = self._reloader.start(entry, version, room.reservation)
+                    room.reservation = None  # it is the load's
+            finally:
+                self._memory.give_up(room.reservation)
+                self._memory.gate.leave()
+            if load is not None:
+                await asyncio.wait({load})
+                load.result()
+
+
+def _current_of(entry: Entry | None) -> Version | None:
+    return None if entry is None else entry.current
