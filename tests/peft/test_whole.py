@@ -14,7 +14,9 @@ import pytest
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
-from adapters_core.mixed.routing import Routing
+from adapters_core.formats.peft.tokens import row_weights
+from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.mixed.routing import AdapterRows, Routing, make_row
 from tests.models import snapshot
 from tests.peft import fixtures
 
@@ -331,3 +333,30 @@ def test_originals_and_second_names_of_the_same_weight_change_nothing(tmp_path: 
     AdapterContainer.from_directory(twice).load(into=model)
     logits = np.array(model(fixtures.tokens()))
     np.testing.assert_allclose(logits, fixtures.expected("bias-all"), atol=1e-4, rtol=0)
+
+
+def test_rows_of_a_half_precision_base_are_as_exact_in_mixed_rows_as_alone() -> None:
+    model: Any = fixtures.model("llama")
+    model.set_dtype(mx.bfloat16)
+    new = (0.2 * mx.random.normal((32, 32), key=mx.random.key(0))).astype(mx.bfloat16)
+    weights = {
+        EMBEDDING: row_weights(model.model.embed_tokens, range(32), new, is_dora=False),
+        # The scale of other modules is no power of two: what is taken out of all rows must not round them.
+        "model.layers.0.self_attn.q_proj": ModuleWeights(
+            mx.ones((32, 1), mx.bfloat16), mx.ones((1, 32), mx.bfloat16), None, 1.7
+        ),
+    }
+    container = AdapterContainer.from_weights(weights, "rows")
+    routing = Routing()
+    bank = AdapterBank(model, routing)
+    rows = AdapterRows([make_row([(bank.add(container), 1.0)])])
+    routing.plan = rows.plan(routing)
+    mixed = model.model.embed_tokens(mx.arange(32)[None])[0]
+    routing.plan = None
+    bank.close()
+    container.load(into=model)
+    alone = model.model.embed_tokens(mx.arange(32))
+    wanted = np.array(new.astype(mx.float32))
+    for found in (alone, mixed):
+        error = np.linalg.norm(np.array(found.astype(mx.float32)) - wanted) / np.linalg.norm(wanted)
+        assert error < 3e-3

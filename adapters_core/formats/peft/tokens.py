@@ -2,9 +2,10 @@
 
     W' = W with row tᵢ replaced by vᵢ = W + A B,   A (rows, k) with A[tᵢ, i] = 1,   Bᵢ = vᵢ - W[tᵢ]
 
-PEFT's `trainable_tokens_delta` (k, dims) holds the vᵢ themselves. The sum has vᵢ to the rounding of one
-addition. A head that is tied to the embedding is changed with it, as in PEFT. In a DoRA, the magnitudes are
-the norms of W + A B, so that nothing is scaled. Changes nothing.
+PEFT's `trainable_tokens_delta` (k, dims) holds the vᵢ themselves. A and B are float32 whatever the base's
+dtype is, so that the sum has vᵢ to two of its roundings, of Bᵢ and of the addition. A head that is tied to the
+embedding is changed with it, as in PEFT. In a DoRA, the magnitudes are the norms of W + A B, so that nothing
+is scaled. Changes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...layers.module_weights import ModuleWeights
-from ...layers.modules import ModuleKind, compute_dtype, dense_weight, kind_of, weight_shape
+from ...layers.modules import ModuleKind, dense_weight, kind_of, weight_shape
 from .config import PeftConfig
 from .factors import Factors
 from .names import Leaf, is_input_embedding
@@ -70,17 +71,15 @@ def token_weights(
 
 
 def row_weights(module: nn.Module, rows: Sequence[int], new: mx.array, *, is_dora: bool) -> ModuleWeights:
-    """What gives the base's `module`, one that `has_rows`, the rows `new` (k, dims) at `rows`."""
+    """What gives the base's `module`, one that `has_rows`, the rows `new` (k, dims) at `rows`; float32."""
     places = mx.array(list(rows))
     is_embedding = kind_of(module) is ModuleKind.EMBEDDING
     old = module(places) if is_embedding else dense_weight(module)[places]
-    dtype = (mx.zeros(1, new.dtype) + mx.zeros(1, compute_dtype(module))).dtype
-    delta = (new.astype(mx.float32) - old.astype(mx.float32)).astype(dtype)
-    chosen = (mx.arange(weight_shape(module)[0])[:, None] == places[None]).astype(dtype)
+    delta = new.astype(mx.float32) - old.astype(mx.float32)
+    chosen = (mx.arange(weight_shape(module)[0])[:, None] == places[None]).astype(mx.float32)
     magnitude = None
     if is_dora:
-        change = chosen.astype(mx.float32) @ delta.astype(mx.float32)
-        magnitude = mx.linalg.norm(dense_weight(module).astype(mx.float32) + change, axis=-1)
+        magnitude = mx.linalg.norm(dense_weight(module).astype(mx.float32) + chosen @ delta, axis=-1)
     if is_embedding:
         return ModuleWeights(chosen, delta, magnitude, 1.0)
     return ModuleWeights(mx.contiguous(delta.T), mx.contiguous(chosen.T), magnitude, 1.0)
