@@ -32,6 +32,7 @@ from .tensor_names import LEAVES, is_leaf, part_problems, split_name, weights_of
 __all__ = ["Unplaced", "read_unplaced"]
 
 _IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
+_TIED_OR_NOT = "it depends on the model whether head and embedding are one"
 _EXPERTS = re.compile(r"\.experts(\.\d+\.|$)")
 
 
@@ -179,20 +180,24 @@ def _from_peft(config: PeftConfig, tensors: Mapping[str, mx.array]) -> _Found:
             found.open[path] = "where the module of a parameter lies depends on the model"
             found.parts[path] = _part_of(factors, *rank_and_scale(config, weight))
             continue
-        is_tied = is_head(path) and targets_are_tied(config.fields)
-        problems = [] if is_tied else left_out(config, factors, is_linear=not is_embedding)
+        if is_head(path) and targets_are_tied(config.fields) and Leaf.A in factors.tensors:
+            # Where it is tied, its factors are the embedding's, whatever rank its own name has.
+            found.open[path] = _TIED_OR_NOT
+            found.parts[path] = _part_of(factors, factors.tensors[Leaf.A].shape[0], scale)
+            continue
+        problems = left_out(config, factors, is_linear=not is_embedding)
         weights = None
         if not problems:
             weights, problems = module_weights(config, factors, is_embedding=is_embedding)
         found.problems.extend(problems)
         if weights is not None:
-            found.add(path, weights, _peft_doubt(config, path, is_embedding))
+            found.add(path, weights, _peft_doubt(path, is_embedding))
     return found
 
 
-def _peft_doubt(config: PeftConfig, path: str, is_embedding: bool) -> str | None:
-    if is_embedding or (path in HEADS and targets_are_tied(config.fields)):
-        return "it depends on the model whether head and embedding are one"
+def _peft_doubt(path: str, is_embedding: bool) -> str | None:
+    if is_embedding:
+        return _TIED_OR_NOT
     if path.startswith("model.layers.") or path in HEADS:
         return None
     return "modules of such names lie elsewhere in MLX models"

@@ -287,7 +287,7 @@ def _without(*names: str) -> Callable[[Tensors], Tensors]:
             _with("base_model.model.lm_head.lora_A.weight", mx.ones((4, 32))),
             ["the model's head is tied to its embedding"],
         ),
-        ("tied", {"alpha_pattern": {"lm_head": 3}}, None, ["the model's head is tied to its embedding"]),
+        ("tied", {"alpha_pattern": {"lm_head": 3}}, None, ["another rank or scale by rank_pattern or alpha"]),
         (
             "experts-qwen3",
             {"target_parameters": ["mlp.experts.down_proj"]},

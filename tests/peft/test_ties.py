@@ -14,6 +14,7 @@ from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
 from adapters_core.formats.peft.config import PeftConfig
 from adapters_core.formats.peft.ties import saved_are_tied, targets_are_tied, tied_embedding
+from adapters_core.formats.unplaced import read_unplaced
 from adapters_core.formats.writing import write_adapter
 from tests.peft import fixtures
 
@@ -131,3 +132,19 @@ def test_factors_of_a_head_that_peft_leaves_out_are_refused_with_the_reason(tmp_
     )
     with pytest.raises(InvalidAdapterError, match="where target_modules name embed_tokens or lm_head"):
         AdapterContainer.from_directory(folder).check(fixtures.model("qwen3"))
+
+
+def test_a_tied_head_of_another_rank_than_its_embedding_is_refused_with_that_reason(tmp_path: Path) -> None:
+    fields = {"r": 3, "rank_pattern": {"embed_tokens": 2}}
+    folder = fixtures.changed(
+        tmp_path / "a",
+        "tied-in-an-expression",
+        fields,
+        lambda tensors: {name: value for name, value in tensors.items() if "q_proj" not in name},
+    )
+    assert read_unplaced(folder).parts["lm_head"].rank == 2
+    with pytest.raises(InvalidAdapterError) as refused:
+        AdapterContainer.from_directory(folder).check(fixtures.model("qwen3"))
+    reasons = [problem for problem in refused.value.problems if "lm_head" in problem or "embed" in problem]
+    assert len(reasons) == 4
+    assert all("another rank or scale by rank_pattern or alpha_pattern" in reason for reason in reasons)

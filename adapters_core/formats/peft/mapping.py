@@ -33,6 +33,10 @@ from .whole import WholeMapping
 __all__ = ["map_onto"]
 
 Tensors = Mapping[str, mx.array]
+_UNLIKE_HEAD = (
+    "the head that is tied to the embedding has its factors, and another rank or scale by rank_pattern or "
+    "alpha_pattern; give both the same"
+)
 
 
 def map_onto(model: nn.Module, config: PeftConfig, tensors: Tensors) -> Mapped:
@@ -139,7 +143,7 @@ class _Mapping:
                 "the head that is tied to it; train with one of the two, or merge the adapter into its base"
             )
         elif is_tied and self._is_tied_otherwise(factors.path):
-            reason = "the head that is tied to this embedding has another rank or scale than it"
+            reason = _UNLIKE_HEAD
         if reason is not None:
             self._problems += factors.refused(reason)
             return None
@@ -153,12 +157,12 @@ class _Mapping:
     def _take_tied_head(self, factors: Factors) -> None:
         """With ensure_weight_tying, the head's factors are the embedding's own, transposed."""
         embeddings = [one for one in self._contents.factors.values() if self._at(one.path) == self._tied]
-        is_tied = targets_are_tied(self._config.fields) and any(
-            _is_transposed(factors, one)
-            and rank_and_scale(self._config, factors.path) == rank_and_scale(self._config, one.path)
-            for one in embeddings
-        )
-        if not is_tied:
+        is_tied = targets_are_tied(self._config.fields)
+        shared = [one for one in embeddings if is_tied and _is_transposed(factors, one)]
+        own = rank_and_scale(self._config, factors.path)
+        if any(rank_and_scale(self._config, one.path) != own for one in shared):
+            self._problems += factors.refused(_UNLIKE_HEAD)
+        elif not shared:
             self._problems += factors.refused(
                 "the model's head is tied to its embedding, so that it cannot have factors or rows of its "
                 "own; train both with ensure_weight_tying, which PEFT heeds where target_modules name "

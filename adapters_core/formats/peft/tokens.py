@@ -3,9 +3,9 @@
     W' = W with row tᵢ replaced by vᵢ = W + A B,   A (rows, k) with A[tᵢ, i] = 1,   Bᵢ = vᵢ - W[tᵢ]
 
 PEFT's `trainable_tokens_delta` (k, dims) holds the vᵢ themselves. A and B are float32 whatever the base's
-dtype is, so that the sum has vᵢ to two of its roundings, of Bᵢ and of the addition. A head that is tied to the
-embedding is changed with it, as in PEFT. In a DoRA, the magnitudes are the norms of W + A B, so that nothing
-is scaled. Changes nothing.
+dtype is, so that the sum has vᵢ to two of its roundings, of Bᵢ and of the addition. A head that is tied to
+the embedding is changed with it, as in PEFT. In a DoRA, the magnitudes are the norms of W + A B, so that
+nothing is scaled. Changes nothing.
 """
 
 from __future__ import annotations
