@@ -48,6 +48,8 @@ def summed(terms: Sequence[tuple[Mapping[str, ModuleWeights], float]]) -> dict[s
             if one.magnitude is not None:
                 raise BlendError("a DoRA adapter can only be fused alone and at weight 1: it is not linear")
             if one.lookup_only:
-                raise BlendError(f"{path} is adapted for look-ups alone, which can only be fused by itself")
+                raise BlendError(
+                    f"{path} is adapted for look-ups alone, which can only be fused alone and at weight 1"
+                )
             parts.setdefault(path, []).append((one, weight))
     return {path: side_by_side(found) for path, found in parts.items()}
