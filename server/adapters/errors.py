@@ -3,6 +3,7 @@
 LifeCycleError
 ├── InvalidAdapterIdError   400, an id that no adapter may have
 ├── AdaptersWithModelError  400, `model` names an adapter and `adapters` are given as well
+├── VersionsDifferError     400, a name that names one version, and a number that names another
 ├── UnmergedModelError      400, a model folder that should hold layers which are not merged
 ├── PathNotAllowedError     403, a path that leads out of its root
 ├── UnknownModelError       404, a name in a request that nothing is served under
@@ -68,6 +69,7 @@ __all__ = [
     "VersionGoneError",
     "VersionNotKeptError",
     "VersionUnreadableError",
+    "VersionsDifferError",
     "quoted",
     "some_of",
 ]
@@ -116,6 +118,13 @@ class AdaptersWithModelError(LifeCycleError):
             f"'model' names the adapter {quoted(model)}, and 'adapters' are given as well: "
             f"with 'adapters', name the base {quoted(base)} or leave 'model' out."
         )
+
+
+class VersionsDifferError(LifeCycleError):
+    status, code, param = 400, "versions_differ", "version"
+
+    def __init__(self, name: str, number: int) -> None:
+        super().__init__(f"{quoted(name)} names a version, and 'version' names another, {number}: name one.")
 
 
 class UnmergedModelError(LifeCycleError):

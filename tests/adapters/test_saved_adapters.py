@@ -115,7 +115,9 @@ async def test_names_are_those_that_requests_may_use(tiny_site: Site) -> None:
     assert await tiny_site.says("now") == said["mix"]
     error = await refused(tiny_site, "mix@3", {"save_to": "x"}, 404, "model_not_found")
     assert "'mix@2', 'mix@1'" in error["message"]
-    await refused(tiny_site, "mix@1", {"save_to": "x", "version": 2}, 404, "model_not_found")
+    for name in ("mix@1", f"{BASE}:mix@1"):
+        error = await refused(tiny_site, name, {"save_to": "x", "version": 2}, 400, "versions_differ")
+        assert error["param"] == "version"
 
 
 async def test_a_version_whose_folder_holds_the_next_is_saved_too(tiny_site: Site) -> None:

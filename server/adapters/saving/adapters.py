@@ -29,7 +29,7 @@ from ..errors import (
     AdapterNotSavedError,
     AdapterNotWritableError,
     InvalidAdapterIdError,
-    UnknownVersionError,
+    VersionsDifferError,
     quoted,
 )
 from ..folder import check_id
@@ -81,6 +81,7 @@ class AdapterSaver:
 
         Raises:
             AdapterNotFoundError, UnknownVersionError: it is not loaded, or not in this version.
+            VersionsDifferError: `adapter_id` names one version and `number` another.
             PathNotAllowedError, InvalidAdapterIdError: there is no adapters root, or `name` is not that of an
                 adapter's folder in it.
             AdapterFolderExistsError: there is one of this name.
@@ -150,8 +151,8 @@ def _living(registry: Registry, text: str, number: int | None) -> tuple[str, Ver
     entry, version = registry.living(text)
     if number in (None, version.number):
         return entry.id, version
-    if text.removeprefix(f"{registry.base}:") != entry.id:  # it names a version too, and another one
-        raise UnknownVersionError(entry.id, number, [each.number for each in entry.named], "version")
+    if text.removeprefix(f"{registry.base}:") != entry.id:
+        raise VersionsDifferError(text, number)
     return entry.id, registry.living(f"{entry.id}@{number}")[1]
 
 
