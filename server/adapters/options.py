@@ -16,8 +16,8 @@ class ServiceOptions:
     `fuse_threshold` the relative error of a layer's change up to which fusing takes a smaller form.
 
     `wait_seconds` bounds how long a request waits for others to make room for the adapters that it names,
-    `max_waiting` how many wait for that, and how many for loads. Copies of versions that could not be read
-    again lie in a folder under `kept_dir` (None: the system's for temporary files), `kept_bytes` at most.
+    `max_waiting` how many wait for that, and how many for loads. Private copies of versions lie in a
+    folder under `kept_dir` (None: the system's for temporary files), `kept_bytes` at most.
     `watched_dir`, the adapters root if it is watched, is read where it was the same for `settle_seconds`,
     and looked at every `rescan_seconds` whatever the system tells.
     """

@@ -135,7 +135,9 @@ async def test_what_was_checked_is_what_becomes_the_next_version(
         await asyncio.sleep(0)
         await turns.acquire()  # and one more has been waiting for a turn
         config = folder.path / "adapter_config.json"
-        config.write_text(config.read_text().replace('"scale": ', '"scale": 9'))  # a writer begins
+        content = config.read_text()
+        config.write_text(content.replace('"scale": ', '"scale": 9'))  # a writer begins
+        assert config.read_text() != content
         turns.release()
         turns.release()
         assert await request == found
