@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .layers.kinds import (
         DoRAEmbedding,
         DoRALinear,
+        FeatureDoRAEmbedding,
         LoRAEmbedding,
         LoRALayer,
         LoRALinear,
@@ -56,6 +57,7 @@ __all__ = [
     "ContainerStateError",
     "DoRAEmbedding",
     "DoRALinear",
+    "FeatureDoRAEmbedding",
     "FineTuneType",
     "FuseReport",
     "Fusion",
@@ -107,6 +109,7 @@ _MODULES = {
     "layers.kinds": (
         "DoRAEmbedding",
         "DoRALinear",
+        "FeatureDoRAEmbedding",
         "LoRAEmbedding",
         "LoRALayer",
         "LoRALinear",
