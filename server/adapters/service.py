@@ -326,14 +326,18 @@ class AdapterService:
         await self._change(self._finder.load(adapter_id, folder, accept))
 
     async def _change(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """What comes of `work`, which may leave versions behind that nothing uses."""
-        try:
-            done = await self._tasks.to_the_end(work)
-        except BaseException:
-            self._unloader.released()
-            raise
-        await self._tasks.to_the_end(self._unloader.reap())
-        return done
+        """What comes of `work`, which may leave versions behind that nothing uses, whoever waits for it."""
+
+        async def work_and_reap() -> _T:
+            try:
+                done = await work
+            except BaseException:
+                self._unloader.released()  # waits for nothing: why it failed is told at once
+                raise
+            await self._unloader.reap()
+            return done
+
+        return await self._tasks.to_the_end(work_and_reap())
 
     async def _in_turn(self, adapter_id: str, work: Coroutine[Any, Any, _T]) -> _T:
         """What comes of surgery on the base; who waits for what is served no more is told."""

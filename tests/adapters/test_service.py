@@ -18,7 +18,7 @@ from server.adapters.errors import (
     InvalidAdapterIdError,
     UnknownModelError,
 )
-from tests.adapters.support import House, greedy, house, read_model, tokens_of
+from tests.adapters.support import House, greedy, house, read_model, tokens_of, turns
 from tests.models import make_adapter
 
 
@@ -44,6 +44,20 @@ async def test_each_name_answers_with_its_own_weights(tiny_house: House, model_p
     assert await tiny_house.answer("tiny") == expected["tiny"]
     assert await tiny_house.answer(None, [("a", 1.0)]) == expected["a"]
     assert await tiny_house.answer("tiny", [("a", 0.0)]) == expected["tiny"]
+
+
+async def test_what_was_replaced_leaves_memory_though_its_caller_left(model_path: Path, root: Path) -> None:
+    async with house(model_path, root, kept_bytes=0) as tiny:
+        await tiny.service.load("a")
+        replacing = asyncio.create_task(tiny.service.load("a", "b", replace=True))
+        await asyncio.sleep(0)  # it has begun
+        replacing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await replacing
+        entry = tiny.service.registry.get("a")
+        await tiny.until(lambda: entry.current.number == 2 and not entry.retired)
+        await turns(tiny)
+        assert await tiny.residents() == 1
 
 
 async def test_a_folder_is_loaded_once_for_all_who_want_it_at_the_same_time(tiny_house: House) -> None:
