@@ -1,8 +1,8 @@
 """Named blends: several adapters and weights become one, which is served as if it had been loaded.
 
-The parts are read from their folders again, on a worker thread, beside the generation; they need not be in
+The parts are read again, as they were loaded, on a worker thread beside the generation; they need not be in
 memory, and stay what they are. One blend is computed at a time, for it holds whole matrices; until it is done
-nothing has changed. Knows no HTTP. Runs on the event loop.
+nothing has changed, and it goes on to its end whoever waits. Knows no HTTP. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from adapters_core.errors import InvalidBlendError
 
 from .aside import run_aside
 from .blended import Blended, Part, make_blend
+from .changes import Wishes
 from .errors import (
     AdapterExistsError,
     AdapterNotFoundError,
@@ -73,6 +74,12 @@ class Blender:
             raise InvalidBlendError(problems + self._problems_of_loaded(terms))
         self._refuse_at_once(adapter_id, replace)
         parts = tuple([await self._part(name, weight) for name, weight in terms])
+        wishes = Wishes(pinned, activate, replace)
+        return await self._service.to_the_end(self._make(adapter_id, parts, options, wishes))
+
+    async def _make(
+        self, adapter_id: str, parts: tuple[Part, ...], options: BlendOptions, wishes: Wishes
+    ) -> Loaded:
         started = time.perf_counter()
         async with self._turn:
             model = await self._service.bare_model(_refusal(adapter_id))
@@ -81,7 +88,12 @@ class Blender:
         _log.info("adapter_blended", adapter=adapter_id, method=options.method, seconds=round(seconds, 3))
         source = Blended(_recipe(parts, options, made.report, seconds), parts, options)
         return await self._service.load_made(
-            adapter_id, source, made.modules, pinned=pinned, activate=activate, replace=replace
+            adapter_id,
+            source,
+            made.modules,
+            pinned=wishes.pinned,
+            activate=wishes.activate,
+            replace=wishes.replace,
         )
 
     def _refuse_at_once(self, adapter_id: str, replace: bool) -> None:

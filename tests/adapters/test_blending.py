@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from adapters_core.blending.blend import BlendOptions
 from server.adapters.blending import Blender
 from server.adapters.errors import AdapterMemoryError, BaseIsFusedError
-from tests.adapters.support import BASE, House, Site, house, in_memory, read_model
+from tests.adapters.support import BASE, Held, House, Site, house, in_memory, read_model
 from tests.models import make_adapter, snapshot
 
 TERMS = [{"id": "a", "weight": 0.7}, {"id": "b", "weight": -1.2}]
@@ -166,6 +167,25 @@ async def test_what_left_memory_comes_back(model_path: Path, equal_root: Path, s
         assert tight.service.registry.find("large") is None
         cut = await blender.blend("cut", [(name, 1.0) for name in "abce"], BlendOptions("svd"))
         assert cut.entry.current.size_bytes == size_bytes
+
+
+async def test_a_blend_that_was_begun_is_made_though_its_caller_left(model_path: Path, root: Path) -> None:
+    async with house(model_path, root, wrap=Held) as held:
+        container, blender = held.container, Blender(held.service)
+        assert isinstance(container, Held)
+        await held.service.load("a")
+        container.holds_next = True
+        blending = asyncio.create_task(blender.blend("mix", [("a", 0.5)], BlendOptions()))
+        try:
+            async with asyncio.timeout(20):
+                await container.reached.wait()
+            blending.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await blending
+        finally:
+            container.open.set()  # or the house could not close
+        await held.until(lambda: held.service.registry.find("mix") is not None)
+        assert await held.answer("mix") == await held.answer(None, [("a", 0.5)])
 
 
 REFUSALS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
