@@ -191,7 +191,7 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
         return ", ".join(_value(item) for item in value)
     return str(value)

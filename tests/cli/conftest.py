@@ -137,7 +137,9 @@ def canned_app(server: CannedServer) -> FastAPI:
 
     @app.post("/v1/adapters/{name}/fuse")
     async def fuse(name: str) -> dict[str, Any]:
-        return {"id": name, "modules": 60, "precision": {"dense": 60}, "error_mean": 1.5e-07, "seconds": 0.5}
+        activations = {"error_worst": 0.0, "worst_module": None, "agreement": 1.0}
+        report = {"modules": 60, "precision": {"dense": 60}, "error_mean": 1.5e-07, "seconds": 0.5}
+        return {"id": name, **report, "worst_module": None, "activations": activations}
 
     @app.delete("/v1/adapters/{name}/fuse")
     async def unfuse(name: str) -> dict[str, Any]:

@@ -110,6 +110,12 @@ def test_a_load_tells_its_warnings(command: Program, canned: CannedServer) -> No
     assert done.out.startswith("Loaded foreign: lora,")
 
 
+def test_what_a_report_has_no_value_for_is_left_out(command: Program, canned: CannedServer) -> None:
+    done = command("adapters", "fuse", "pirate", "--url", canned.url)
+    assert "activations  error_worst 0, agreement 1\n" in done.out
+    assert "worst" not in done.out.replace("error_worst", "")
+
+
 def test_ranks_and_scales_that_differ_are_told_as_such(command: Program, canned: CannedServer) -> None:
     done = command("adapters", "load", "patterned", "--url", canned.url)
     assert done.out.startswith("Loaded patterned: lora, ranks 2-6, scales 1.5-11.31, 60 modules,")
