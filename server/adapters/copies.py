@@ -172,7 +172,8 @@ class ModulesCopy:
     def of(cls, weights: Mapping[str, ModuleWeights], place: Path) -> ModulesCopy:
         """Write `weights`. Raises OSError, or RuntimeError, which is MLX's own; then nothing is left."""
         file = _File.of(place.with_suffix(".safetensors"), _named_arrays(weights))
-        nothing = {"lora_a": mx.zeros(0), "lora_b": mx.zeros(0), "magnitude": None, "bias": None}
+        mx.eval(empty := mx.zeros(0))
+        nothing = {"lora_a": empty, "lora_b": empty, "magnitude": None, "bias": None}
         rest = {
             name: _Rest(replace(one, parts=(), **nothing), len(one.parts)) for name, one in weights.items()
         }

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from adapters_core.bank import PreparedAdapter
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
 from server.adapters.copies import FilesCopy, ModulesCopy, files_bytes
@@ -182,6 +183,19 @@ async def test_what_can_never_fit_is_not_copied(model_path: Path, own_root: Path
                 with pytest.raises(AdapterMemoryError):
                     await work
         assert "version_not_kept" not in [line["event"] for line in logs]
+
+
+async def test_what_is_refused_once_it_was_read_is_not_copied(model_path: Path, own_root: Path) -> None:
+    async def accept(_: PreparedAdapter) -> None:
+        raise LookupError("nothing new")
+
+    async with house(model_path, own_root) as tiny:
+        await tiny.service.load("a")
+        folder = AdapterFolder(own_root / "a", "a")
+        with no_large_files(1000), capture_logs() as logs, pytest.raises(LookupError):
+            await tiny.service._load_watched("a", folder, accept)
+        assert "version_not_kept" not in [line["event"] for line in logs]
+        assert tiny.service.keeper.bytes_held == held_bytes(tiny) > 0
 
 
 async def test_the_bound_holds_to_the_byte(model_path: Path, own_root: Path, size_bytes: int) -> None:

@@ -342,42 +342,30 @@ async def test_a_made_version_comes_after_one_that_a_request_found_meanwhile(
         assert await tight.answer("a") == found
 
 
-async def test_a_replacement_that_fails_leaves_the_copy_that_a_rollback_needs_by_then(
+async def test_a_replacement_that_fails_at_the_last_moment_leaves_what_rollbacks_need(
     model_path: Path, own_root: Path, size_bytes: int
 ) -> None:
-    watched: list[Watched] = []
-
-    def wrap(inner: ModelContainer) -> ModelContainer:
-        watched.append(Watched(inner))
-        return Paused(watched[0])
-
-    async with house(model_path, own_root, memory_bytes=size_bytes, wrap=wrap) as tight:
+    async with house(model_path, own_root, memory_bytes=size_bytes, wrap=Watched) as tight:
         container = tight.container
-        assert isinstance(container, Paused)
+        assert isinstance(container, Watched)
         first = await tight.answer("a")
         await tight.answer("b")
         entry = tight.service.registry.get("a")
         version = entry.current
         found = rewrite(model_path, own_root / "a", 94)
-        container.holds_next = True
-        request = asyncio.create_task(tight.service.resolve("a"))
-        try:
-            async with asyncio.timeout(20):
-                await container.reached.wait()  # what the folder holds now is about to become version 2
-            made, weights = Made({"method": "test"}), weights_of(model_path, own_root / "e")
-            replacing = asyncio.create_task(tight.service.load_made("a", made, weights, replace=True))
-        finally:
-            container.open.set()  # or the house could not close
-        pin = await request  # so that the replacement waits
-        watched[0].refuses = True
-        assert await tokens_of(tight.generate(pin)) == found
-        with pytest.raises(RuntimeError, match="no memory"):
-            await replacing
-        watched[0].refuses = False
+        assert await tight.answer("a") == found
+        container.refuses = True
+        weights = weights_of(model_path, own_root / "e")
+        for work in (
+            tight.service.load_made("a", Made({"method": "test"}), weights, replace=True),
+            tight.service.load("a", "e", replace=True),
+        ):
+            with pytest.raises(RuntimeError, match="no memory"):
+                await work
+        container.refuses = False
         assert (entry.current.number, entry.previous, version.kept) == (2, version, True)
-        copies = [each.copy.size_bytes for each in entry.versions if each.copy]
-        copies += [each.copy.size_bytes for each in tight.service.registry.get("b").versions if each.copy]
-        assert tight.service.keeper.bytes_held == sum(copies)
+        copies = [each.copy.size_bytes for each in tight.service.registry.versions if each.copy]
+        assert (len(copies), tight.service.keeper.bytes_held) == (3, sum(copies))
         await tight.service.roll_back("a")
         assert await tight.answer("a") == first
 

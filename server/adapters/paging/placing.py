@@ -129,7 +129,7 @@ class Placer:
         started, copy = time.perf_counter(), None
         try:
             await self.reader.refuse_too_large(wish.folder)
-            if wish.entry is None or wish.entry.current.kept:  # else that is what there should be room for
+            if self._is_copied_first(wish):
                 copy = await self._keeper.copy_files(wish.folder)
             prepared = await self.reader.folder(wish.folder if copy is None else copy.folder)
             if wish.accept is not None:
@@ -143,6 +143,10 @@ class Placer:
         )
         version.load_seconds = time.perf_counter() - started
         return version
+
+    def _is_copied_first(self, wish: Wish) -> bool:
+        """Not what may turn out to be nothing new, nor before what is replaced, if that has no copy yet."""
+        return wish.entry is None or (wish.accept is None and wish.entry.current.kept)
 
     async def _keep(self, version: Version, entry: Entry | None) -> None:
         """Keep what is replaced; then, if that costs no rollback, the files of what replaces it."""
