@@ -30,6 +30,7 @@ from server.adapters.looks import unchanged_seconds
 from server.adapters.source import Made
 from server.engine.container import ModelContainer, ModelContext
 from tests.adapters.support import House, answer_of, house, read_model
+from tests.adapters.test_paging import Watched
 from tests.adapters.test_saving import no_large_files
 from tests.models import make_adapter
 
@@ -173,6 +174,25 @@ async def test_a_call_that_fails_costs_others_nothing(
         assert service.keeper.bytes_held == held_bytes(tight)
         await service.roll_back("b")
         assert await tight.answer("b") == expected["b"]
+
+
+async def test_what_a_call_that_failed_gave_up_leaves_memory(model_path: Path, own_root: Path) -> None:
+    kept_bytes = int(1.5 * one_bytes(own_root))
+    async with house(model_path, own_root, kept_bytes=kept_bytes, wrap=Watched) as tiny:
+        assert isinstance(tiny.container, Watched)
+        service = tiny.service
+        await service.load("b")
+        rewrite(model_path, own_root / "b", 55)
+        await service.load("b", replace=True)
+        await service.load("a")
+        tiny.container.refuses = True  # at the last moment, when a has been copied in the place of b@1
+        with pytest.raises(RuntimeError, match="no memory"):
+            await service.load("a", "c", replace=True)
+        entry = service.registry.get("b")
+        assert (entry.previous, service.registry.get("a").current.kept) == (None, True)
+        await tiny.until(lambda: not entry.retired)
+        await tiny.until(lambda: len(service.residency.versions) == 2)
+        assert await tiny.residents() == 2
 
 
 async def test_what_can_never_fit_is_not_copied(model_path: Path, own_root: Path, size_bytes: int) -> None:

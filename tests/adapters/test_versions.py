@@ -254,7 +254,6 @@ async def test_a_copy_that_has_gone_is_said_so_and_the_current_version_stays(
         copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(VersionGoneError):
             await tight.service.roll_back("a")
-        await tight.until(lambda: not entry.retired)  # also after a call that failed
         assert (entry.current.number, entry.previous, await tight.answer("a")) == (2, None, second)
         with pytest.raises(NoPreviousVersionError):
             await tight.service.roll_back("a")
