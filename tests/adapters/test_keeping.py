@@ -20,6 +20,7 @@ from adapters_core.errors import InvalidAdapterError
 from server.adapters.copies import FilesCopy, ModulesCopy, files_bytes
 from server.adapters.errors import (
     AdapterMemoryError,
+    UnknownModelError,
     VersionGoneError,
     VersionNotKeptError,
     VersionUnreadableError,
@@ -27,9 +28,10 @@ from server.adapters.errors import (
 from server.adapters.folder import AdapterFolder
 from server.adapters.keeping.private import PrivateFolder
 from server.adapters.looks import unchanged_seconds
+from server.adapters.paging.reading import MAX_LOADS
 from server.adapters.source import Made
 from server.engine.container import ModelContainer, ModelContext
-from tests.adapters.support import House, answer_of, house, read_model
+from tests.adapters.support import House, answer_of, house, read_model, turns
 from tests.adapters.test_paging import Watched
 from tests.adapters.test_saving import no_large_files
 from tests.models import make_adapter
@@ -127,23 +129,45 @@ async def test_what_was_checked_is_what_becomes_the_next_version(
         found = rewrite(model_path, own_root / "b", 52)
         folder = AdapterFolder(own_root / "b", "b")
         await tight.until(lambda: unchanged_seconds(folder) > 0.3)
-        turns = tight.service._finder._placer.reader.turns
-        await turns.acquire()  # another load is under way
+        reading = tight.service._finder._placer.reader.turns
+        await reading.acquire()  # another load is under way
         request = asyncio.create_task(tight.answer("b"))
         for _ in range(1000):
             await asyncio.sleep(0)
             if tight.service.registry.get("b").current.loading:
                 break
         await asyncio.sleep(0)
-        await turns.acquire()  # and one more has been waiting for a turn
+        await reading.acquire()  # and one more has been waiting for a turn
         config = folder.path / "adapter_config.json"
         content = config.read_text()
         config.write_text(content.replace('"scale": ', '"scale": 9'))  # a writer begins
         assert config.read_text() != content
-        turns.release()
-        turns.release()
+        reading.release()
+        reading.release()
         assert await request == found
         assert tight.service.registry.get("b").current.number == 2
+
+
+async def test_what_is_written_while_a_request_waits_to_read_it_is_not_served(
+    model_path: Path, own_root: Path
+) -> None:
+    options = {"watched_dir": own_root.parent / "nothing", "settle_seconds": 2.0}
+    async with house(model_path, own_root, **options) as tiny:
+        folders = [AdapterFolder(own_root / name, name) for name in ("b", "c")]
+        await tiny.until(lambda: min(unchanged_seconds(folder) for folder in folders) > 2.2)
+        reading = tiny.service._finder._placer.reader.turns
+        for _ in range(MAX_LOADS):
+            await reading.acquire()  # other loads are under way
+        requests = [asyncio.create_task(tiny.service.resolve(folder.shown)) for folder in folders]
+        await turns(tiny, 30)
+        for folder, end in zip(folders, ("", "{"), strict=True):  # one is valid, one is not
+            config = folder.path / "adapter_config.json"
+            config.write_text(config.read_text() + end)
+        for _ in range(MAX_LOADS):
+            reading.release()
+        for request in requests:
+            with pytest.raises(UnknownModelError):
+                await request
 
 
 async def test_a_call_that_fails_costs_others_nothing(
