@@ -29,7 +29,7 @@ from .mixed.laying_out import float_dtype, group_modules, lay_out
 from .mixed.layout import GroupLayout, Layout
 from .mixed.linear import MixedLinear, ProjectionGroup
 from .mixed.plan import Placement
-from .mixed.residents import ResidentAdapter, RowAdapters, make_row, row_key
+from .mixed.residents import ResidentAdapter
 from .mixed.routing import Routing
 from .mixed.split import MixedSplitLinear
 from .mixed.stacks import Shelf
@@ -37,7 +37,7 @@ from .report import LoadReport, parts_of
 
 Mixed = MixedLinear | MixedSplitLinear | MixedEmbedding | MixedExperts
 
-__all__ = ["AdapterBank", "PreparedAdapter", "ResidentAdapter", "RowAdapters", "make_row", "row_key"]
+__all__ = ["AdapterBank", "PreparedAdapter"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,14 +30,8 @@ from adapters_core.layers.modules import compute_dtype, weight_shape
 from adapters_core.mixed.kernel import Kernels
 from adapters_core.mixed.layout import GroupLayout, Projection, group_projections
 from adapters_core.mixed.linear import MixedLinear
-from adapters_core.mixed.routing import (
-    AdapterRows,
-    ResidentAdapter,
-    RoutedModel,
-    Routing,
-    RowAdapters,
-    make_row,
-)
+from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row
+from adapters_core.mixed.routing import AdapterRows, RoutedModel, Routing
 from benchmarks.gpu_report import GpuProfile, GpuReport, GpuResult
 
 _PROMPT_TOKENS = 32

@@ -17,16 +17,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .kernel import Kernels, on_cuda
 from .plan import BatchPlan, Placement
-from .residents import ResidentAdapter, RowAdapters, make_row, row_key
+from .residents import ResidentAdapter, RowAdapters
 
 __all__ = [
     "AdapterRows",
-    "ResidentAdapter",
     "RoutedModel",
     "Routing",
-    "RowAdapters",
-    "make_row",
-    "row_key",
 ]
 
 

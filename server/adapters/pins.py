@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from adapters_core.bank import RowAdapters
+from adapters_core.mixed.residents import RowAdapters
 
 from .versions import Entry, Version
 

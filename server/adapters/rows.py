@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adapters_core.bank import RowAdapters, make_row
 from adapters_core.errors import BlendError
+from adapters_core.mixed.residents import RowAdapters, make_row
 
 from .errors import some_of
 from .versions import Version

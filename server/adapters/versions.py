@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from adapters_core.bank import ResidentAdapter
+from adapters_core.mixed.residents import ResidentAdapter
 
 from .copies import Copy
 from .source import Source

@@ -16,7 +16,8 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from adapters_core.bank import AdapterBank
-from adapters_core.mixed.routing import RoutedModel, Routing, RowAdapters, row_key
+from adapters_core.mixed.residents import RowAdapters, row_key
+from adapters_core.mixed.routing import RoutedModel, Routing
 
 from .messages import Update
 from .model import LoadedModel

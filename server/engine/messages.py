@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapters_core.mixed.routing import RowAdapters
+from adapters_core.mixed.residents import RowAdapters
 
 if TYPE_CHECKING:
     from .container import ModelContext

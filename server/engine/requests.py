@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from adapters_core.mixed.routing import ResidentAdapter, row_key
+from adapters_core.mixed.residents import ResidentAdapter, row_key
 
 from .messages import Scoring, Submit
 from .prefixes import TokenText, common_tokens

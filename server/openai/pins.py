@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from adapters_core.mixed.routing import RowAdapters
+from adapters_core.mixed.residents import RowAdapters
 
 __all__ = ["RowPin", "SharedPin"]
 

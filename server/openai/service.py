@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters_core.mixed.routing import RowAdapters
+from adapters_core.mixed.residents import RowAdapters
 from server.adapters.pins import Terms
 from server.engine.messages import SamplingParams, Submit
 from server.engine.model import ModelInfo

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adapters_core.container import AdapterContainer
-from adapters_core.mixed.routing import ResidentAdapter
+from adapters_core.mixed.residents import ResidentAdapter
 from server.adapters.folder import AdapterFolders
 from server.adapters.pins import Pin
 from server.adapters.service import AdapterService, ServiceOptions

@@ -18,7 +18,8 @@ from structlog.testing import capture_logs
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
-from adapters_core.mixed.routing import ResidentAdapter, Routing
+from adapters_core.mixed.residents import ResidentAdapter
+from adapters_core.mixed.routing import Routing
 from server.adapters.errors import (
     AdapterMemoryError,
     AdapterNotFoundError,

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from adapters_core.mixed.routing import ResidentAdapter
+from adapters_core.mixed.residents import ResidentAdapter
 from server.adapters.errors import (
     AdapterNotFoundError,
     AdaptersWithModelError,

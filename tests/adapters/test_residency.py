@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapters_core.mixed.routing import ResidentAdapter
+from adapters_core.mixed.residents import ResidentAdapter
 from server.adapters.errors import AdapterMemoryError
 from server.adapters.folder import AdapterFolder
 from server.adapters.memory.budget import DEFAULT_SHARE, default_memory_bytes

@@ -12,7 +12,8 @@ import pytest
 from adapters_core.bank import AdapterBank
 from adapters_core.blending.blend import BlendOptions, BlendPart, blend
 from adapters_core.container import AdapterContainer
-from adapters_core.mixed.routing import RoutedModel, Routing, make_row
+from adapters_core.mixed.residents import make_row
+from adapters_core.mixed.routing import RoutedModel, Routing
 from tests.mixed.architectures import tiny
 from tests.models import make_adapter, tiny_llama, tokens
 

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from adapters_core.mixed.routing import RowAdapters
+from adapters_core.mixed.residents import RowAdapters
 from server.engine.messages import Finished, Scored, Scoring
 from tests.engine.support import Transcript
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from adapters_core.container import AdapterContainer
-from adapters_core.mixed.routing import RowAdapters, make_row, row_key
+from adapters_core.mixed.residents import RowAdapters, make_row, row_key
 from server.engine.container import ModelContext
 from server.engine.errors import EngineStoppedError
 from server.engine.loop import GenerationLoop, LoopOptions

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters_core.mixed.routing import ResidentAdapter, RowAdapters
+from adapters_core.mixed.residents import ResidentAdapter, RowAdapters
 from server.engine.messages import Submit
 from server.engine.prompt_cache import PromptMatch
 from server.engine.requests import Reading, Request

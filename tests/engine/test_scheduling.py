@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 
 from adapters_core.container import AdapterContainer
-from adapters_core.mixed.routing import RowAdapters
+from adapters_core.mixed.residents import RowAdapters
 from server.engine.loop import GenerationLoop, LoopOptions
 from server.engine.messages import Cancel, Finished, Token
 from tests.engine.support import CountingModel, Transcript, make_context, prompts, reference, run, submit

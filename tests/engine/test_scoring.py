@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.tuner.utils import load_adapters
 
 from adapters_core.container import AdapterContainer
-from adapters_core.mixed.routing import RowAdapters
+from adapters_core.mixed.residents import RowAdapters
 from server.engine.engine import check_scoring
 from server.engine.errors import EngineStoppedError, InvalidSubmitError
 from server.engine.loop import GenerationLoop, LoopOptions

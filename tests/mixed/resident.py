@@ -17,7 +17,8 @@ from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
 from adapters_core.layers.modules import ModuleKind, kind_of
 from adapters_core.layers.targets import named_base_modules
-from adapters_core.mixed.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row
+from adapters_core.mixed.routing import RoutedModel, Routing
 
 
 class Resident:

@@ -13,7 +13,7 @@ import pytest
 from adapters_core.container import AdapterContainer
 from adapters_core.layers.modules import ModuleKind
 from adapters_core.layers.targets import default_keys, named_base_modules
-from adapters_core.mixed.routing import RowAdapters
+from adapters_core.mixed.residents import RowAdapters
 from tests.mixed.architectures import ARCHITECTURES, tiny
 from tests.mixed.resident import Resident, alone, only, paths_of
 from tests.models import (

@@ -24,7 +24,7 @@ from adapters_core.container import AdapterContainer
 from adapters_core.errors import ContainerStateError, InvalidAdapterError, UnsupportedModelError
 from adapters_core.mixed.layout import bucket_rank
 from adapters_core.mixed.linear import MixedLinear
-from adapters_core.mixed.routing import ResidentAdapter, RowAdapters, make_row
+from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row
 from tests.mixed.resident import Resident, alone, only
 from tests.models import (
     adapter_tensors,

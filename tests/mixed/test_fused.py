@@ -16,7 +16,8 @@ from adapters_core.container import AdapterContainer
 from adapters_core.mixed.kernel import Kernels
 from adapters_core.mixed.kernel_source import kernel_source
 from adapters_core.mixed.layout import GroupLayout
-from adapters_core.mixed.routing import ResidentAdapter, RoutedModel, Routing, RowAdapters, make_row
+from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row
+from adapters_core.mixed.routing import RoutedModel, Routing
 from tests.mixed.architectures import tiny
 from tests.mixed.resident import Resident, only
 from tests.models import make_adapter, relative_error, tiny_llama, tokens

@@ -17,7 +17,7 @@ from adapters_core.mixed.layout import (
     bucket_rank,
     group_projections,
 )
-from adapters_core.mixed.routing import ResidentAdapter
+from adapters_core.mixed.residents import ResidentAdapter
 from adapters_core.mixed.stacks import Shelf
 
 ranks = st.integers(1, 12)

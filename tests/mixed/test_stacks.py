@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from adapters_core.mixed.layout import GroupLayout, Layout, Projection
-from adapters_core.mixed.routing import ResidentAdapter
+from adapters_core.mixed.residents import ResidentAdapter
 from adapters_core.mixed.stacks import Shelf
 
 GROUPS = {

@@ -16,7 +16,8 @@ from adapters_core.errors import InvalidAdapterError, UnsupportedModelError
 from adapters_core.layers.embedding import FeatureDoRAEmbedding
 from adapters_core.layers.module_weights import ModuleWeights
 from adapters_core.layers.modules import dense_weight
-from adapters_core.mixed.routing import RoutedModel, Routing, make_row
+from adapters_core.mixed.residents import make_row
+from adapters_core.mixed.routing import RoutedModel, Routing
 from tests.models import snapshot
 from tests.peft import fixtures
 

@@ -9,7 +9,8 @@ import pytest
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
-from adapters_core.mixed.routing import RoutedModel, Routing, make_row
+from adapters_core.mixed.residents import make_row
+from adapters_core.mixed.routing import RoutedModel, Routing
 from tests.models import snapshot
 from tests.peft import fixtures
 

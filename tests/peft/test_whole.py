@@ -16,7 +16,8 @@ from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
 from adapters_core.formats.peft.tokens import row_weights
 from adapters_core.layers.module_weights import ModuleWeights
-from adapters_core.mixed.routing import AdapterRows, Routing, make_row
+from adapters_core.mixed.residents import make_row
+from adapters_core.mixed.routing import AdapterRows, Routing
 from tests.models import snapshot
 from tests.peft import fixtures
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 
-from adapters_core.bank import ResidentAdapter
 from adapters_core.container import AdapterContainer
 from adapters_core.layers.surgery import replace_modules
+from adapters_core.mixed.residents import ResidentAdapter
 from server.engine.container import ModelContext
 
 __all__ = ["FusedLayers", "install", "take_out"]

@@ -12,10 +12,11 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
-from adapters_core.bank import AdapterBank, PreparedAdapter, ResidentAdapter
+from adapters_core.bank import AdapterBank, PreparedAdapter
 from adapters_core.container import AdapterContainer
 from adapters_core.formats.reading import least_memory_bytes
 from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.mixed.residents import ResidentAdapter
 from server.engine.container import ModelContainer, ModelContext
 
 from ..aside import run_aside

@@ -11,9 +11,10 @@ from contextlib import suppress
 
 import structlog
 
-from adapters_core.bank import PreparedAdapter, ResidentAdapter
+from adapters_core.bank import PreparedAdapter
 from adapters_core.errors import AdapterError
 from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.mixed.residents import ResidentAdapter
 
 from ..errors import AdapterChangingError, LifeCycleError, VersionGoneError, VersionUnreadableError
 from ..folder import AdapterFolder, AdapterFolders
