@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .container import AdapterContainer
 from .errors import ContainerStateError, UnsupportedModelError
 from .formats.peft.copies import copies_bytes
-from .formats.peft.ties import tied_embedding
+from .formats.peft.heads import tied_embedding
 from .formats.protocol import Mapped
 from .layers.module_weights import ModuleWeights
 from .layers.modules import ModuleKind, kind_of

@@ -15,7 +15,7 @@ from ..layers.modules import ModuleKind, kind_of
 from ..layers.targets import module_at, named_base_modules
 from .adapter_files import AdapterFiles
 from .mlx_writing import mlx_files
-from .peft.ties import tied_embedding
+from .peft.heads import tied_embedding
 from .peft.writing import peft_files
 from .protocol import FormatName
 

@@ -222,7 +222,7 @@ def test_an_embedding_and_its_tied_head(tmp_path: Path, is_tied: bool) -> None:
     assert relative_error(mlx_lm_logits(tmp_path / "mlx", theirs), expected) < 1e-4
     write_adapter(tmp_path / "peft", weights, "peft", model)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert config["ensure_weight_tying"] is True
+    assert config["ensure_weight_tying"] is is_tied
     file = mx.load(str(tmp_path / "peft" / "adapter_model.safetensors"))
     assert isinstance(file, dict)
     assert mx.array_equal(file[f"base_model.model.{EMBED}.lora_embedding_A"], weights[EMBED].lora_a.T)

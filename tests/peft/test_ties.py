@@ -13,7 +13,8 @@ import pytest
 from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
 from adapters_core.formats.peft.config import PeftConfig
-from adapters_core.formats.peft.ties import saved_are_tied, targets_are_tied, tied_embedding
+from adapters_core.formats.peft.heads import tied_embedding
+from adapters_core.formats.peft.ties import saved_are_tied, targets_are_tied
 from adapters_core.formats.unplaced import read_unplaced
 from adapters_core.formats.writing import write_adapter
 from tests.peft import fixtures

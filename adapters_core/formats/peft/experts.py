@@ -27,8 +27,9 @@ from ...layers.modules import ModuleKind, kind_of, weight_shape
 from .config import PeftConfig
 from .factors import Factors
 from .names import Leaf
-from .parameters import SIBLINGS, old_layout
+from .parameters import old_layout
 from .paths import PathRule, any_layer
+from .routers import SIBLINGS
 from .targets import is_target, is_target_parameter, rank_and_scale
 
 __all__ = ["ExpertMapping", "expert_block", "switch_block"]

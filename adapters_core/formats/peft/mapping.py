@@ -21,12 +21,14 @@ from ..protocol import Mapped
 from .config import PeftConfig
 from .experts import ExpertMapping, switch_block
 from .factors import Contents, Factors, sort_tensors
+from .heads import tied_embedding
 from .module_factors import left_out, module_weights
 from .names import HEADS, Leaf, is_head
-from .parameters import old_layout, router_name, router_place, target_weight, transposed_weights
+from .parameters import old_layout, target_weight, transposed_weights
 from .paths import any_layer, find_rule
+from .routers import router_name, router_place
 from .targets import all_linear, is_target, rank_and_scale
-from .ties import TIED_NAMES, targets_are_tied, tied_embedding
+from .ties import TIED_NAMES, targets_are_tied
 from .tokens import token_indices, token_weights
 from .whole import WholeMapping
 

@@ -27,10 +27,11 @@ from ...layers.module_weights import ModuleWeights
 from ...layers.modules import ModuleKind, is_quantized, kind_of, weight_shape
 from .config import PeftConfig
 from .copies import changed_rows, is_copy
+from .heads import tied_embedding
 from .names import HEADS, WholeName, is_head
 from .paths import PathRule
 from .targets import is_saved_whole
-from .ties import saved_are_tied, tied_embedding
+from .ties import saved_are_tied
 from .tokens import MAX_ROWS, has_rows, row_weights
 
 __all__ = ["WholeMapping"]
