@@ -1,68 +1,22 @@
-"""What the generation thread owns, and the only door through which others reach it.
+"""The only door through which others reach what the generation thread owns.
 
-ModelContext is touched by the generation thread alone. ModelContainer lives on the event loop: it hands a
-function over to that thread and waits. Knows nothing of adapter names, requests or HTTP.
+It lives on the event loop: it hands a function over to that thread and waits. Knows nothing of adapter names,
+requests or HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
-import mlx.nn as nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-from adapters_core.bank import AdapterBank
-from adapters_core.mixed.residents import RowAdapters, row_key
-from adapters_core.mixed.routing import RoutedModel, Routing
-
+from .context import ModelContext
 from .messages import Update
-from .model import LoadedModel
-from .prompt_cache import PromptCache
 
-__all__ = ["ModelContainer", "ModelContext"]
+__all__ = ["ModelContainer"]
 
 _T = TypeVar("_T")
-
-
-@dataclass(slots=True)
-class ModelContext:
-    """The resident model and all that hangs on it.
-
-    `fusion` is what undoes the fused adapter (None when none is fused) and `fused_digest` that adapter's
-    digest: whoever changes one changes both, in one update that drains.
-    """
-
-    model: nn.Module
-    tokenizer: TokenizerWrapper
-    config: dict[str, Any]
-    digest: str
-    bank: AdapterBank
-    routed: RoutedModel
-    prompt_cache: PromptCache
-    fusion: Any = None
-    fused_digest: str | None = None
-
-    @classmethod
-    def build(cls, loaded: LoadedModel, prompt_cache_bytes: int) -> Self:
-        """The context of a model that was just loaded, with no adapter resident."""
-        routing = Routing()
-        return cls(
-            model=loaded.model,
-            tokenizer=loaded.info.tokenizer,
-            config=loaded.info.config,
-            digest=loaded.info.digest,
-            bank=AdapterBank(loaded.model, routing),
-            routed=RoutedModel(loaded.model, routing),
-            prompt_cache=PromptCache(prompt_cache_bytes),
-        )
-
-    def cache_key(self, row: RowAdapters) -> Hashable:
-        """What a row's KV caches are computed with: the base, what is fused into it, and its adapters."""
-        return (self.digest, self.fused_digest, row_key(row))
 
 
 class ModelContainer:

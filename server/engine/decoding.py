@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
 
 from .cache_kinds import bears_padding, serves_anywhere
-from .container import ModelContext
+from .context import ModelContext
 from .messages import ChoiceFinished, Event, Finished, FinishReason, Token
 from .requests import Reading, Request
 from .sampling import make_processors, make_sampler, read_logprobs

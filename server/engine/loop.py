@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from .container import ModelContext
+from .context import ModelContext
 from .decoding import Decoder
 from .errors import InvalidSubmitError
 from .messages import Cancel, Event, Failed, Scoring, Submit, Update

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from adapters_core.mixed.residents import RowAdapters
 
-if TYPE_CHECKING:
-    from .container import ModelContext
+from .context import ModelContext
 
 __all__ = [
     "Cancel",

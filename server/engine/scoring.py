@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .container import ModelContext
+from .context import ModelContext
 from .messages import Event, Finished, Scored
 from .requests import Request
 from .scheduler import LoopOptions, Scheduler, StepWork

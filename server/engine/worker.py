@@ -18,7 +18,7 @@ from typing import TypeVar
 import mlx.core as mx
 import structlog
 
-from .container import ModelContext
+from .context import ModelContext
 from .errors import EngineStoppedError
 from .loop import GenerationLoop, LoopOptions, LoopStats
 from .messages import Cancel, Event, Message, Scoring, Stop, Submit, Update

@@ -28,7 +28,8 @@ from server.adapters.folder import AdapterFolders
 from server.adapters.pins import Pin
 from server.adapters.service import AdapterService, ServiceOptions
 from server.app import create_app
-from server.engine.container import ModelContainer, ModelContext
+from server.engine.container import ModelContainer
+from server.engine.context import ModelContext
 from server.engine.engine import Engine, Generation
 from server.engine.loop import LoopOptions
 from server.engine.messages import Failed, SamplingParams, Submit, Token

@@ -32,7 +32,8 @@ from server.adapters.errors import (
     UnknownModelError,
 )
 from server.adapters.saving.models import config_of
-from server.engine.container import ModelContainer, ModelContext
+from server.engine.container import ModelContainer
+from server.engine.context import ModelContext
 from tests.adapters.support import (
     Held,
     House,

@@ -30,7 +30,8 @@ from server.adapters.keeping.private import PrivateFolder
 from server.adapters.looks import unchanged_seconds
 from server.adapters.paging.reading import MAX_LOADS
 from server.adapters.source import Made
-from server.engine.container import ModelContainer, ModelContext
+from server.engine.container import ModelContainer
+from server.engine.context import ModelContext
 from tests.adapters.support import House, answer_of, house, read_model, turns
 from tests.adapters.test_paging import Watched
 from tests.adapters.test_saving import no_large_files

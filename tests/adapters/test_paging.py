@@ -26,7 +26,8 @@ from server.adapters.errors import (
     UnknownModelError,
 )
 from server.adapters.pins import Pin
-from server.engine.container import ModelContainer, ModelContext
+from server.engine.container import ModelContainer
+from server.engine.context import ModelContext
 from tests.adapters.support import NAMES, House, answer_of, house, in_memory, read_model, tokens_of, turns
 from tests.models import adapter_tensors, adapter_values, make_adapter, write_adapter
 

@@ -27,7 +27,8 @@ from server.adapters.keeping.private import PrivateFolder
 from server.adapters.names import Name, checkpoint_of, parse_name
 from server.adapters.source import Made
 from server.adapters.versions import Entry
-from server.engine.container import ModelContainer, ModelContext
+from server.engine.container import ModelContainer
+from server.engine.context import ModelContext
 from tests.adapters.support import House, Site, answer_of, house, in_memory, read_model, tokens_of
 from tests.adapters.test_paging import Watched
 from tests.models import make_adapter

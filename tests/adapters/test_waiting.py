@@ -13,7 +13,8 @@ import pytest
 from server.adapters.errors import AdapterMemoryBusyError, AdapterMemoryError, UnknownModelError
 from server.adapters.gate import Gate
 from server.adapters.memory.line import Line
-from server.engine.container import ModelContainer, ModelContext
+from server.engine.container import ModelContainer
+from server.engine.context import ModelContext
 from server.engine.messages import SamplingParams, Submit
 from tests.adapters.support import NAMES, house, site, tokens_of, turns
 

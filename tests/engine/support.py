@@ -14,7 +14,7 @@ from mlx_lm.models import gemma3_text
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from server.engine.container import ModelContext
+from server.engine.context import ModelContext
 from server.engine.loop import GenerationLoop, LoopOptions
 from server.engine.messages import (
     ChoiceFinished,

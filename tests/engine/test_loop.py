@@ -11,7 +11,7 @@ from mlx_lm.tuner.utils import load_adapters
 
 from adapters_core.container import AdapterContainer
 from adapters_core.mixed.residents import RowAdapters
-from server.engine.container import ModelContext
+from server.engine.context import ModelContext
 from server.engine.errors import EngineStoppedError, InvalidSubmitError
 from server.engine.loop import GenerationLoop
 from server.engine.messages import Cancel, ChoiceFinished, Failed, Finished, SamplingParams, Update

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from adapters_core.container import AdapterContainer
 from adapters_core.mixed.residents import RowAdapters, make_row, row_key
-from server.engine.container import ModelContext
+from server.engine.context import ModelContext
 from server.engine.errors import EngineStoppedError
 from server.engine.loop import GenerationLoop, LoopOptions
 from server.engine.messages import (

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from adapters_core.container import AdapterContainer
 from adapters_core.layers.surgery import replace_modules
 from adapters_core.mixed.residents import ResidentAdapter
-from server.engine.container import ModelContext
+from server.engine.context import ModelContext
 
 __all__ = ["FusedLayers", "install", "take_out"]
 

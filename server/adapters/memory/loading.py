@@ -17,7 +17,8 @@ from adapters_core.container import AdapterContainer
 from adapters_core.formats.reading import least_memory_bytes
 from adapters_core.layers.module_weights import ModuleWeights
 from adapters_core.mixed.residents import ResidentAdapter
-from server.engine.container import ModelContainer, ModelContext
+from server.engine.container import ModelContainer
+from server.engine.context import ModelContext
 
 from ..aside import run_aside
 from ..errors import AdapterMemoryError
