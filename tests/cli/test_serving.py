@@ -143,7 +143,8 @@ def test_terminate_is_graceful_too(serve: Serve, model_path: Path) -> None:
 def test_a_second_interrupt_stops_at_once(serve: Serve, model_path: Path) -> None:
     serving = serve("serve", str(model_path), "--shutdown-timeout-seconds", "3600")
     with endless(serving.url) as answer:
-        assert next(answer.iter_lines()).startswith("data:")
+        lines = answer.iter_lines()  # whoever lets go of it hangs up
+        assert next(lines).startswith("data:")
         serving.process.send_signal(signal.SIGINT)
         assert serving.process.stderr is not None
         for line in serving.process.stderr:
