@@ -35,14 +35,15 @@ _log = structlog.get_logger(__name__)
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process here and now, with everything written out.
+    """End the process here and now, with everything written out that can be.
 
     Python's own way out waits for a thread that loads a model, and can abort the process while a thread that
     used MLX is still giving up what it has: that goes on after the thread can be joined.
     """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for flush in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
+        # A signal comes in the middle of anything: what is being written just then cannot be flushed.
+        with contextlib.suppress(RuntimeError, OSError, ValueError):
+            flush()
     os._exit(code)
 
 
@@ -164,9 +165,12 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal has come. Unlike uvicorn's own, a graceful stop is not followed by dying of the signal."""
         if not self.started or (self.should_exit and sig == signal.SIGINT):
-            self._on_end()
+            with contextlib.suppress(RuntimeError):  # as in end_process
+                self._on_end()
             end_process(128 + sig)
         if not self.should_exit:
             self.should_exit = True
             seconds = self._finish_seconds
-            self._say(f"Stopping: requests in flight have {seconds} s to finish; Ctrl-C again stops at once.")
+            text = f"Stopping: requests in flight have {seconds} s to finish; Ctrl-C again stops at once."
+            # Not from here: a line of the log may be being written.
+            asyncio.get_running_loop().call_soon_threadsafe(self._say, text)
