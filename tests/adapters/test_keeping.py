@@ -6,7 +6,7 @@ import asyncio
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,7 @@ from server.adapters.keeping.private import PrivateFolder
 from server.adapters.looks import unchanged_seconds
 from server.adapters.paging.reading import MAX_LOADS
 from server.adapters.source import Made
-from server.engine.container import ModelContainer
-from server.engine.context import ModelContext
-from tests.adapters.support import House, answer_of, house, read_model, turns
+from tests.adapters.support import Held, House, answer_of, house, read_model, turns
 from tests.adapters.test_paging import Watched
 from tests.adapters.test_saving import no_large_files
 from tests.models import make_adapter
@@ -300,29 +298,10 @@ async def test_a_private_folder_that_was_removed_is_made_again(
     assert [path.name for path in kept.iterdir()] == ["versions-of-another-kind"]
 
 
-class Stalled(ModelContainer):
-    """A real container that holds one `perform` up until it is open, the next when it is told to."""
-
-    def __init__(self, inner: ModelContainer) -> None:
-        self._inner = inner
-        self.holds_next = False
-        self.reached, self.open = asyncio.Event(), asyncio.Event()
-
-    async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
-        return await self._inner.update(fn, drain=drain)
-
-    async def perform(self, fn: Callable[[ModelContext], Any]) -> Any:
-        if self.holds_next:
-            self.holds_next = False
-            self.reached.set()
-            await self.open.wait()
-        return await self._inner.perform(fn)
-
-
 async def test_no_copy_waits_for_another(model_path: Path, own_root: Path) -> None:
-    async with house(model_path, own_root, wrap=Stalled) as tiny:
+    async with house(model_path, own_root, wrap=Held) as tiny:
         container = tiny.container
-        assert isinstance(container, Stalled)
+        assert isinstance(container, Held)
         await tiny.service.load("a")
         tiny.service.keeper.drop(tiny.service.registry.get("a").current)
         rewrite(model_path, own_root / "a", 54)
