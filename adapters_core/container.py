@@ -25,7 +25,7 @@ from .formats.mlx import MlxFormat
 from .formats.protocol import AdapterFormat, FormatName, Mapped, ModulesFormat
 from .formats.weights import WEIGHTS_FILE, digest_of, save_weights
 from .fusing.fusion import FuseReport, Fusion, Precision, fuse_layers
-from .layers.kinds import AdaptedLayer, DoRALayer, LoRALayer, adapted, with_weights
+from .layers.kinds import AdaptedLayer, DoRALayer, adapted, is_lora, with_weights
 from .layers.module_weights import ModuleWeights
 from .layers.surgery import Modes, Surgery, copy_modes, replace_modules
 from .layers.targets import is_wrapper, module_at, named_modules, resolve_targets
@@ -307,10 +307,7 @@ def require_bare(model: nn.Module) -> None:
 
 def _require_no_adapter(model: nn.Module) -> None:
     # The wrappers of a bank are seen through: checking an adapter against a served model is its business.
-    _refuse(
-        model,
-        lambda module: isinstance(module, LoRALayer) if is_wrapper(module) else "lora_a" in module,
-    )
+    _refuse(model, lambda module: is_lora(module) if is_wrapper(module) else "lora_a" in module)
 
 
 def _refuse(model: nn.Module, carries: Callable[[nn.Module], bool]) -> None:

@@ -141,8 +141,9 @@ GAP = Column("between tokens, ms", "gap_seconds", factor=1000, digits=0)
 class Case:
     """A comparison. `stage` is the name of those that share their measures, by default the case alone.
 
-    `rounds` replaces the run's number of rounds where only one makes sense. `remarks` reads the samples and
-    says what does not mean what it seems to.
+    `rounds` replaces the run's number of rounds where only one makes sense. `round_seconds` is about what a
+    round takes on a slow machine, beside the other cases' of its stage: it says how cases share a limited
+    time, and no figure comes of it. `remarks` reads the samples and says what does not mean what it seems to.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Case:
     columns: tuple[Column, ...] = (RATE, FIRST_TOKEN, GAP)
     stage: str = ""
     rounds: int | None = None
+    round_seconds: float = 30
     remarks: Callable[[Samples], list[str]] = field(default=lambda samples: [])
 
     @property

@@ -16,7 +16,7 @@ from benchmarks.case import Case, Measure, Sample, Samples
 from benchmarks.processes import ProcessError
 from benchmarks.sides import Side, SideContext, SideKind, SideSpec, open_side
 
-__all__ = ["CaseOutcome", "Progress", "measures_of", "order_of_round", "run_cases", "run_rounds"]
+__all__ = ["CaseOutcome", "Progress", "measures_of", "order_of_round", "run_cases", "run_rounds", "share_of"]
 
 Progress = Callable[[str], None]
 
@@ -35,13 +35,14 @@ async def run_cases(
 ) -> list[CaseOutcome]:
     """Measure stage after stage, those with a peer last; the outcomes are in the order of the cases.
 
-    A stage that fails leaves its cases without samples and the others as they are. A measure that would not
-    end before `until`, on the clock of `time.perf_counter`, is not measured again.
+    A stage that fails leaves its cases without samples and the others as they are. What is left `until` then,
+    on the clock of `time.perf_counter`, is shared between the stages, so that all have about as many rounds:
+    a measure that would not end within its stage's share is not measured again.
     """
     stages: dict[str, list[Case]] = {}
     for case in cases:
         stages.setdefault(case.measured_with, []).append(case)
-    # A peer takes the most time, so that it is what loses rounds when the time is up.
+    # A peer takes the most time, and the last stage has what the others have left of theirs.
     stages = dict(sorted(stages.items(), key=lambda stage: _has_peer(stage[1])))
     outcomes: dict[str, CaseOutcome] = {}
     for number, (name, members) in enumerate(stages.items(), 1):
@@ -49,8 +50,11 @@ async def run_cases(
         def tell(text: str, head: str = f"[{number}/{len(stages)}] {name}: ") -> None:
             progress(head + text)
 
+        left = [case for case in cases if case.name not in outcomes]
+        share = share_of(members, left, rounds)
+        now = time.perf_counter()
         try:
-            samples = await _run_stage(members, context, rounds, tell, until)
+            samples = await _run_stage(members, context, rounds, tell, now + share * (until - now))
         except (AdapterError, ProcessError, OSError, ValueError) as error:
             tell(f"failed: {str(error).splitlines()[0]}")
             outcomes |= {case.name: CaseOutcome(case, failure=str(error)) for case in members}
@@ -99,6 +103,15 @@ async def run_rounds(
             samples[measure][index] = await measure.run(sides[measure.side], index)
             took_seconds[measure] = time.perf_counter() - start
     return samples
+
+
+def share_of(cases: Sequence[Case], left: Sequence[Case], rounds: int) -> float:
+    """Which part of the time that is left for the cases `left` is that of `cases`, which are among them."""
+    return _seconds_of(cases, rounds) / _seconds_of(left, rounds)
+
+
+def _seconds_of(cases: Sequence[Case], rounds: int) -> float:
+    return sum(case.round_seconds * (rounds if case.rounds is None else case.rounds) for case in cases)
 
 
 def _has_peer(cases: Sequence[Case]) -> bool:

@@ -8,6 +8,7 @@ package put into the model are seen through to the module they stand for. Change
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import mlx.nn as nn
@@ -89,12 +90,19 @@ def adaptable_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         UnsupportedModelError: they are not reachable as `model.layers`.
     """
+    return _located_layers(model, named_modules(model))
+
+
+def _located_layers(
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]]
+) -> list[tuple[str, nn.Module]]:
+    """As `adaptable_layers`, with all of the model's `modules` at hand."""
     layers = getattr(model, "layers", None)
     if not isinstance(layers, Sequence) or not layers:
         raise UnsupportedModelError(
             [f"expected the model's layers as a list at model.layers; {type(model).__name__} has none there"]
         )
-    paths = {id(module): path for path, module in reversed(named_modules(model))}
+    paths = {id(module): path for path, module in reversed(modules)}
     lost = [
         index
         for index, layer in enumerate(layers)
@@ -107,13 +115,27 @@ def adaptable_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(paths[id(layer)], layer) for layer in layers]
 
 
+def _by_layer(
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]]
+) -> list[tuple[str, list[tuple[str, nn.Module]]]]:
+    """The path of each layer, and those of the model's `modules` that lie in it, by their paths there."""
+    places = {path: place for place, (path, _) in reversed(list(enumerate(modules)))}
+    found: list[tuple[str, list[tuple[str, nn.Module]]]] = []
+    for path, layer in _located_layers(model, modules):
+        # What lies in a module follows it: one walk of the whole model, which a load waits for, is enough.
+        after, head = modules[places[path] + 1 :], f"{path}."
+        inside = takewhile(lambda each, head=head: each[0].startswith(head), after)
+        found.append((path, [("", layer), *((inner.removeprefix(head), module) for inner, module in inside)]))
+    return found
+
+
 def default_keys(model: nn.Module) -> list[str]:
     """Paths, relative to a layer, of all modules that can be adapted, in order of appearance."""
     return list(
         dict.fromkeys(
             key
-            for _, layer in adaptable_layers(model)
-            for key, module in named_base_modules(layer)
+            for _, modules in _by_layer(model, named_base_modules(model))
+            for key, module in modules
             if kind_of(module) is not None
         )
     )
@@ -135,7 +157,8 @@ def resolve_targets(model: nn.Module, config: AdapterConfig, source: str = "conf
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module], list[str]]:
     """As `resolve_targets`, with the problems returned beside the targets that are well."""
-    layers = [(path, named_base_modules(layer)) for path, layer in adaptable_layers(model)]
+    everywhere = named_base_modules(model)
+    layers = _by_layer(model, everywhere)
     given = config.lora_parameters.keys
     keys = set(given if given is not None else _mlx_lm_keys(layers))
     # -0 as a start is the whole list: no number of layers, or a negative one, means all.
@@ -148,7 +171,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
             if key in keys:
                 matched[f"{path}.{key}" if key else path] = module
                 used.add(key)
-    for path, module in named_base_modules(model):
+    for path, module in everywhere:
         if path in keys:
             if path in matched:
                 problems.append(f"{path} is named twice by the keys, in full and relative to its layer")

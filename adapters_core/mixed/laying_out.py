@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import cast
 
 import mlx.core as mx
@@ -70,9 +71,9 @@ def _group_layout(
     default: mx.Dtype,
 ) -> GroupLayout:
     """A dtype that holds the file's and the layers', and the ranks in their buckets."""
-    numbers = [mx.zeros(1, compute_dtype(modules[path], default)) for path in paths]
-    numbers += [mx.zeros(1, weights[path].lora_a.dtype) for path in paths]
-    dtype = sum(numbers[1:], numbers[0]).dtype
+    dtypes = {compute_dtype(modules[path], default) for path in paths}
+    dtypes |= {weights[path].lora_a.dtype for path in paths}
+    dtype = reduce(_common_dtype, dtypes)
     projections = []
     for path in paths:
         out_size, in_size = weight_shape(modules[path])[-2:]
@@ -91,6 +92,11 @@ def _group_layout(
         lookup_only=any(weights[path].lookup_only for path in paths),
         by_feature=any(weights[path].by_feature for path in paths),
     )
+
+
+def _common_dtype(one: mx.Dtype, other: mx.Dtype) -> mx.Dtype:
+    """What MLX computes a sum of both in."""
+    return (mx.zeros(1, one) + mx.zeros(1, other)).dtype
 
 
 def _factors(module: nn.Module, weights: ModuleWeights, scale: float, default: mx.Dtype) -> Factors:

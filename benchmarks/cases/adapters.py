@@ -75,6 +75,7 @@ def case(sizes: Sizes) -> Case:
         ),
         stage=STAGE,
         remarks=remarks,
+        round_seconds=34,
     )
 
 

@@ -96,4 +96,5 @@ def case(sizes: Sizes) -> Case:
         ),
         stage=STAGE,
         rounds=1,
+        round_seconds=57,
     )

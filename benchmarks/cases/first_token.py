@@ -95,6 +95,7 @@ def case(sizes: Sizes) -> Case:
         ),
         columns=(FIRST_TOKEN, Column("p95, ms", "first_token_seconds", Statistic.P95, 1000, 0)),
         stage=STAGE,
+        round_seconds=13,
     )
 
 

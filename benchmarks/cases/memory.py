@@ -97,4 +97,5 @@ def case(sizes: Sizes) -> Case:
         ),
         stage=STAGE,
         rounds=1,
+        round_seconds=4,
     )

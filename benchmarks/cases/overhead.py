@@ -32,4 +32,5 @@ def case(sizes: Sizes) -> Case:
             ),
         ),
         stage=STAGE,
+        round_seconds=10,
     )

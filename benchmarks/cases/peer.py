@@ -29,6 +29,7 @@ def case(sizes: Sizes) -> Case:
             _figure(f"{over} {sizes.many_adapters} adapters, against mlx_lm.server", pairs[2], 12),
         ),
         stage=STAGE,
+        round_seconds=175,
     )
 
 

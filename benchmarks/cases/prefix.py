@@ -87,4 +87,5 @@ def case(sizes: Sizes) -> Case:
             Column("of them cached", "cached_tokens", digits=0),
         ),
         stage=STAGE,
+        round_seconds=7,
     )

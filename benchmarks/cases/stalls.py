@@ -154,4 +154,5 @@ def case(sizes: Sizes) -> Case:
             Column("all loads, ms", "acting_seconds", Statistic.MEDIAN, 1000, 0),
         ),
         stage=STAGE,
+        round_seconds=11,
     )

@@ -67,9 +67,14 @@ class ZipfMeasure:
         return None
 
     async def prepare(self, side: Side) -> None:
-        """Short requests by the same law, so that those adapters are resident that it would leave so."""
+        """Load the adapters that requests by the same law would leave resident, and use some of them."""
         questions = self._questions(0, self.warm_up_requests, 1)
-        await side.ask([replace(each, prompt="Hello!") for each in questions], in_flight=self.in_flight)
+        last = list(dict.fromkeys(question.adapter for question in reversed(questions)))
+        for adapter in reversed(last[: self.side.memory_adapters]):
+            if adapter is not None:
+                await side.load(adapter)
+        asked = [replace(each, prompt="Hello!") for each in questions[-self.in_flight :]]
+        await side.ask(asked, in_flight=self.in_flight)
 
     async def run(self, side: Side, round_index: int) -> Sample:
         """Every adapter that comes into memory is a miss: one more is resident then, or another has left.
@@ -141,4 +146,5 @@ def case(sizes: Sizes) -> Case:
             ),
         ),
         columns=COLUMNS,
+        round_seconds=65,
     )

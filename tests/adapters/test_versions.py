@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,11 +23,10 @@ from server.adapters.errors import (
 from server.adapters.folder import AdapterFolder
 from server.adapters.keeping.private import PrivateFolder
 from server.adapters.names import Name, checkpoint_of, parse_name
+from server.adapters.paging.reading import MAX_LOADS
 from server.adapters.source import Made
 from server.adapters.versions import Entry
-from server.engine.container import ModelContainer
-from server.engine.context import ModelContext
-from tests.adapters.support import House, Site, answer_of, house, in_memory, read_model, tokens_of
+from tests.adapters.support import House, Site, answer_of, house, in_memory, read_model, tokens_of, turns
 from tests.adapters.test_paging import Watched
 from tests.models import make_adapter
 
@@ -298,44 +295,31 @@ async def test_what_was_made_in_memory_comes_back_from_its_copy_and_is_refused_w
         assert (tiny.service.registry.entries, await tiny.residents()) == ([], 0)
 
 
-class Paused(ModelContainer):
-    """A real container that holds one update up until it is open, the next when it is told to."""
-
-    def __init__(self, inner: ModelContainer) -> None:
-        self._inner = inner
-        self.holds_next = False
-        self.reached, self.open = asyncio.Event(), asyncio.Event()
-
-    async def update(self, fn: Callable[[ModelContext], Any], *, drain: bool = False) -> Any:
-        if self.holds_next:
-            self.holds_next = False
-            self.reached.set()
-            await self.open.wait()
-        return await self._inner.update(fn, drain=drain)
-
-    async def perform(self, fn: Callable[[ModelContext], Any]) -> Any:
-        return await self._inner.perform(fn)
-
-
 async def test_a_made_version_comes_after_one_that_a_request_found_meanwhile(
     model_path: Path, own_root: Path, size_bytes: int, expected: dict[str, list[int]]
 ) -> None:
-    async with house(model_path, own_root, memory_bytes=2 * size_bytes, wrap=Paused) as tight:
-        container = tight.container
-        assert isinstance(container, Paused)
+    async with house(model_path, own_root, memory_bytes=2 * size_bytes) as tight:
+        reading = tight.service._finder._placer.reader.turns
         for name in ("a", "b", "c"):
             await tight.answer(name)
-        container.holds_next = True
+        for _ in range(MAX_LOADS):
+            await reading.acquire()  # from now on one load at a time gets on, when it is let
         made, weights = Made({"method": "test"}), weights_of(model_path, own_root / "e")
         replacing = asyncio.create_task(tight.service.load_made("a", made, weights, replace=True))
-        try:
-            async with asyncio.timeout(20):
-                await container.reached.wait()
-            found = rewrite(model_path, own_root / "a", 93)
-            assert await tight.answer("a") == found
-            assert tight.service.registry.get("a").current.number == 2
-        finally:
-            container.open.set()  # or the house could not close
+        await turns(tight, 30)
+        reading.release()
+        await reading.acquire()  # what was made has been checked
+        await turns(tight, 30)
+        found = rewrite(model_path, own_root / "a", 93)
+        request = asyncio.create_task(tight.answer("a"))
+        await turns(tight, 30)
+        reading.release()
+        await reading.acquire()  # version 1 has been kept; then the request came before what was made
+        assert await request == found
+        assert tight.service.registry.get("a").current.number == 2
+        assert not replacing.done()
+        for _ in range(MAX_LOADS):
+            reading.release()
         assert (await replacing).entry.current.number == 3
         assert await tight.answer("a") == expected["e"]
         assert (await tight.service.roll_back("a")).current.number == 2

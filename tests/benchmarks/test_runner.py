@@ -15,7 +15,7 @@ from benchmarks.case import Case, Figure, Goal, Measure, Sample, Term
 from benchmarks.library import AdapterLibrary
 from benchmarks.loads import LoadMeasure, stories
 from benchmarks.report import agreement, figure_spread
-from benchmarks.runner import measures_of, order_of_round, run_cases, run_rounds
+from benchmarks.runner import measures_of, order_of_round, run_cases, run_rounds, share_of
 from benchmarks.sides import Side, SideContext, SideKind, SideSpec
 from benchmarks.summary import Statistic, percentile, spread
 
@@ -82,6 +82,16 @@ async def test_stages_with_a_peer_run_last(tmp_path: Path) -> None:
     assert [outcome.case.name for outcome in outcomes] == [str(kind) for kind in kinds]
     assert told[0].startswith("[1/2] BatchGenerator: ")
     assert told[-1].startswith("[2/2] mlx_lm.server: failed")
+
+
+def test_stages_share_the_time_by_what_their_rounds_take() -> None:
+    short, long, once = (
+        Case(name, "", (), round_seconds=seconds, rounds=rounds)
+        for name, seconds, rounds in (("short", 1, None), ("long", 3, None), ("once", 4, 1))
+    )
+    assert share_of([short], [short, long, once], 4) == 4 / (4 + 12 + 4)
+    assert share_of([long], [long, once], 4) == 12 / (12 + 4)
+    assert share_of([long, once], [long, once], 4) == 1
 
 
 @given(st.integers(1, 9), st.integers(1, 9))

@@ -17,13 +17,13 @@ from adapters_core.container import AdapterContainer
 from adapters_core.formats.reading import least_memory_bytes
 from adapters_core.layers.module_weights import ModuleWeights
 from adapters_core.mixed.residents import ResidentAdapter
-from server.engine.container import ModelContainer
 from server.engine.context import ModelContext
 
 from ..aside import run_aside
 from ..errors import AdapterMemoryError
 from ..folder import AdapterFolder, AdapterFolders
 from ..source import read_folder
+from .updates import BankUpdates
 
 __all__ = [
     "Unfinished",
@@ -91,25 +91,25 @@ def known_as(prepared: PreparedAdapter, resident: ResidentAdapter) -> PreparedAd
 
 
 async def exchange(
-    container: ModelContainer, prepared: PreparedAdapter, leaving: Iterable[ResidentAdapter]
+    updates: BankUpdates, prepared: PreparedAdapter, leaving: Iterable[ResidentAdapter]
 ) -> Unfinished | None:
     """Take `leaving` out of the bank and put `prepared` in, in one step, so that slots are used again.
 
     Returns what became of it if it failed midway: the caller brings its books in line, and raises.
     """
     out = tuple(leaving)
-    return await container.update(lambda context: _exchange(context.bank, prepared, out))
+    return await updates.make(lambda context: _exchange(context.bank, prepared, out))
 
 
 async def remove_residents(
-    container: ModelContainer, residents: Iterable[ResidentAdapter], forgotten: Collection[str]
+    updates: BankUpdates, residents: Iterable[ResidentAdapter], forgotten: Collection[str]
 ) -> int:
     """Take adapters that no row uses out of the bank; returns the bytes that this freed there.
 
     The prompt caches that were computed with one of the digests in `forgotten` go as well.
     """
     leaving = tuple(residents)
-    return await container.update(lambda context: _remove(context, leaving, frozenset(forgotten)))
+    return await updates.make(lambda context: _remove(context, leaving, frozenset(forgotten)))
 
 
 def _prepare(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:

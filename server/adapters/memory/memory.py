@@ -19,6 +19,7 @@ from ..versions import Version
 from .line import Attempt, Line
 from .loading import exchange, remove_residents
 from .residency import Reservation, Residency
+from .updates import BankUpdates
 
 __all__ = ["Memory"]
 
@@ -37,6 +38,7 @@ class Memory:
         self.residency = residency
         self.line = line
         self._container = container
+        self._updates = BankUpdates(container)
         self._bank: AdapterBank | None = None
 
     async def bank(self) -> AdapterBank:
@@ -70,7 +72,7 @@ class Memory:
         reservation.size_bytes = version.size_bytes
         try:
             leaving = self.residency.make_room(reservation)
-            unfinished = await exchange(self._container, prepared, [each.resident for each in leaving])
+            unfinished = await exchange(self._updates, prepared, [each.resident for each in leaving])
             if unfinished is not None:
                 for each in leaving:
                     if each.resident in unfinished.residents:
@@ -96,6 +98,6 @@ class Memory:
         for version in there:
             self.residency.drop(version)
         residents = [version.resident for version in there]
-        freed_bytes = await remove_residents(self._container, residents, forgotten)
+        freed_bytes = await remove_residents(self._updates, residents, forgotten)
         self.line.look_again()
         return freed_bytes

@@ -28,9 +28,10 @@ __all__ = ["MAX_LOADS", "Reader"]
 
 _log = structlog.get_logger(__name__)
 
-MAX_LOADS = 2
-"""Loads that read and lay out at one time: one computes while another waits for the disk. What they hold
-lies outside the budget, so more would take more memory, and on few cores would not be sooner."""
+MAX_LOADS = 8
+"""Loads under way at one time. What they hold lies outside the budget, so more would take more memory; so
+many come into the bank in one gap between two steps, and their requests' prompts are read together."""
+_MAX_READING = 2  # of them: one computes while another waits for the disk; more would hold up the streams
 
 
 class Reader:
@@ -44,6 +45,7 @@ class Reader:
         self, memory: Memory, folders: AdapterFolders, keeper: Keeper, settle_seconds: float | None
     ) -> None:
         self.turns = asyncio.Semaphore(MAX_LOADS)
+        self._reading = asyncio.Semaphore(_MAX_READING)
         self._memory = memory
         self._folders = folders
         self._keeper = keeper
@@ -51,7 +53,8 @@ class Reader:
 
     async def folder(self, folder: AdapterFolder) -> PreparedAdapter:
         """What a folder holds now. Raises as `prepare_folder`."""
-        return await prepare_folder(folder, await self._memory.bank(), self._limit_bytes)
+        async with self._reading:
+            return await prepare_folder(folder, await self._memory.bank(), self._limit_bytes)
 
     async def refuse_too_large(self, folder: AdapterFolder) -> None:
         """Raises AdapterMemoryError if what a folder holds can never fit; reads headers alone."""
@@ -59,12 +62,13 @@ class Reader:
 
     async def made(self, name: str, weights: Mapping[str, ModuleWeights]) -> ResidentAdapter:
         """What an adapter of modules called `name` will be in memory. Raises as `check_made`."""
-        return await check_made(name, weights, await self._memory.bank(), self._limit_bytes)
+        async with self._reading:
+            return await check_made(name, weights, await self._memory.bank(), self._limit_bytes)
 
     async def copy(self, version: Version) -> PreparedAdapter:
         """What was loaded, from a version's private copy, else from its folder. Raises as `Keeper.read`."""
         try:
-            return await self._keeper.read(version)
+            return await self._read_copy(version)
         except (VersionGoneError, VersionUnreadableError) as error:
             if isinstance(version.source, AdapterFolder):
                 with suppress(AdapterError, LifeCycleError):
@@ -89,7 +93,7 @@ class Reader:
             if not version.kept:
                 raise
             _log.warning("adapter_read_from_copy", adapter=adapter_id, reason=str(error))
-        return await self._keeper.read(version)
+        return await self._read_copy(version)
 
     async def _from_folder(self, adapter_id: str, version: Version, folder: AdapterFolder) -> PreparedAdapter:
         try:
@@ -111,7 +115,12 @@ class Reader:
         return await asyncio.to_thread(unchanged_seconds, folder) >= self._settle_seconds
 
     async def _prepare_again(self, folder: AdapterFolder) -> PreparedAdapter:
-        return await prepare_again(self._folders, folder, await self._memory.bank(), self._limit_bytes)
+        async with self._reading:
+            return await prepare_again(self._folders, folder, await self._memory.bank(), self._limit_bytes)
+
+    async def _read_copy(self, version: Version) -> PreparedAdapter:
+        async with self._reading:
+            return await self._keeper.read(version)
 
     @property
     def _limit_bytes(self) -> int:
