@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import mlx.core as mx
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -124,7 +125,13 @@ def _make_adapters(settings: Settings, engine: Engine, info: ModelInfo, metrics:
     )
     folders = AdapterFolders(root, configured_folders(settings.adapters, root))
     base = settings.served_model_name or info.model_id
-    return AdapterService(engine.container, info, base, folders, options, metrics.load_seconds.observe)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+
+    def is_held_up() -> bool:
+        return on_cpu and engine.stats.running_rows > 0
+
+    on_load = metrics.load_seconds.observe
+    return AdapterService(engine.container, info, base, folders, options, on_load, is_held_up)
 
 
 def _lifespan(

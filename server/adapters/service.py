@@ -38,6 +38,7 @@ from .memory.memory import Memory
 from .memory.residency import Residency
 from .names import parse_name
 from .options import ServiceOptions
+from .paging.pace import ReadingPace
 from .paging.pinning import Pinner
 from .paging.placing import Accept, Placer
 from .paging.reading import Reader
@@ -70,7 +71,8 @@ class Swapped:
 class AdapterService:
     """The adapters beside the one model in `container`, which is served under the name `base`.
 
-    `on_load` is told how many seconds each load took.
+    `on_load` is told how many seconds each load took. `is_held_up` says whether what a load computes beside
+    the generation takes from running requests.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class AdapterService:
         folders: AdapterFolders,
         options: ServiceOptions,
         on_load: Callable[[float], None] = lambda seconds: None,
+        is_held_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self.registry = Registry(base, lambda versions: self._unloader.released(versions))
         self.residency = Residency(options.memory_bytes)
@@ -98,7 +101,8 @@ class AdapterService:
         self._unloader = unloader = Unloader(self.registry, memory, keeper, tasks, self._releases)
         journal = Journal(self.registry, info, on_load)
         is_watched = options.watched_dir is not None
-        reader = Reader(memory, folders, keeper, options.settle_seconds if is_watched else None)
+        settle_seconds = options.settle_seconds if is_watched else None
+        reader = Reader(memory, folders, keeper, settle_seconds, ReadingPace(is_held_up))
         placer = Placer(self.registry, memory, keeper, reader)
         reloader = Reloader(self.registry, memory, placer, unloader, journal)
         returner = Returner(self.registry, memory, keeper, reader, reloader)

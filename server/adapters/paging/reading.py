@@ -1,4 +1,4 @@
-"""Reads what is to come into memory, a few at a time: folders, private copies, what is made.
+"""Reads what is to come into memory, one at a time: folders, private copies, what is made.
 
 Runs on the event loop; the work itself on threads of its own (`loading`), beside the generation.
 """
@@ -23,6 +23,7 @@ from ..looks import unchanged_seconds
 from ..memory.loading import check_made, prepare_again, prepare_folder, refuse_too_large
 from ..memory.memory import Memory
 from ..versions import Version
+from .pace import ReadingPace
 
 __all__ = ["MAX_LOADS", "Reader"]
 
@@ -31,7 +32,6 @@ _log = structlog.get_logger(__name__)
 MAX_LOADS = 8
 """Loads under way at one time. What they hold lies outside the budget, so more would take more memory; so
 many come into the bank in one gap between two steps, and their requests' prompts are read together."""
-_MAX_READING = 2  # of them: one computes while another waits for the disk; more would hold up the streams
 
 
 class Reader:
@@ -42,10 +42,15 @@ class Reader:
     """
 
     def __init__(
-        self, memory: Memory, folders: AdapterFolders, keeper: Keeper, settle_seconds: float | None
+        self,
+        memory: Memory,
+        folders: AdapterFolders,
+        keeper: Keeper,
+        settle_seconds: float | None,
+        pace: ReadingPace,
     ) -> None:
         self.turns = asyncio.Semaphore(MAX_LOADS)
-        self._reading = asyncio.Semaphore(_MAX_READING)
+        self._pace = pace
         self._memory = memory
         self._folders = folders
         self._keeper = keeper
@@ -53,7 +58,7 @@ class Reader:
 
     async def folder(self, folder: AdapterFolder) -> PreparedAdapter:
         """What a folder holds now. Raises as `prepare_folder`."""
-        async with self._reading:
+        async with self._pace.turn():
             return await prepare_folder(folder, await self._memory.bank(), self._limit_bytes)
 
     async def refuse_too_large(self, folder: AdapterFolder) -> None:
@@ -62,7 +67,7 @@ class Reader:
 
     async def made(self, name: str, weights: Mapping[str, ModuleWeights]) -> ResidentAdapter:
         """What an adapter of modules called `name` will be in memory. Raises as `check_made`."""
-        async with self._reading:
+        async with self._pace.turn():
             return await check_made(name, weights, await self._memory.bank(), self._limit_bytes)
 
     async def copy(self, version: Version) -> PreparedAdapter:
@@ -115,11 +120,11 @@ class Reader:
         return await asyncio.to_thread(unchanged_seconds, folder) >= self._settle_seconds
 
     async def _prepare_again(self, folder: AdapterFolder) -> PreparedAdapter:
-        async with self._reading:
+        async with self._pace.turn():
             return await prepare_again(self._folders, folder, await self._memory.bank(), self._limit_bytes)
 
     async def _read_copy(self, version: Version) -> PreparedAdapter:
-        async with self._reading:
+        async with self._pace.turn():
             return await self._keeper.read(version)
 
     @property
