@@ -1,6 +1,6 @@
 """Decoding with an adapter for each row against the base, on a GPU; random weights in real models' shapes.
 
-    python -m benchmarks.gpu [--models 8b 8b-4bit 1b] [--rows 1 8 32] [--json FILE]
+    python -m benchmarks.gpu [--models 8b 8b-4bit 1b] [--rows 1 8 32] [--kind dora] [--json FILE]
 
 Needs an NVIDIA GPU and `mlx[cuda13]`; no model is downloaded. All sides run in one process and take turns.
 Before anything is timed, the fused kernel is checked against the plain products on the same rows.
@@ -64,13 +64,20 @@ _VOCABULARY = 128256
 class Sides:
     """One model with resident adapters, decoded in turn by several batches."""
 
-    def __init__(self, shape: Shape, adapters: int, rank: int) -> None:
+    def __init__(self, shape: Shape, adapters: int, rank: int, kind: str) -> None:
         self.model: Any = _random_model(shape)
         self.routing = Routing()
         self.routed = RoutedModel(self.model, self.routing)
-        self.forms = {"fused": Kernels(), "fused, not compiled": Kernels(compiles=False), "products": None}
+        self.forms = {
+            "fused with the base": Kernels(),
+            "fused": Kernels(full=False),
+            "fused, not compiled": Kernels(compiles=False),
+            "products": None,
+        }
         bank = AdapterBank(self.model, self.routing)
-        self.adapters = [bank.add(_random_adapter(self.model, rank, index)) for index in range(adapters)]
+        self.adapters = [
+            bank.add(_random_adapter(self.model, rank, kind, index)) for index in range(adapters)
+        ]
 
     def use(self, form: str) -> None:
         """Compute adapters in this form from now on; "base" has none, so that it does not matter."""
@@ -156,10 +163,10 @@ class Batch:
 
 
 def measure(
-    name: str, row_counts: Sequence[int], rank: int, blocks: int, steps: int
+    name: str, row_counts: Sequence[int], rank: int, kind: str, blocks: int, steps: int
 ) -> tuple[list[GpuResult], list[GpuProfile]]:
     """Every side of one model. Raises: RuntimeError if the forms do not agree."""
-    sides = Sides(SHAPES[name], max(row_counts), rank)
+    sides = Sides(SHAPES[name], max(row_counts), rank, kind)
     results: list[GpuResult] = []
     profiles: list[GpuProfile] = []
     for count in row_counts:
@@ -226,7 +233,7 @@ def _random_model(shape: Shape) -> nn.Module:
     return model
 
 
-def _random_adapter(model: nn.Module, rank: int, seed: int) -> PreparedAdapter:
+def _random_adapter(model: nn.Module, rank: int, kind: str, seed: int) -> PreparedAdapter:
     linears = {
         path: module
         for path, module in model.named_modules()
@@ -238,12 +245,15 @@ def _random_adapter(model: nn.Module, rank: int, seed: int) -> PreparedAdapter:
     key = mx.random.key(seed)
     for name, paths in group_projections({p: weight_shape(one)[1] for p, one in linears.items()}).items():
         parts = [Projection(path, rank, *weight_shape(linears[path])[::-1]) for path in paths]
-        groups[name] = GroupLayout(tuple(parts), False, compute_dtype(linears[paths[0]]))
+        groups[name] = GroupLayout(tuple(parts), kind == "dora", compute_dtype(linears[paths[0]]))
         key, mine = mx.random.split(key)
-        rows[name] = (_SIZE * mx.random.normal((groups[name].size,), key=mine)).astype(groups[name].dtype)
+        row = _SIZE * mx.random.normal((groups[name].size,), key=mine)
+        for factors in groups[name].factors.values() if kind == "dora" else ():
+            row[factors] += 1
+        rows[name] = row.astype(groups[name].dtype)
     mx.eval(rows)
     size_bytes = sum(row.nbytes for row in rows.values())
-    resident = ResidentAdapter(f"random-{seed}", "lora", rank, _SCALE, tuple(sorted(linears)), size_bytes)
+    resident = ResidentAdapter(f"random-{seed}", kind, rank, _SCALE, tuple(sorted(linears)), size_bytes)
     return PreparedAdapter(resident, _SCALE, groups, rows)
 
 
@@ -281,6 +291,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--kind", choices=("lora", "dora"), default="lora")
     parser.add_argument("--blocks", type=int, default=15, help="blocks of steps for each side, in turn")
     parser.add_argument("--steps", type=int, default=12, help="decode steps of a block")
     parser.add_argument("--json", type=Path)
@@ -290,23 +301,23 @@ def main() -> None:
     console = Console(width=110)
     results: list[GpuResult] = []
     profiles: list[GpuProfile] = []
+    environment = _environment()
+    console.print(environment)
     for name in options.models:
-        found = measure(name, options.rows, options.rank, options.blocks, options.steps)
+        found = measure(name, options.rows, options.rank, options.kind, options.blocks, options.steps)
         console.print(_table(found[0]), _profile_table(found[1]))
         results += found[0]
         profiles += found[1]
         mx.clear_cache()
-    environment = _environment()
-    console.print(environment)
-    if options.json:
-        report = GpuReport(
-            created=datetime.now(UTC).replace(microsecond=0),
-            environment=environment,
-            options={name: value for name, value in vars(options).items() if name != "json"},
-            results=results,
-            profiles=profiles,
-        )
-        options.json.write_text(report.model_dump_json(indent=2) + "\n")
+        if options.json:  # after each model, so that a run that is cut off keeps what it measured
+            report = GpuReport(
+                created=datetime.now(UTC).replace(microsecond=0),
+                environment=environment,
+                options={name: value for name, value in vars(options).items() if name != "json"},
+                results=results,
+                profiles=profiles,
+            )
+            options.json.write_text(report.model_dump_json(indent=2) + "\n")
 
 
 if __name__ == "__main__":

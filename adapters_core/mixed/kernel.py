@@ -8,7 +8,8 @@ row's input is split over a cluster of eight blocks, which add their parts of A 
 shared memory (NVIDIA Hopper and later; elsewhere each block computes all of it); each block then writes an
 eighth of the outputs. Sums are in float32, and the delta is rounded to the layer's type before it is added,
 as mlx-lm does. The base layers of a group and the kernel are compiled to one function, because the host is
-slower at building graphs than the GPU at computing them. Knows no routing beyond a pass's packed rows.
+slower at building graphs than the GPU at computing them. Where full_kernel.py can, it takes the place of
+both. Knows no routing beyond a pass's packed rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers.modules import compute_dtype
+from .full_kernel import FullKernels, full_fits, full_forward, full_kernels
+from .full_kernel_source import row_tiles
 from .kernel_source import kernel_source
 from .layout import GroupLayout
 from .plan import Pass
@@ -46,13 +49,15 @@ def on_cuda() -> bool:
 class Kernels:
     """One kernel for each shape of group and type of input, made when first asked for.
 
-    With `compiles` False, base layers and kernel stay apart, which only a benchmark has a use for.
+    With `compiles` False, base layers and kernel are no one function, and with `full` False, all base
+    layers compute for themselves, which only a benchmark has a use for.
     """
 
-    def __init__(self, compiles: bool = True) -> None:
+    def __init__(self, compiles: bool = True, full: bool = True) -> None:
         capability = mx.device_info(mx.default_device()).get("compute_capability_major", 0)
         self._clusters = int(capability) >= _CLUSTERS_SINCE
         self._compiles = compiles
+        self._full = full and compiles and self._clusters
         self._made: dict[str, _Function] = {}
         self._compiled: dict[tuple[Any, ...], _Function] = {}
 
@@ -74,22 +79,44 @@ class Kernels:
             self._made[name] = cast(_Function, kernel)
         return self._made[name]
 
+    def full(self, layout: GroupLayout, dtype: mx.Dtype, tiles: int) -> FullKernels:
+        """The kernels that compute base layers as well, for batches of so many tiles of rows."""
+        return full_kernels(layout, dtype, tiles)
+
     def compiled(
-        self, kernel: _Function, form: dict[str, Any], linears: Sequence[nn.Module], slots: int
+        self, kernel: _Function, one: Pass, stack: Stack, dtype: mx.Dtype, linears: Mapping[str, nn.Module]
     ) -> _Function | None:
-        """Base layers and kernel as one function of (x, slab, packed, *the arrays of `linears`).
+        """The layers of a group as one function of (x, slab, packed, *the arrays of the layers).
 
         Layers of the same form share it. None if these are not to be compiled.
         """
-        if not self._compiles or any(type(one) not in (nn.Linear, nn.QuantizedLinear) for one in linears):
+        layout, rows = stack.layout, one.packed.shape[0]
+        mine = [linears[projection.path] for projection in layout.projections]
+        if not self._compiles or any(type(linear) not in (nn.Linear, nn.QuantizedLinear) for linear in mine):
             return None
-        key = (kernel, form["grid"], slots, *(_form(linear) for linear in linears))
+        full = self._full and full_fits(layout, dtype, linears, one)
+        key = (kernel, full, rows, stack.slab.shape[0], *(_form(linear) for linear in mine))
         if key not in self._compiled:
             if len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.clear()
-            # Copies to put other layers' arrays into while the function is traced.
-            self._compiled[key] = mx.compile(_forward(kernel, form, [copy.copy(one) for one in linears]))
+            if full:
+                found = full_forward(self.full(layout, dtype, row_tiles(rows)), layout, dtype, rows)
+            else:
+                # Copies to put other layers' arrays into while the function is traced.
+                copies = [copy.copy(linear) for linear in mine]
+                found = _forward(kernel, _kernel_form(layout, dtype, rows), copies)
+            self._compiled[key] = mx.compile(found)
         return self._compiled[key]
+
+
+def _kernel_form(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> dict[str, Any]:
+    """How `Kernels.get` is launched for a batch of so many rows, and the form of what it writes."""
+    return {
+        "grid": (_THREADS * _BLOCKS, rows, 1),
+        "threadgroup": (_THREADS, 1, 1),
+        "output_shapes": [(rows, 1, projection.out_size) for projection in layout.projections],
+        "output_dtypes": [dtype] * len(layout.projections),
+    }
 
 
 def _forward(kernel: _Function, form: dict[str, Any], linears: Sequence[nn.Module]) -> _Function:
@@ -148,22 +175,15 @@ def _plan_call(
 ) -> Call:
     projections = stack.layout.projections
     mine = [linears[projection.path] for projection in projections]
-    rows = one.packed.shape[0]
     kernel = _kernel_of(stack, dtype, kernels)
-    form = {
-        "grid": (_THREADS * _BLOCKS, rows, 1),
-        "threadgroup": (_THREADS, 1, 1),
-        "output_shapes": [(rows, 1, projection.out_size) for projection in projections],
-        "output_dtypes": [dtype] * len(projections),
-    }
     return Call(
         kernel=kernel,
-        form=form,
+        form=_kernel_form(stack.layout, dtype, one.packed.shape[0]),
         stack=stack,
         packed=one.packed,
         paths=tuple(projection.path for projection in projections),
         bases=tuple(linear.__call__ for linear in mine),
-        compiled=kernels.compiled(kernel, form, mine, stack.slab.shape[0]),
+        compiled=kernels.compiled(kernel, one, stack, dtype, linears),
         arrays=tuple(linear[name] for linear in mine for name in _array_names(linear)),
     )
 

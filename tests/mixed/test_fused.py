@@ -13,7 +13,9 @@ import pytest
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
-from adapters_core.mixed.kernel import Kernels
+from adapters_core.mixed.full_kernel import FullKernels
+from adapters_core.mixed.full_kernel_source import full_kernel_source, shrink_source
+from adapters_core.mixed.kernel import Kernels, on_cuda
 from adapters_core.mixed.kernel_source import kernel_source
 from adapters_core.mixed.layout import GroupLayout
 from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row
@@ -30,7 +32,8 @@ class StandIn(Kernels):
 
     def __init__(self, compiles: bool) -> None:
         super().__init__(compiles)
-        self.traces = 0
+        self._full = compiles  # whatever the device
+        self.traces = self.products = 0
 
     def get(self, layout: GroupLayout, dtype: mx.Dtype) -> Callable[..., Sequence[mx.array]]:
         name, *_ = kernel_source(layout, dtype, 256, 8, clusters=True)
@@ -59,11 +62,31 @@ class StandIn(Kernels):
 
         return kernel
 
+    def full(self, layout: GroupLayout, dtype: mx.Dtype, tiles: int) -> FullKernels:
+        assert shrink_source(layout, dtype)[0] != full_kernel_source(layout, dtype, tiles)[0]
+        add = self._stand_in(layout)
+
+        def shrink(inputs: list[mx.array], output_shapes: list[Any], **_: Any) -> list[mx.array]:
+            x, slab, packed = inputs
+            a = slab[packed[:, 0]][:, layout.a].reshape(-1, layout.rank, layout.in_size)
+            h = (x @ a.swapaxes(-1, -2)) * packed[:, 1:, None].view(mx.float32)
+            assert [(h.shape[0], h.shape[2])] == output_shapes
+            return [h[:, 0]]
+
+        def product(inputs: list[mx.array], **form: Any) -> Sequence[mx.array]:
+            self.products += 1
+            x, h, slab, packed, *weights = inputs
+            assert h.shape == (len(x), layout.rank)
+            assert len(x) <= max(1, 8 * tiles)
+            return add([x, slab, packed, *(x @ weight.T for weight in weights)], **form)
+
+        return FullKernels(shrink, product)
+
 
 class Served:
     """A model with adapters of four layouts, and its logits of one token for given rows."""
 
-    def __init__(self, root: Path, model: nn.Module) -> None:
+    def __init__(self, root: Path, model: nn.Module, size: float = 0.2) -> None:
         self.routing = Routing()
         self.bank = AdapterBank(model, self.routing)
         self.routed = RoutedModel(model, self.routing)
@@ -74,7 +97,7 @@ class Served:
             {"kind": "dora", "rank": 8, "keys": ALL},
         ]
         self.adapters = [
-            self.add(make_adapter(root / str(seed), model, seed=seed, **recipe))
+            self.add(make_adapter(root / str(seed), model, seed=seed, size=size, **recipe))
             for seed, recipe in enumerate(recipes * 2)
         ]
 
@@ -116,6 +139,53 @@ def test_layers_of_one_form_share_a_compiled_function(tmp_path: Path) -> None:
     assert kernels.traces == 4, (
         "query with key and value, output, gate with up, down: of all layers and steps"
     )
+
+
+def half_precision() -> nn.Module:
+    """A model whose sizes are whole tiles of the kernels that compute base layers as well."""
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_llama(attention_bias=False, mlp_bias=False, **sizes, **heads)
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("copies", [1, 2, 4])
+def test_base_layers_are_computed_with_the_adapters_where_every_row_has_one(
+    copies: int, tmp_path: Path
+) -> None:
+    served = Served(tmp_path, half_precision(), size=0.05)
+    kernels = StandIn(compiles=True)
+    for adapters in (served.adapters[1::4], served.adapters[3::4]):
+        rows = [make_row([(adapter, 1.0)]) for adapter in adapters] * copies
+        expected = served.logits(None, rows, steps=3)
+        assert relative_error(served.logits(kernels, rows, steps=3), expected) < 0.02
+        assert kernels.products == 4, "as many as kernels, for all layers and steps"
+        kernels.products = 0
+        base = served.logits(None, [()] * len(rows), steps=3)
+        assert relative_error(base, expected) > 0.1, "no effect to be checked"
+
+
+def test_rows_without_an_adapter_keep_the_base_layers_own_bits(tmp_path: Path) -> None:
+    served = Served(tmp_path, half_precision(), size=0.05)
+    rows = [make_row([(served.adapters[1], 1.0)]), (), make_row([(served.adapters[5], 1.0)])]
+    kernels = StandIn(compiles=True)
+    found = served.logits(kernels, rows)
+    assert (kernels.products, kernels.traces) == (0, 4)
+    assert np.array_equal(found[1], served.logits(None, [()] * 3)[1])
+
+
+@pytest.mark.skipif(not on_cuda(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("copies", [0, 1, 4, 16])
+def test_the_kernels_themselves_compute_what_the_products_do(copies: int, tmp_path: Path) -> None:
+    served = Served(tmp_path, half_precision(), size=0.05)
+    for first in (1, 3):
+        rows = [make_row([(served.adapters[first + 4], 1.0)])]
+        rows += [make_row([(adapter, 1.0)]) for adapter in served.adapters[first::4]] * copies
+        expected = served.logits(None, rows, steps=3)
+        for kernels in (Kernels(), Kernels(full=False), Kernels(compiles=False)):
+            assert relative_error(served.logits(kernels, rows, steps=3), expected) < 0.02
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -1,0 +1,308 @@
+"""The CUDA sources of the kernels that compute base layers together with their adapters. Text in, text out.
+
+Decoding reads every weight once for a handful of rows, so that what counts is to keep reading: a cluster of
+eight blocks takes 128 outputs of one projection and divides the inputs between its blocks. Each warp
+multiplies 16 rows of W by all rows of the batch on the tensor cores, straight from memory: the order in which
+a sum runs over the inputs is free, so each thread takes 16 bytes in one piece. The parts are added up through
+distributed shared memory; each block then adds the low-rank terms of its sixteenth and writes it. Knows no
+MLX arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import mlx.core as mx
+
+from .layout import GroupLayout
+
+__all__ = [
+    "INPUTS_MULTIPLE",
+    "MOST_ROWS",
+    "OUTPUTS_PER_CLUSTER",
+    "SHRINK_RANKS",
+    "THREADS",
+    "full_blocks",
+    "full_kernel_source",
+    "row_tiles",
+    "shrink_source",
+]
+
+THREADS = 256
+_CLUSTER_BLOCKS = 8
+OUTPUTS_PER_CLUSTER = 128  # 16 for each warp of a block
+INPUTS_MULTIPLE = 256  # 32 for each block of a cluster at a time
+MOST_ROWS = 32
+_VECTOR_OUTPUTS = 16  # for each block, where there is one row
+SHRINK_RANKS = 2  # rows of A for each block of the first kernel
+
+_TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float"}
+_KINDS = {mx.bfloat16: "bf16", mx.float16: "f16"}
+
+_HEADER = """#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+namespace graft{
+__device__ __forceinline__ float2 pair(unsigned q,__nv_bfloat16){
+return make_float2(__uint_as_float(q<<16),__uint_as_float(q&0xffff0000u));}
+__device__ __forceinline__ float2 pair(unsigned q,__half){
+return __half22float2(*reinterpret_cast<const __half2*>(&q));}
+template<class T>__device__ __forceinline__ uint4 load(const T*p){
+return __ldg(reinterpret_cast<const uint4*>(p));}
+template<class T>__device__ __forceinline__ void unpack(const uint4&u,float*f,T kind){
+const unsigned q[4]={u.x,u.y,u.z,u.w};
+#pragma unroll
+for(int i=0;i<4;++i){const float2 v=pair(q[i],kind);f[2*i]=v.x;f[2*i+1]=v.y;}}
+template<class T>__device__ __forceinline__ void widen(const T*p,float*f){unpack(load(p),f,T());}
+__device__ __forceinline__ void widen(const float*p,float*f){
+#pragma unroll
+for(int i=0;i<2;++i){
+const uint4 u=load(p+4*i);
+f[4*i]=__uint_as_float(u.x);f[4*i+1]=__uint_as_float(u.y);
+f[4*i+2]=__uint_as_float(u.z);f[4*i+3]=__uint_as_float(u.w);
+}}
+"""
+
+# The weights pass by once; what stays in the nearest cache is the input.
+_STREAM = """template<class T>__device__ __forceinline__ uint4 stream(const T*p){
+uint4 u;
+asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3},[%4];"
+:"=r"(u.x),"=r"(u.y),"=r"(u.z),"=r"(u.w):"l"(p));
+return u;}
+"""
+
+_MULTIPLY = """__device__ __forceinline__ void multiply(
+float*c,unsigned a0,unsigned a1,unsigned a2,unsigned a3,unsigned b0,unsigned b1){
+asm("mma.sync.aligned.m16n8k16.row.col.f32.KIND.KIND.f32 "
+"{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+:"+f"(c[0]),"+f"(c[1]),"+f"(c[2]),"+f"(c[3]):"r"(a0),"r"(a1),"r"(a2),"r"(a3),"r"(b0),"r"(b1));}
+"""
+
+_ATTRIBUTES = """#undef __global__
+#define __global__ __attribute__((global)) __attribute__((launch_bounds({threads},{blocks}))) {cluster}
+"""
+
+_SHRINK = """__shared__ float part[TH/32];
+const int row=blockIdx.y,t=threadIdx.x,lane=t%32,warp=t/32,each=TH/RB;
+const int r=blockIdx.x*RB+t/each;
+const long slot=rows[2*row];
+const A*a=slab+slot*SIZE+long(min(r,PR-1))*K;
+const T*xr=x+long(row)*K;
+float s=0.f;
+#pragma unroll 4
+for(int k=t%each;k<K/8;k+=each){
+float af[8],xf[8];
+graft::widen(a+8*k,af);
+graft::widen(xr+8*k,xf);
+#pragma unroll
+for(int e=0;e<8;++e)s+=af[e]*xf[e];
+}
+#pragma unroll
+for(int d=16;d>0;d/=2)s+=__shfl_xor_sync(0xffffffffu,s,d);
+if(lane==0)part[warp]=s;
+__syncthreads();
+if(t%each==0&&r<PR){
+s=0.f;
+#pragma unroll
+for(int w=0;w<each/32;++w)s+=part[warp+w];
+h[row*PR+r]=s*__int_as_float(rows[2*row+1]);
+}
+"""
+
+# One row: two outputs for each warp, whose next weights are on their way while it multiplies.
+_VECTOR = """const int t=threadIdx.x,lane=t%32,half=lane/16;
+const long column=long(blockIdx.x-first)*BM+t/32*2;
+const T*wr=w+column*K+8*lane;
+const T*xr=x+8*lane;
+const A*base=slab+long(rows[0])*SIZE;
+uint4 lo[U],hi[U];
+#pragma unroll
+for(int u=0;u<U;++u){lo[u]=graft::stream(wr+256*u);hi[u]=graft::stream(wr+K+256*u);}
+float s=0.f,y0=0.f,y1=0.f;
+for(int r=lane%16;r<R;r+=16)s+=h[h0+r]*float(__ldg(base+b0+long(r)*on+column+half));
+for(int k=0;k<K;k+=256*U){
+uint4 nlo[U],nhi[U];
+const int next=k+256*U<K?k+256*U:0;
+#pragma unroll
+for(int u=0;u<U;++u){nlo[u]=graft::stream(wr+next+256*u);nhi[u]=graft::stream(wr+K+next+256*u);}
+#pragma unroll
+for(int u=0;u<U;++u){
+float xf[8],f[8];
+graft::widen(xr+k+256*u,xf);
+graft::unpack(lo[u],f,T());
+#pragma unroll
+for(int e=0;e<8;++e)y0+=f[e]*xf[e];
+graft::unpack(hi[u],f,T());
+#pragma unroll
+for(int e=0;e<8;++e)y1+=f[e]*xf[e];
+lo[u]=nlo[u];hi[u]=nhi[u];
+}}
+#pragma unroll
+for(int d=16;d>0;d/=2){
+y0+=__shfl_xor_sync(0xffffffffu,y0,d);
+y1+=__shfl_xor_sync(0xffffffffu,y1,d);
+if(d<16)s+=__shfl_xor_sync(0xffffffffu,s,d);
+}
+if(lane%16==0){
+T out=T(float(T(half?y1:y0))+float(T(s)));
+"""
+
+_SCALE_ONE = """out=T(float(__ldg(base+f0+column+half))*float(out));
+"""
+
+_STORE_ONE = """to[column+half]=out;
+}
+"""
+
+_PRODUCT = """__shared__ __align__(16) float part[8*NT][BM+4];
+const int t=threadIdx.x,lane=t%32,warp=t/32,g=lane/4,q=lane%4;
+const int rank=blockIdx.x%CB,tile=blockIdx.x/CB,count=rows_shape[0];
+const T*wr=w+(long(tile-first)*BM+warp*16+g)*K+rank*(K/CB)+8*q;
+const T*xr[NT];
+#pragma unroll
+for(int n=0;n<NT;++n)xr[n]=x+long(min(8*n+g,count-1))*K+rank*(K/CB)+8*q;
+float acc[NT][4]={};
+for(int k=0;k<K/CB;k+=32*U){
+uint4 lo[U],hi[U];
+#pragma unroll
+for(int u=0;u<U;++u){lo[u]=graft::stream(wr+k+32*u);hi[u]=graft::stream(wr+8*K+k+32*u);}
+#pragma unroll
+for(int u=0;u<U;++u){
+#pragma unroll
+for(int n=0;n<NT;++n){
+const uint4 v=graft::load(xr[n]+k+32*u);
+graft::multiply(acc[n],lo[u].x,hi[u].x,lo[u].y,hi[u].y,v.x,v.y);
+graft::multiply(acc[n],lo[u].z,hi[u].z,lo[u].w,hi[u].w,v.z,v.w);
+}}}
+#pragma unroll
+for(int n=0;n<NT;++n){
+float*to=&part[8*n+2*q][warp*16+g];
+to[0]=acc[n][0];to[BM+4]=acc[n][1];to[8]=acc[n][2];to[BM+12]=acc[n][3];
+}
+asm volatile("barrier.cluster.arrive.release.aligned;":::"memory");
+constexpr int EACH=16/NT;
+const int unit=t/EACH,sub=t%EACH,row=unit/2;
+const int within=rank*16+unit%2*8;
+const long column=long(tile-first)*BM+within;
+const A*base=slab;
+float s[8]={};
+if(row<count){
+base+=long(rows[2*row])*SIZE;
+#pragma unroll 4
+for(int r=sub;r<R;r+=EACH){
+float b[8];
+graft::widen(base+b0+long(r)*on+column,b);
+const float hr=h[row*PR+h0+r];
+#pragma unroll
+for(int e=0;e<8;++e)s[e]+=hr*b[e];
+}}
+asm volatile("barrier.cluster.wait.acquire.aligned;":::"memory");
+float y[8]={};
+const auto cluster=cg::this_cluster();
+for(int c=sub;c<CB;c+=EACH){
+const float4*from=reinterpret_cast<const float4*>(cluster.map_shared_rank(&part[row][within],c));
+const float4 p0=from[0],p1=from[1];
+y[0]+=p0.x;y[1]+=p0.y;y[2]+=p0.z;y[3]+=p0.w;y[4]+=p1.x;y[5]+=p1.y;y[6]+=p1.z;y[7]+=p1.w;
+}
+#pragma unroll
+for(int d=EACH/2;d>0;d/=2){
+#pragma unroll
+for(int e=0;e<8;++e){
+y[e]+=__shfl_xor_sync(0xffffffffu,y[e],d);
+s[e]+=__shfl_xor_sync(0xffffffffu,s[e],d);
+}}
+asm volatile("barrier.cluster.arrive.release.aligned;":::"memory");
+if(sub==0&&row<count){
+union{T x[8];uint4 raw;}out;
+#pragma unroll
+for(int e=0;e<8;++e)out.x[e]=T(float(T(y[e]))+float(T(s[e])));
+"""
+
+_SCALE = """float f[8];
+graft::widen(base+f0+column,f);
+#pragma unroll
+for(int e=0;e<8;++e)out.x[e]=T(f[e]*float(out.x[e]));
+"""
+
+_STORE = """*reinterpret_cast<uint4*>(to+long(row)*on+column)=out.raw;
+}
+asm volatile("barrier.cluster.wait.acquire.aligned;":::"memory");
+"""
+
+
+def row_tiles(rows: int) -> int:
+    """How often eight rows the second kernel computes for a batch of `rows`: 1, 2 or 4; 0 for one row."""
+    return 0 if rows == 1 else 1 if rows <= 8 else 2 if rows <= 16 else 4
+
+
+def full_blocks(layout: GroupLayout, tiles: int) -> int:
+    """How many blocks of THREADS the second kernel takes."""
+    outputs = sum(projection.out_size for projection in layout.projections)
+    return outputs // _VECTOR_OUTPUTS if tiles == 0 else outputs // OUTPUTS_PER_CLUSTER * _CLUSTER_BLOCKS
+
+
+def shrink_source(layout: GroupLayout, dtype: mx.Dtype) -> tuple[str, str, str]:
+    """(name, header, body) of the kernel that computes h = weight·A x (B, rank), in float32.
+
+    From x of `dtype`, slab and packed rows, all of which have a slot. The grid is
+    (THREADS·rank/SHRINK_RANKS, B, 1), in groups of THREADS.
+    """
+    header = _HEADER + "}\n" + _ATTRIBUTES.format(threads=THREADS, blocks=4, cluster="")
+    body = f"""using T={_TYPES[dtype]};
+using A={_TYPES[layout.dtype]};
+constexpr int K={layout.in_size},PR={layout.rank},RB={SHRINK_RANKS},TH={THREADS};
+constexpr long SIZE={layout.size};
+"""
+    return _named("shrink", header, body + _SHRINK)
+
+
+def full_kernel_source(layout: GroupLayout, dtype: mx.Dtype, tiles: int) -> tuple[str, str, str]:
+    """(name, header, body) of the kernel that computes the outputs from x, h, slab, packed rows and weights.
+
+    The grid is (THREADS·full_blocks, 1, 1), in groups of THREADS. `tiles` are those of `row_tiles`. MLX
+    keeps what it has compiled by name, so the name holds a digest of the text.
+    """
+    if tiles == 0:
+        own, resident, cluster = "", 4, ""
+        per, blocks, unroll = _VECTOR_OUTPUTS, 1, 2
+        parts = (_VECTOR, _SCALE_ONE, _STORE_ONE)
+    else:
+        own, resident = _MULTIPLY.replace("KIND", _KINDS[dtype]), 3
+        cluster = f"__attribute__((cluster_dims({_CLUSTER_BLOCKS},1,1)))"
+        per, blocks, unroll = OUTPUTS_PER_CLUSTER, _CLUSTER_BLOCKS, 4
+        parts = (_PRODUCT, _SCALE, _STORE)
+    steps = layout.in_size // INPUTS_MULTIPLE
+    unroll = next(count for count in (unroll, 2, 1) if steps % count == 0)
+    header = _HEADER + _STREAM + own + "}\n"
+    header += _ATTRIBUTES.format(threads=THREADS, blocks=resident, cluster=cluster)
+    body = f"""using T={_TYPES[dtype]};
+using A={_TYPES[layout.dtype]};
+constexpr int K={layout.in_size},PR={layout.rank},NT={tiles},U={unroll};
+constexpr int CB={blocks},BM={per};
+constexpr long SIZE={layout.size};
+"""
+    first, scale, last = parts
+    body += _places(layout, per) + first + (scale if layout.is_dora else "") + last
+    return _named("product", header, body)
+
+
+def _places(layout: GroupLayout, per: int) -> str:
+    """Which projection a cluster, or a block of its own, computes, and where its factors lie."""
+    lines = [
+        "int on=0,R=0,h0=0,first=0;long b0=0,f0=0;const T*w=nullptr;T*to=nullptr;",
+        "{const int at=blockIdx.x/CB;",
+    ]
+    start = 0
+    for index, projection in enumerate(layout.projections):
+        path = projection.path
+        factor = layout.factors[path].start if layout.is_dora else 0
+        lines.append(
+            f"if(at>={start}){{on={projection.out_size};R={projection.rank};h0={layout.ranks[path].start};"
+            f"first={start};b0={layout.b[path].start};f0={factor};w=w{index};to=o{index};}}"
+        )
+        start += projection.out_size // per
+    return "\n".join(lines) + "}\n"
+
+
+def _named(part: str, header: str, body: str) -> tuple[str, str, str]:
+    digest = hashlib.sha256((header + body).encode()).hexdigest()[:16]
+    return f"graft_{part}_{digest}", header, body
