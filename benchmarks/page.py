@@ -113,7 +113,7 @@ def _conditions(report: Report) -> str:
 
 
 def _gpu(report: GpuReport) -> str:
-    names = ("models", "rows", "rank", "blocks", "steps")
+    names = ("models", "kind", "rows", "rank", "blocks", "steps")
     options = ", ".join(f"{name} {report.options[name]}" for name in names if name in report.options)
     environment = ", ".join(f"{name} {value}" for name, value in report.environment.items())
     rows = [

@@ -2,8 +2,8 @@
 
     h = w·A x,   then   o_p = W_p x + B_p h_p,   for DoRA times f_p
 
-As in kernel.py, but W x is computed here as well. So a step takes fewer launches than the base alone, and
-reads the weights at the speed of the memory. Sums are in float32, and the base's output and the delta are
+As in kernel.py, but W x is computed here as well, so that a group takes two launches in place of one for
+each base layer and one more. Sums are in float32, and the base's output and the delta are
 rounded to the layer's type before they are added, as mlx-lm does; what the base's sums give differs from
 MLX's own in their order alone. Says which layers and rows these kernels compute; knows no routing beyond a
 pass.

@@ -52,6 +52,15 @@ def folders_for(model: nn.Module, root: Path) -> list[Path]:
     ]
 
 
+def bound(name: str) -> float:
+    """How far apart two ways to compute the same may be, relative, by the order of their sums alone."""
+    if name.startswith("afm7") and mx.default_device() == mx.gpu:
+        # It rounds keys and values to 8 bits, and on a GPU a row's sums depend on the rows beside it: a value
+        # on an edge falls to either side. Without that rounding the other bound holds there too.
+        return 1e-2
+    return 1e-4
+
+
 def check_rows(name: str, bits: int | None, root: Path, expect: Any) -> None:
     """Mixed rows and one at a time give what `expect(folder, inputs)` does; the model is then as before."""
     folders = folders_for(tiny(name, bits), root)
@@ -66,8 +75,8 @@ def check_rows(name: str, bits: int | None, root: Path, expect: Any) -> None:
         mine = inputs[row : row + 1]
         expected = base[row] if folder is None else expect(folder, mine)[0]
         own = resident.logits(mine, rows[row : row + 1], STEPS)[0]
-        assert relative_error(mixed[row], expected) < 1e-4
-        assert relative_error(own, expected) < 1e-4
+        assert relative_error(mixed[row], expected) < bound(name)
+        assert relative_error(own, expected) < bound(name)
         assert np.array_equal(mixed[row, -STEPS:].argmax(-1), expected[-STEPS:].argmax(-1))
         assert folder is None or relative_error(expected, base[row]) > 1e-2, "no effect to be checked"
     resident.bank.close()
