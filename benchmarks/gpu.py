@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--models 8b 8b-4bit 1b] [--rows 1 8 32] [--kind dora] [--json FILE]
 
 Needs an NVIDIA GPU and `mlx[cuda13]`; no model is downloaded. All sides run in one process and take turns.
-Before anything is timed, the fused kernel is checked against the plain products on the same rows.
+Before anything is timed, all forms are checked against the plain products on the same rows.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Sides:
         self.routing = Routing()
         self.routed = RoutedModel(self.model, self.routing)
         self.forms = {
-            "fused with the base": Kernels(),
-            "fused": Kernels(full=False),
-            "fused, not compiled": Kernels(compiles=False),
+            "kernels with the base": Kernels(),
+            "kernel": Kernels(with_base=False),
+            "kernel, not compiled": Kernels(compiles=False),
             "products": None,
         }
         bank = AdapterBank(self.model, self.routing)
@@ -297,13 +297,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if Routing().kernels is None:
-        parser.error("MLX has no CUDA GPU here, so that the fused kernel cannot run")
+        parser.error("MLX has no CUDA GPU here, so that no kernel of ours can run")
     console = Console(width=110)
     results: list[GpuResult] = []
     profiles: list[GpuProfile] = []
+    asked = {name: value for name, value in vars(options).items() if name != "json"}
     environment = _environment()
     console.print(environment)
-    for name in options.models:
+    for at, name in enumerate(options.models, start=1):
         found = measure(name, options.rows, options.rank, options.kind, options.blocks, options.steps)
         console.print(_table(found[0]), _profile_table(found[1]))
         results += found[0]
@@ -313,7 +314,7 @@ def main() -> None:
             report = GpuReport(
                 created=datetime.now(UTC).replace(microsecond=0),
                 environment=environment,
-                options={name: value for name, value in vars(options).items() if name != "json"},
+                options={**asked, "models": options.models[:at]},
                 results=results,
                 profiles=profiles,
             )

@@ -8,7 +8,7 @@ row's input is split over a cluster of eight blocks, which add their parts of A 
 shared memory (NVIDIA Hopper and later; elsewhere each block computes all of it); each block then writes an
 eighth of the outputs. Sums are in float32, and the delta is rounded to the layer's type before it is added,
 as mlx-lm does. The base layers of a group and the kernel are compiled to one function, because the host is
-slower at building graphs than the GPU at computing them. Where full_kernel.py can, it takes the place of
+slower at building graphs than the GPU at computing them. Where with_base.py can, it takes the place of
 both. Knows no routing beyond a pass's packed rows.
 """
 
@@ -23,12 +23,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers.modules import compute_dtype
-from .full_kernel import FullKernels, full_fits, full_forward, full_kernels
-from .full_kernel_source import row_tiles
 from .kernel_source import kernel_source
 from .layout import GroupLayout
 from .plan import Pass
 from .stacks import Stack
+from .with_base import BaseKernels, base_forward, base_kernels, computes_base
 
 __all__ = ["Call", "Kernels", "on_cuda", "plan_calls", "run_calls"]
 
@@ -49,15 +48,15 @@ def on_cuda() -> bool:
 class Kernels:
     """One kernel for each shape of group and type of input, made when first asked for.
 
-    With `compiles` False, base layers and kernel are no one function, and with `full` False, all base
-    layers compute for themselves, which only a benchmark has a use for.
+    `clusters` says whether the GPU has clusters of blocks; None finds out. For a benchmark, `with_base`
+    False leaves all base layers to MLX, and `compiles` False does so and keeps them apart from the kernel.
     """
 
-    def __init__(self, compiles: bool = True, full: bool = True) -> None:
+    def __init__(self, compiles: bool = True, with_base: bool = True, clusters: bool | None = None) -> None:
         capability = mx.device_info(mx.default_device()).get("compute_capability_major", 0)
-        self._clusters = int(capability) >= _CLUSTERS_SINCE
+        self._clusters = int(capability) >= _CLUSTERS_SINCE if clusters is None else clusters
         self._compiles = compiles
-        self._full = full and compiles and self._clusters
+        self._with_base = with_base and compiles and self._clusters
         self._made: dict[str, _Function] = {}
         self._compiled: dict[tuple[Any, ...], _Function] = {}
 
@@ -79,9 +78,9 @@ class Kernels:
             self._made[name] = cast(_Function, kernel)
         return self._made[name]
 
-    def full(self, layout: GroupLayout, dtype: mx.Dtype, tiles: int) -> FullKernels:
-        """The kernels that compute base layers as well, for batches of so many tiles of rows."""
-        return full_kernels(layout, dtype, tiles)
+    def base_kernels(self, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels:
+        """The kernels that compute base layers as well, for batches of so many rows."""
+        return base_kernels(layout, dtype, rows)
 
     def compiled(
         self, kernel: _Function, one: Pass, stack: Stack, dtype: mx.Dtype, linears: Mapping[str, nn.Module]
@@ -94,13 +93,13 @@ class Kernels:
         mine = [linears[projection.path] for projection in layout.projections]
         if not self._compiles or any(type(linear) not in (nn.Linear, nn.QuantizedLinear) for linear in mine):
             return None
-        full = self._full and full_fits(layout, dtype, linears, one)
-        key = (kernel, full, rows, stack.slab.shape[0], *(_form(linear) for linear in mine))
+        with_base = self._with_base and computes_base(layout, dtype, linears, one)
+        key = (kernel, with_base, rows, stack.slab.shape[0], *(_form(linear) for linear in mine))
         if key not in self._compiled:
             if len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.clear()
-            if full:
-                found = full_forward(self.full(layout, dtype, row_tiles(rows)), layout, dtype, rows)
+            if with_base:
+                found = base_forward(self.base_kernels(layout, dtype, rows), layout, dtype, rows)
             else:
                 # Copies to put other layers' arrays into while the function is traced.
                 copies = [copy.copy(linear) for linear in mine]
@@ -145,7 +144,8 @@ class Call:
     """One launch for one batch: the kernel, what it reads beside the input, and the form of what it writes.
 
     `paths` are the layers in the kernel's order, `bases` their base layers' forwards. `compiled` computes
-    these as well, from `arrays`.
+    these as well, from `arrays`; None where they cannot be compiled, and in a later call, which adds to what
+    the first computed.
     """
 
     kernel: _Function
@@ -167,11 +167,20 @@ def plan_calls(
     """The launches that compute `steps` for inputs of `dtype`, in order; None where the kernel cannot."""
     if not all(_fits(stack.layout, dtype, linears) for _, stack in steps):
         return None
-    return tuple(_plan_call(one, stack, dtype, kernels, linears) for one, stack in steps)
+    return tuple(
+        _plan_call(one, stack, dtype, kernels, linears, is_first=at == 0)
+        for at, (one, stack) in enumerate(steps)
+    )
 
 
 def _plan_call(
-    one: Pass, stack: Stack, dtype: mx.Dtype, kernels: Kernels, linears: Mapping[str, nn.Module]
+    one: Pass,
+    stack: Stack,
+    dtype: mx.Dtype,
+    kernels: Kernels,
+    linears: Mapping[str, nn.Module],
+    *,
+    is_first: bool,
 ) -> Call:
     projections = stack.layout.projections
     mine = [linears[projection.path] for projection in projections]
@@ -183,7 +192,7 @@ def _plan_call(
         packed=one.packed,
         paths=tuple(projection.path for projection in projections),
         bases=tuple(linear.__call__ for linear in mine),
-        compiled=kernels.compiled(kernel, one, stack, dtype, linears),
+        compiled=kernels.compiled(kernel, one, stack, dtype, linears) if is_first else None,
         arrays=tuple(linear[name] for linear in mine for name in _array_names(linear)),
     )
 
@@ -199,7 +208,7 @@ def run_calls(x: mx.array, calls: Sequence[Call]) -> dict[str, mx.array]:
     """The outputs (B, 1, out) of all layers that the calls touch, by path, for x (B, 1, in)."""
     outputs: dict[str, mx.array] = {}
     for call in calls:
-        if call.compiled is not None and not outputs:
+        if call.compiled is not None:
             found = call.compiled(x, call.stack.slab, call.packed, *call.arrays)
         else:
             layers = zip(call.paths, call.bases, strict=True)

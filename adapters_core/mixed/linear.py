@@ -4,9 +4,9 @@
     DoRA (arXiv:2402.09353)   y = f ⊙ (W x + s·B A x) + bias,   f = m / ‖W + s·B A‖ row by row
 
 The factors of all resident adapters lie in stacks, so that one product reads each row's own; projections that
-read the same input share the product with A. The form is chosen by where and what is computed: one fused
-kernel for decoding on CUDA, else the products of `products.py`. Runs on the thread that owns the model; which
-rows use what comes from the Routing.
+read the same input share the product with A. The form is chosen by where and what is computed: kernels of
+our own for decoding on CUDA, else the products of `products.py`. Runs on the thread that owns the model;
+which rows use what comes from the Routing.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ import pytest
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
-from adapters_core.mixed.full_kernel import FullKernels
-from adapters_core.mixed.full_kernel_source import full_kernel_source, shrink_source
 from adapters_core.mixed.kernel import Kernels, on_cuda
 from adapters_core.mixed.kernel_source import kernel_source
 from adapters_core.mixed.layout import GroupLayout
 from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row
 from adapters_core.mixed.routing import RoutedModel, Routing
+from adapters_core.mixed.with_base import BaseKernels
+from adapters_core.mixed.with_base_source import product_source, shrink_source
 from tests.mixed.architectures import tiny
 from tests.mixed.resident import Resident, only
 from tests.models import make_adapter, relative_error, tiny_llama, tokens
@@ -31,9 +31,9 @@ class StandIn(Kernels):
     """Plain products of what a kernel is given, so that a CPU can run all but the kernel itself."""
 
     def __init__(self, compiles: bool) -> None:
-        super().__init__(compiles)
-        self._full = compiles  # whatever the device
+        super().__init__(compiles, clusters=True)
         self.traces = self.products = 0
+        self.texts: set[tuple[str, str, str]] = set()
 
     def get(self, layout: GroupLayout, dtype: mx.Dtype) -> Callable[..., Sequence[mx.array]]:
         name, *_ = kernel_source(layout, dtype, 256, 8, clusters=True)
@@ -62,8 +62,8 @@ class StandIn(Kernels):
 
         return kernel
 
-    def full(self, layout: GroupLayout, dtype: mx.Dtype, tiles: int) -> FullKernels:
-        assert shrink_source(layout, dtype)[0] != full_kernel_source(layout, dtype, tiles)[0]
+    def base_kernels(self, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels:
+        self.texts |= {shrink_source(layout, dtype), product_source(layout, dtype, rows)}
         add = self._stand_in(layout)
 
         def shrink(inputs: list[mx.array], output_shapes: list[Any], **_: Any) -> list[mx.array]:
@@ -77,10 +77,10 @@ class StandIn(Kernels):
             self.products += 1
             x, h, slab, packed, *weights = inputs
             assert h.shape == (len(x), layout.rank)
-            assert len(x) <= max(1, 8 * tiles)
+            assert len(x) == rows
             return add([x, slab, packed, *(x @ weight.T for weight in weights)], **form)
 
-        return FullKernels(shrink, product)
+        return BaseKernels(shrink, product)
 
 
 class Served:
@@ -143,7 +143,7 @@ def test_layers_of_one_form_share_a_compiled_function(tmp_path: Path) -> None:
 
 def half_precision() -> nn.Module:
     """A model whose sizes are whole tiles of the kernels that compute base layers as well."""
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 2048}
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = tiny_llama(attention_bias=False, mlp_bias=False, **sizes, **heads)
     model.set_dtype(mx.bfloat16)
@@ -151,20 +151,45 @@ def half_precision() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("copies", [1, 2, 4])
-def test_base_layers_are_computed_with_the_adapters_where_every_row_has_one(
-    copies: int, tmp_path: Path
+def shared_out(adapters: Sequence[ResidentAdapter], rows: int) -> list[RowAdapters]:
+    return [make_row([(adapters[at % len(adapters)], 1.0)]) for at in range(rows)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 17, 32, 33])
+@pytest.mark.parametrize("first", [1, 3])
+def test_base_layers_are_computed_with_the_adapters_of_one_layout(
+    first: int, rows: int, tmp_path: Path
 ) -> None:
     served = Served(tmp_path, half_precision(), size=0.05)
     kernels = StandIn(compiles=True)
-    for adapters in (served.adapters[1::4], served.adapters[3::4]):
-        rows = [make_row([(adapter, 1.0)]) for adapter in adapters] * copies
-        expected = served.logits(None, rows, steps=3)
-        assert relative_error(served.logits(kernels, rows, steps=3), expected) < 0.02
-        assert kernels.products == 4, "as many as kernels, for all layers and steps"
-        kernels.products = 0
-        base = served.logits(None, [()] * len(rows), steps=3)
-        assert relative_error(base, expected) > 0.1, "no effect to be checked"
+    mine = shared_out(served.adapters[first::4], rows)
+    expected = served.logits(None, mine, steps=3)
+    assert relative_error(served.logits(kernels, mine, steps=3), expected) < 0.02
+    assert kernels.products == (4 if rows <= 32 else 0), "as many as groups, for all layers and steps"
+    assert len({name for name, *_ in kernels.texts}) == len(kernels.texts), "MLX keeps kernels by name"
+    base = served.logits(None, [()] * rows, steps=3)
+    assert relative_error(base, expected) > 0.1, "no effect to be checked"
+
+
+def test_what_is_blended_in_is_added_to_what_the_first_kernels_compute(tmp_path: Path) -> None:
+    served = Served(tmp_path, half_precision(), size=0.05)
+    one, other = served.adapters[1::4]
+    rows = [make_row([(one, 0.5), (other, 0.8)]), make_row([(other, 1.0)])]
+    kernels = StandIn(compiles=True)
+    found = served.logits(kernels, rows, steps=3)
+    assert kernels.products == 4
+    assert kernels.traces > 4, "the blend's second adapter has launches of its own"
+    assert relative_error(found, served.logits(None, rows, steps=3)) < 0.02
+
+
+def test_adapters_of_two_layouts_leave_the_base_layers_to_mlx(tmp_path: Path) -> None:
+    served = Served(tmp_path, half_precision(), size=0.05)
+    rows = [make_row([(served.adapters[1], 1.0)]), make_row([(served.adapters[3], 1.0)])]
+    kernels = StandIn(compiles=True)
+    found = served.logits(kernels, rows, steps=3)
+    assert kernels.products == 0
+    assert kernels.traces > 0
+    assert relative_error(found, served.logits(None, rows, steps=3)) < 0.02
 
 
 def test_rows_without_an_adapter_keep_the_base_layers_own_bits(tmp_path: Path) -> None:
@@ -176,16 +201,28 @@ def test_rows_without_an_adapter_keep_the_base_layers_own_bits(tmp_path: Path) -
     assert np.array_equal(found[1], served.logits(None, [()] * 3)[1])
 
 
+class Counting(Kernels):
+    """The kernels themselves, and how often base layers were to be computed with them."""
+
+    count = 0
+
+    def base_kernels(self, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels:
+        self.count += 1
+        return super().base_kernels(layout, dtype, rows)
+
+
 @pytest.mark.skipif(not on_cuda(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("copies", [0, 1, 4, 16])
-def test_the_kernels_themselves_compute_what_the_products_do(copies: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 9, 17, 33])
+def test_the_kernels_themselves_compute_what_the_products_do(rows: int, tmp_path: Path) -> None:
     served = Served(tmp_path, half_precision(), size=0.05)
     for first in (1, 3):
-        rows = [make_row([(served.adapters[first + 4], 1.0)])]
-        rows += [make_row([(adapter, 1.0)]) for adapter in served.adapters[first::4]] * copies
-        expected = served.logits(None, rows, steps=3)
-        for kernels in (Kernels(), Kernels(full=False), Kernels(compiles=False)):
-            assert relative_error(served.logits(kernels, rows, steps=3), expected) < 0.02
+        mine = shared_out(served.adapters[first::4], rows)
+        expected = served.logits(None, mine, steps=3)
+        kernels = Counting()
+        for each in (kernels, Kernels(with_base=False), Kernels(compiles=False)):
+            assert relative_error(served.logits(each, mine, steps=3), expected) < 0.02
+        has_clusters = int(mx.device_info(mx.default_device())["compute_capability_major"]) >= 9
+        assert kernels.count == (4 if has_clusters and rows <= 32 else 0)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

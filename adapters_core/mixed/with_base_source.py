@@ -1,11 +1,11 @@
 """The CUDA sources of the kernels that compute base layers together with their adapters. Text in, text out.
 
-Decoding reads every weight once for a handful of rows, so that what counts is to keep reading: a cluster of
-eight blocks takes 128 outputs of one projection and divides the inputs between its blocks. Each warp
-multiplies 16 rows of W by all rows of the batch on the tensor cores, straight from memory: the order in which
-a sum runs over the inputs is free, so each thread takes 16 bytes in one piece. The parts are added up through
-distributed shared memory; each block then adds the low-rank terms of its sixteenth and writes it. Knows no
-MLX arrays.
+Decoding reads every weight once for a handful of rows, so that what counts is to keep reading. For one row,
+each warp takes two outputs as matrix times vector. For more, a cluster of eight blocks takes 128 outputs of
+one projection and divides the inputs between its blocks. Each warp multiplies 16 rows of W by all rows of the
+batch on the tensor cores, straight from memory: the order in which a sum runs over the inputs is free, so
+each thread takes 16 bytes in one piece. The parts are added up through distributed shared memory; each block
+then adds the low-rank terms of its sixteen outputs and writes them. Knows no MLX arrays.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ __all__ = [
     "OUTPUTS_PER_CLUSTER",
     "SHRINK_RANKS",
     "THREADS",
-    "full_blocks",
-    "full_kernel_source",
-    "row_tiles",
+    "product_blocks",
+    "product_source",
     "shrink_source",
 ]
 
@@ -81,6 +80,11 @@ _ATTRIBUTES = """#undef __global__
 #define __global__ __attribute__((global)) __attribute__((launch_bounds({threads},{blocks}))) {cluster}
 """
 
+# In the texts: T and A are the types of input and factors. K is the inputs, PR the rank of all layers of
+# the group, SIZE the numbers of a slot; RB the rows of A for a block, TH its threads; NT the tiles of eight
+# rows, U the vectors that a thread reads ahead, CB the blocks of a cluster and BM its outputs. `on`, `R`, `w`,
+# `to` are a layer's outputs, rank, weights and what it writes; `h0`, `b0`, `f0` where its part of h, its B
+# and its DoRA factors begin, `first` the number of its first cluster, or block.
 _SHRINK = """__shared__ float part[TH/32];
 const int row=blockIdx.y,t=threadIdx.x,lane=t%32,warp=t/32,each=TH/RB;
 const int r=blockIdx.x*RB+t/each;
@@ -153,6 +157,8 @@ _STORE_ONE = """to[column+half]=out;
 }
 """
 
+# A warp multiplies 16 outputs by 8 rows and 16 inputs at a time: thread 4g+q has outputs g and g+8 of W, row
+# g of x, and of the sums rows 2q and 2q+1.
 _PRODUCT = """__shared__ __align__(16) float part[8*NT][BM+4];
 const int t=threadIdx.x,lane=t%32,warp=t/32,g=lane/4,q=lane%4;
 const int rank=blockIdx.x%CB,tile=blockIdx.x/CB,count=rows_shape[0];
@@ -229,15 +235,15 @@ asm volatile("barrier.cluster.wait.acquire.aligned;":::"memory");
 """
 
 
-def row_tiles(rows: int) -> int:
+def _row_tiles(rows: int) -> int:
     """How often eight rows the second kernel computes for a batch of `rows`: 1, 2 or 4; 0 for one row."""
     return 0 if rows == 1 else 1 if rows <= 8 else 2 if rows <= 16 else 4
 
 
-def full_blocks(layout: GroupLayout, tiles: int) -> int:
+def product_blocks(layout: GroupLayout, rows: int) -> int:
     """How many blocks of THREADS the second kernel takes."""
     outputs = sum(projection.out_size for projection in layout.projections)
-    return outputs // _VECTOR_OUTPUTS if tiles == 0 else outputs // OUTPUTS_PER_CLUSTER * _CLUSTER_BLOCKS
+    return outputs // _VECTOR_OUTPUTS if rows == 1 else outputs // OUTPUTS_PER_CLUSTER * _CLUSTER_BLOCKS
 
 
 def shrink_source(layout: GroupLayout, dtype: mx.Dtype) -> tuple[str, str, str]:
@@ -255,12 +261,13 @@ constexpr long SIZE={layout.size};
     return _named("shrink", header, body + _SHRINK)
 
 
-def full_kernel_source(layout: GroupLayout, dtype: mx.Dtype, tiles: int) -> tuple[str, str, str]:
+def product_source(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> tuple[str, str, str]:
     """(name, header, body) of the kernel that computes the outputs from x, h, slab, packed rows and weights.
 
-    The grid is (THREADS·full_blocks, 1, 1), in groups of THREADS. `tiles` are those of `row_tiles`. MLX
-    keeps what it has compiled by name, so the name holds a digest of the text.
+    The grid is (THREADS·product_blocks, 1, 1), in groups of THREADS. The text is the same for 2 to 8 rows,
+    for 9 to 16 and for 17 to 32. MLX keeps what it has compiled by name, so the name holds a digest of it.
     """
+    tiles = _row_tiles(rows)
     if tiles == 0:
         own, resident, cluster = "", 4, ""
         per, blocks, unroll = _VECTOR_OUTPUTS, 1, 2

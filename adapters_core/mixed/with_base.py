@@ -18,38 +18,41 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .full_kernel_source import (
+from .layout import GroupLayout
+from .plan import Pass
+from .with_base_source import (
     INPUTS_MULTIPLE,
     MOST_ROWS,
     OUTPUTS_PER_CLUSTER,
     SHRINK_RANKS,
     THREADS,
-    full_blocks,
-    full_kernel_source,
-    row_tiles,
+    product_blocks,
+    product_source,
     shrink_source,
 )
-from .layout import GroupLayout
-from .plan import Pass
 
-__all__ = ["FullKernels", "full_fits", "full_forward", "full_kernels"]
+__all__ = ["BaseKernels", "base_forward", "base_kernels", "computes_base"]
 
 _Function = Callable[..., Sequence[mx.array]]
 
 
 @dataclass(frozen=True, slots=True)
-class FullKernels:
-    """The two kernels for one layout: (x, slab, packed) → h, and (x, h, slab, packed, *weights) → o_p."""
+class BaseKernels:
+    """The two kernels for one layout: (x, slab, packed) → h, and (x, h, slab, packed, *weights) → o_p.
+
+    x (B, 1, in), slab (slots, size), packed rows (B, 2), h (B, rank) in float32, weights (out_p, in),
+    o_p (B, 1, out_p).
+    """
 
     shrink: _Function
     product: _Function
 
 
-def full_fits(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module], one: Pass) -> bool:
+def computes_base(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module], one: Pass) -> bool:
     """Whether these kernels compute the layers of a group that the kernel of its own computes.
 
     They want plain weights of half precision without a bias, sizes in whole tiles, and few rows, each with
-    an adapter: a row without one is to have the very bits that the base alone gives it.
+    an adapter of this layout: a row without one is to have the very bits that the base alone gives it.
     """
     if one.rows is not None or one.packed.shape[0] > MOST_ROWS:
         return False
@@ -69,13 +72,13 @@ def _is_plain(linear: nn.Module, dtype: mx.Dtype) -> bool:
     return type(linear) is nn.Linear and "bias" not in linear and linear.weight.dtype == dtype
 
 
-def full_kernels(layout: GroupLayout, dtype: mx.Dtype, tiles: int) -> FullKernels:
-    """The kernels for `layout`, inputs and outputs of `dtype`, and batches of so many tiles of rows."""
+def base_kernels(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels:
+    """The kernels for `layout`, inputs and outputs of `dtype`, and batches of so many rows."""
     weights = [f"w{index}" for index in range(len(layout.projections))]
     outputs = [f"o{index}" for index in range(len(layout.projections))]
-    return FullKernels(
+    return BaseKernels(
         _kernel(shrink_source(layout, dtype), ["x", "slab", "rows"], ["h"]),
-        _kernel(full_kernel_source(layout, dtype, tiles), ["x", "h", "slab", "rows", *weights], outputs),
+        _kernel(product_source(layout, dtype, rows), ["x", "h", "slab", "rows", *weights], outputs),
     )
 
 
@@ -87,7 +90,7 @@ def _kernel(text: tuple[str, str, str], inputs: list[str], outputs: list[str]) -
     return cast(_Function, kernel)
 
 
-def full_forward(kernels: FullKernels, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> _Function:
+def base_forward(kernels: BaseKernels, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> _Function:
     """(x, slab, packed, *weights) → the outputs of all projections of `layout`, for so many rows."""
     group = {"threadgroup": (THREADS, 1, 1)}
     shrink = group | {
@@ -96,7 +99,7 @@ def full_forward(kernels: FullKernels, layout: GroupLayout, dtype: mx.Dtype, row
         "output_dtypes": [mx.float32],
     }
     product = group | {
-        "grid": (THREADS * full_blocks(layout, row_tiles(rows)), 1, 1),
+        "grid": (THREADS * product_blocks(layout, rows), 1, 1),
         "output_shapes": [(rows, 1, projection.out_size) for projection in layout.projections],
         "output_dtypes": [dtype] * len(layout.projections),
     }
