@@ -82,7 +82,7 @@ _ATTRIBUTES = """#undef __global__
 
 # In the texts: T and A are the types of input and factors. K is the inputs, PR the rank of all layers of
 # the group, SIZE the numbers of a slot; RB the rows of A for a block, TH its threads; NT the tiles of eight
-# rows, U the vectors that a thread reads ahead, CB the blocks of a cluster and BM its outputs. `on`, `R`, `w`,
+# rows, U the vectors a thread reads ahead, CB the blocks of a cluster and BM its outputs. `on`, `R`, `w`,
 # `to` are a layer's outputs, rank, weights and what it writes; `h0`, `b0`, `f0` where its part of h, its B
 # and its DoRA factors begin, `first` the number of its first cluster, or block.
 _SHRINK = """__shared__ float part[TH/32];
