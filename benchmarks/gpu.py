@@ -248,8 +248,9 @@ def _random_adapter(model: nn.Module, rank: int, kind: str, seed: int) -> Prepar
         groups[name] = GroupLayout(tuple(parts), kind == "dora", compute_dtype(linears[paths[0]]))
         key, mine = mx.random.split(key)
         row = _SIZE * mx.random.normal((groups[name].size,), key=mine)
-        for factors in groups[name].factors.values() if kind == "dora" else ():
-            row[factors] += 1
+        if groups[name].is_dora:
+            for factors in groups[name].factors.values():
+                row[factors] += 1
         rows[name] = row.astype(groups[name].dtype)
     mx.eval(rows)
     size_bytes = sum(row.nbytes for row in rows.values())

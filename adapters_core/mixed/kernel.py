@@ -17,12 +17,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers.modules import compute_dtype
+from .cuda import Function, make_function
 from .kernel_source import kernel_source
 from .layout import GroupLayout
 from .plan import Pass
@@ -36,8 +37,6 @@ _BLOCKS = 8  # for each row; also the size of a cluster, which is the most that 
 _LARGEST_RANK = 4096  # of a group: two floats each, of the 48 KiB that a block has
 _CLUSTERS_SINCE = 9  # major compute capability
 _MOST_COMPILED = 1024  # functions, for as many sizes of batch and stack; then all are made anew
-
-_Function = Callable[..., Sequence[mx.array]]
 
 
 def on_cuda() -> bool:
@@ -57,34 +56,28 @@ class Kernels:
         self._clusters = int(capability) >= _CLUSTERS_SINCE if clusters is None else clusters
         self._compiles = compiles
         self._with_base = with_base and compiles and self._clusters
-        self._made: dict[str, _Function] = {}
-        self._compiled: dict[tuple[Any, ...], _Function] = {}
+        self._made: dict[str, Function] = {}
+        self._compiled: dict[tuple[Any, ...], Function] = {}
 
-    def get(self, layout: GroupLayout, dtype: mx.Dtype) -> _Function:
+    def get(self, layout: GroupLayout, dtype: mx.Dtype) -> Function:
         """The kernel for inputs and outputs of `dtype` and factors in `layout`.
 
         x (B, 1, in), slab (slots, size), packed rows (B, 2), y_p (B, 1, out_p) → o_p (B, 1, out_p).
         """
-        name, header, source = kernel_source(layout, dtype, _THREADS, _BLOCKS, self._clusters)
-        if name not in self._made:
-            count = len(layout.projections)
-            kernel = mx.fast.cuda_kernel(
-                name=name,
-                input_names=["x", "slab", "rows", *(f"y{index}" for index in range(count))],
-                output_names=[f"o{index}" for index in range(count)],
-                header=header,
-                source=source,
-            )
-            self._made[name] = cast(_Function, kernel)
-        return self._made[name]
+        text = kernel_source(layout, dtype, _THREADS, _BLOCKS, self._clusters)
+        if text.name not in self._made:
+            places = range(len(layout.projections))
+            inputs = ["x", "slab", "rows", *(f"y{place}" for place in places)]
+            self._made[text.name] = make_function(text, inputs, [f"o{place}" for place in places])
+        return self._made[text.name]
 
     def base_kernels(self, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels:
         """The kernels that compute base layers as well, for batches of so many rows."""
         return base_kernels(layout, dtype, rows)
 
     def compiled(
-        self, kernel: _Function, one: Pass, stack: Stack, dtype: mx.Dtype, linears: Mapping[str, nn.Module]
-    ) -> _Function | None:
+        self, kernel: Function, one: Pass, stack: Stack, dtype: mx.Dtype, linears: Mapping[str, nn.Module]
+    ) -> Function | None:
         """The layers of a group as one function of (x, slab, packed, *the arrays of the layers).
 
         Layers of the same form share it. None if these are not to be compiled.
@@ -118,7 +111,7 @@ def _kernel_form(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> dict[str, A
     }
 
 
-def _forward(kernel: _Function, form: dict[str, Any], linears: Sequence[nn.Module]) -> _Function:
+def _forward(kernel: Function, form: dict[str, Any], linears: Sequence[nn.Module]) -> Function:
     def forward(x: mx.array, slab: mx.array, packed: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
         left = iter(arrays)
         for linear in linears:
@@ -148,13 +141,13 @@ class Call:
     the first computed.
     """
 
-    kernel: _Function
+    kernel: Function
     form: dict[str, Any]
     stack: Stack
     packed: mx.array
     paths: tuple[str, ...]
     bases: tuple[Callable[[mx.array], mx.array], ...]
-    compiled: _Function | None
+    compiled: Function | None
     arrays: tuple[mx.array, ...]
 
 
@@ -197,7 +190,7 @@ def _plan_call(
     )
 
 
-def _kernel_of(stack: Stack, dtype: mx.Dtype, kernels: Kernels) -> _Function:
+def _kernel_of(stack: Stack, dtype: mx.Dtype, kernels: Kernels) -> Function:
     """The kernel for a stack, which keeps it: to make its text takes longer than to lay out a batch."""
     if dtype not in stack.kernels:
         stack.kernels[dtype] = kernels.get(stack.layout, dtype)

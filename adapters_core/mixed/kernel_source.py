@@ -6,15 +6,13 @@ and spares arguments in every launch. The text is kept short because MLX reads i
 
 from __future__ import annotations
 
-import hashlib
-
 import mlx.core as mx
 
+from .cuda import TYPES, Text, named
 from .layout import GroupLayout
 
 __all__ = ["kernel_source"]
 
-_TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float"}
 _VECTOR_BYTES = 16
 _ACCUMULATORS = 8  # dot products that a warp computes at a time, and rows of B that a thread loads at a time
 
@@ -137,13 +135,10 @@ graft::store<XW>(op+at,out.raw);
 """
 
 
-def kernel_source(
-    layout: GroupLayout, dtype: mx.Dtype, threads: int, blocks: int, clusters: bool
-) -> tuple[str, str, str]:
-    """(name, header, body) for `mx.fast.cuda_kernel`; inputs and outputs have `dtype`.
+def kernel_source(layout: GroupLayout, dtype: mx.Dtype, threads: int, blocks: int, clusters: bool) -> Text:
+    """The text for `mx.fast.cuda_kernel`; inputs and outputs have `dtype`.
 
-    The grid is (threads·blocks, rows, 1), in groups of (threads, 1, 1). MLX keeps what it has compiled by
-    name, so the name holds a digest of the text.
+    The grid is (threads·blocks, rows, 1), in groups of (threads, 1, 1).
     """
     cluster = f"__attribute__((cluster_dims({blocks},1,1)))" if clusters else ""
     header = _HEADER + _ATTRIBUTES.format(threads=threads, cluster=cluster)
@@ -156,8 +151,7 @@ def kernel_source(
         + (_SCALE if layout.is_dora else "")
         + _STORE
     )
-    digest = hashlib.sha256((header + body).encode()).hexdigest()[:16]
-    return f"graft_{digest}", header, body
+    return named("add", header, body)
 
 
 def _constants(layout: GroupLayout, dtype: mx.Dtype, threads: int, parts: int) -> str:
@@ -165,8 +159,8 @@ def _constants(layout: GroupLayout, dtype: mx.Dtype, threads: int, parts: int) -
     warps = threads // 32
     per_warp = -(-layout.rank // warps)
     largest = max(projection.rank for projection in layout.projections)
-    return f"""using TX={_TYPES[dtype]};
-using TA={_TYPES[layout.dtype]};
+    return f"""using TX={TYPES[dtype]};
+using TA={TYPES[layout.dtype]};
 constexpr int V={width},XW={width * dtype.size // 4},K={layout.in_size},PR={layout.rank};
 constexpr int TH={threads},W={warps};
 constexpr int WR={per_warp},AC={min(per_warp, _ACCUMULATORS)},BR={min(largest, _ACCUMULATORS)},KS={parts};

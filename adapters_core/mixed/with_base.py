@@ -3,21 +3,20 @@
     h = w·A x,   then   o_p = W_p x + B_p h_p,   for DoRA times f_p
 
 As in kernel.py, but W x is computed here as well, so that a group takes two launches in place of one for
-each base layer and one more. Sums are in float32, and the base's output and the delta are
-rounded to the layer's type before they are added, as mlx-lm does; what the base's sums give differs from
-MLX's own in their order alone. Says which layers and rows these kernels compute; knows no routing beyond a
-pass.
+each base layer and one more. Sums are in float32, and the base's output and the delta are rounded to the
+layer's type before they are added, as mlx-lm does; what the base's sums give differs from MLX's own in their
+order alone. Says which layers and rows these kernels compute; knows no routing beyond a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .cuda import Function, make_function
 from .layout import GroupLayout
 from .plan import Pass
 from .with_base_source import (
@@ -33,8 +32,6 @@ from .with_base_source import (
 
 __all__ = ["BaseKernels", "base_forward", "base_kernels", "computes_base"]
 
-_Function = Callable[..., Sequence[mx.array]]
-
 
 @dataclass(frozen=True, slots=True)
 class BaseKernels:
@@ -44,8 +41,8 @@ class BaseKernels:
     o_p (B, 1, out_p).
     """
 
-    shrink: _Function
-    product: _Function
+    shrink: Function
+    product: Function
 
 
 def computes_base(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module], one: Pass) -> bool:
@@ -77,20 +74,12 @@ def base_kernels(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels
     weights = [f"w{index}" for index in range(len(layout.projections))]
     outputs = [f"o{index}" for index in range(len(layout.projections))]
     return BaseKernels(
-        _kernel(shrink_source(layout, dtype), ["x", "slab", "rows"], ["h"]),
-        _kernel(product_source(layout, dtype, rows), ["x", "h", "slab", "rows", *weights], outputs),
+        make_function(shrink_source(layout, dtype), ["x", "slab", "rows"], ["h"]),
+        make_function(product_source(layout, dtype, rows), ["x", "h", "slab", "rows", *weights], outputs),
     )
 
 
-def _kernel(text: tuple[str, str, str], inputs: list[str], outputs: list[str]) -> _Function:
-    name, header, source = text
-    kernel = mx.fast.cuda_kernel(
-        name=name, input_names=inputs, output_names=outputs, header=header, source=source
-    )
-    return cast(_Function, kernel)
-
-
-def base_forward(kernels: BaseKernels, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> _Function:
+def base_forward(kernels: BaseKernels, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> Function:
     """(x, slab, packed, *weights) → the outputs of all projections of `layout`, for so many rows."""
     group = {"threadgroup": (THREADS, 1, 1)}
     shrink = group | {

@@ -10,10 +10,9 @@ then adds the low-rank terms of its sixteen outputs and writes them. Knows no ML
 
 from __future__ import annotations
 
-import hashlib
-
 import mlx.core as mx
 
+from .cuda import TYPES, Text, named
 from .layout import GroupLayout
 
 __all__ = [
@@ -35,7 +34,6 @@ MOST_ROWS = 32
 _VECTOR_OUTPUTS = 16  # for each block, where there is one row
 SHRINK_RANKS = 2  # rows of A for each block of the first kernel
 
-_TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float"}
 _KINDS = {mx.bfloat16: "bf16", mx.float16: "f16"}
 
 _HEADER = """#include <cuda_bf16.h>
@@ -246,26 +244,26 @@ def product_blocks(layout: GroupLayout, rows: int) -> int:
     return outputs // _VECTOR_OUTPUTS if rows == 1 else outputs // OUTPUTS_PER_CLUSTER * _CLUSTER_BLOCKS
 
 
-def shrink_source(layout: GroupLayout, dtype: mx.Dtype) -> tuple[str, str, str]:
-    """(name, header, body) of the kernel that computes h = weight·A x (B, rank), in float32.
+def shrink_source(layout: GroupLayout, dtype: mx.Dtype) -> Text:
+    """The text of the kernel that computes h = weight·A x (B, rank), in float32.
 
     From x of `dtype`, slab and packed rows, all of which have a slot. The grid is
     (THREADS·rank/SHRINK_RANKS, B, 1), in groups of THREADS.
     """
     header = _HEADER + "}\n" + _ATTRIBUTES.format(threads=THREADS, blocks=4, cluster="")
-    body = f"""using T={_TYPES[dtype]};
-using A={_TYPES[layout.dtype]};
+    body = f"""using T={TYPES[dtype]};
+using A={TYPES[layout.dtype]};
 constexpr int K={layout.in_size},PR={layout.rank},RB={SHRINK_RANKS},TH={THREADS};
 constexpr long SIZE={layout.size};
 """
-    return _named("shrink", header, body + _SHRINK)
+    return named("shrink", header, body + _SHRINK)
 
 
-def product_source(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> tuple[str, str, str]:
-    """(name, header, body) of the kernel that computes the outputs from x, h, slab, packed rows and weights.
+def product_source(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> Text:
+    """The text of the kernel that computes the outputs from x, h, slab, packed rows and weights.
 
     The grid is (THREADS·product_blocks, 1, 1), in groups of THREADS. The text is the same for 2 to 8 rows,
-    for 9 to 16 and for 17 to 32. MLX keeps what it has compiled by name, so the name holds a digest of it.
+    for 9 to 16 and for 17 to 32.
     """
     tiles = _row_tiles(rows)
     if tiles == 0:
@@ -281,15 +279,15 @@ def product_source(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> tuple[str
     unroll = next(count for count in (unroll, 2, 1) if steps % count == 0)
     header = _HEADER + _STREAM + own + "}\n"
     header += _ATTRIBUTES.format(threads=THREADS, blocks=resident, cluster=cluster)
-    body = f"""using T={_TYPES[dtype]};
-using A={_TYPES[layout.dtype]};
+    body = f"""using T={TYPES[dtype]};
+using A={TYPES[layout.dtype]};
 constexpr int K={layout.in_size},PR={layout.rank},NT={tiles},U={unroll};
 constexpr int CB={blocks},BM={per};
 constexpr long SIZE={layout.size};
 """
     first, scale, last = parts
     body += _places(layout, per) + first + (scale if layout.is_dora else "") + last
-    return _named("product", header, body)
+    return named("product", header, body)
 
 
 def _places(layout: GroupLayout, per: int) -> str:
@@ -308,8 +306,3 @@ def _places(layout: GroupLayout, per: int) -> str:
         )
         start += projection.out_size // per
     return "\n".join(lines) + "}\n"
-
-
-def _named(part: str, header: str, body: str) -> tuple[str, str, str]:
-    digest = hashlib.sha256((header + body).encode()).hexdigest()[:16]
-    return f"graft_{part}_{digest}", header, body
