@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -16,7 +16,27 @@ from adapters_core.mixed.routing import RoutedModel, Routing
 from .model import LoadedModel
 from .prompt_cache import PromptCache
 
-__all__ = ["ModelContext"]
+__all__ = ["CacheKey", "ModelContext"]
+
+
+class CacheKey(NamedTuple):
+    """What KV caches are computed with, and for whom: the digests of the base and of what is fused into it,
+    the (digest, weight) terms of the adapters, and the owner, who shares them with nobody else.
+    """
+
+    base: str
+    fused: str | None
+    terms: tuple[tuple[str, float], ...]
+    owner: str
+
+    @property
+    def weights(self) -> tuple[Hashable, ...]:
+        """The key without its owner: what decides the values."""
+        return self[:3]
+
+    def names(self, digests: frozenset[str]) -> bool:
+        """Whether one of these adapters is among the terms."""
+        return any(digest in digests for digest, _ in self.terms)
 
 
 @dataclass(slots=True)
@@ -51,6 +71,6 @@ class ModelContext:
             prompt_cache=PromptCache(prompt_cache_bytes),
         )
 
-    def cache_key(self, row: RowAdapters) -> Hashable:
-        """What a row's KV caches are computed with: the base, what is fused into it, and its adapters."""
-        return (self.digest, self.fused_digest, row_key(row))
+    def cache_key(self, row: RowAdapters, owner: str = "") -> CacheKey:
+        """The key of the KV caches of a row as the model is now."""
+        return CacheKey(self.digest, self.fused_digest, row_key(row), owner)

@@ -183,7 +183,7 @@ class GenerationLoop:
                 self._fail([request], _FAILED)
 
     def _look_up(self, request: Request) -> PromptMatch:
-        request.key = self._context.cache_key(request.submit.row)
+        request.key = self._context.cache_key(request.submit.row, request.submit.cache_owner)
         return self._context.prompt_cache.match(request.key, request.text)
 
     def _side_of(self, request: Request) -> Decoder | Scorer:

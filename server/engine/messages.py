@@ -60,7 +60,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """One request: `choices` continuations of one prompt, computed with one row of adapters."""
+    """One request: `choices` continuations of one prompt, computed with one row of adapters.
+
+    It shares prompt caches with requests of the same `cache_owner` alone.
+    """
 
     request_id: str
     row: RowAdapters
@@ -69,6 +72,7 @@ class Submit:
     stop_token_ids: frozenset[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     choices: int = 1
+    cache_owner: str = ""
 
     @property
     def most_events(self) -> int:
@@ -80,13 +84,15 @@ class Submit:
 class Scoring:
     """One request to say how likely each of `answers` is after one prompt, under one row of adapters.
 
-    The prompt and each answer have at least one token. An answer takes a row, as a choice does.
+    The prompt and each answer have at least one token. An answer takes a row, as a choice does. It shares
+    prompt caches with requests of the same `cache_owner` alone.
     """
 
     request_id: str
     row: RowAdapters
     prompt_tokens: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
+    cache_owner: str = ""
 
     @property
     def choices(self) -> int:

@@ -174,7 +174,7 @@ class PromptCache:
             self._drop(next(iter(self._entries)))
             self._evictions += 1
 
-    def drop(self, uses: Callable[[Hashable], bool]) -> int:
+    def drop(self, uses: Callable[[Any], bool]) -> int:
         """Forget the entries whose key `uses` says yes to; returns the bytes that this frees."""
         before = self._bytes_held
         for name in [name for name, entry in self._entries.items() if uses(entry.key)]:

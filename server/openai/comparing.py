@@ -86,7 +86,7 @@ class ComparisonService:
             token_bytes=self._texts.decoder.token_bytes,
             includes_usage=request.includes_usage,
         )
-        return Compared(Comparison(self._engine, run, prompt, pins), reply)
+        return Compared(Comparison(self._engine, run, prompt, pins, request.cache_salt or ""), reply)
 
     async def _resolve(self, models: Sequence[str]) -> Sequence[RowPin]:
         try:

@@ -39,17 +39,23 @@ class AnswerScores:
 class Comparison:
     """Answers, and scores once all of them are there.
 
-    `run` has one choice for each of `pins`, what the models compute with. Of each pin one hold becomes this
+    `run` has one choice for each of `pins`, what the models compute with; `cache_owner` is as in `Submit`. Of each pin one hold becomes this
     object's own: what is scored is computed with the very versions that answered. Whoever has a Comparison
     closes it: that cancels what is still being computed.
     """
 
     def __init__(
-        self, engine: ScoringSubmitter, run: Run, prompt: tuple[int, ...], pins: Sequence[SharedPin]
+        self,
+        engine: ScoringSubmitter,
+        run: Run,
+        prompt: tuple[int, ...],
+        pins: Sequence[SharedPin],
+        cache_owner: str = "",
     ) -> None:
         self._engine = engine
         self._run = run
         self._prompt = prompt
+        self._cache_owner = cache_owner
         self._pins = list(pins)
         self._answers: list[list[int]] = [[] for _ in run.choices]
         self._scorings: list[EventSource] = []
@@ -117,7 +123,7 @@ class Comparison:
     def _submit(self, answers: Sequence[tuple[int, ...]]) -> None:
         """One request to score for each model: they share forwards, and start from what answering kept."""
         for pin in self._pins:
-            scoring = Scoring(uuid.uuid4().hex, pin.row, self._prompt, tuple(answers))
+            scoring = Scoring(uuid.uuid4().hex, pin.row, self._prompt, tuple(answers), self._cache_owner)
             self._scorings.append(
                 pin.lend(lambda release, scoring=scoring: self._engine.score(scoring, release))
             )

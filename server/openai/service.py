@@ -168,6 +168,7 @@ class TextService:
             stop_token_ids=frozenset(self.info.tokenizer.eos_token_ids),
             sampling=sampling,
             choices=choices,
+            cache_owner=request.cache_salt or "",
         )
 
     def head(self, prefix: str, served_name: str) -> Head:

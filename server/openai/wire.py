@@ -80,6 +80,7 @@ class SampledRequest(Wire):
     frequency_penalty: Penalty = 0.0
     logit_bias: LogitBias = Field(default_factory=dict)
     stop: Stop = Field(default_factory=list)
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> SampledRequest:

@@ -40,7 +40,7 @@ def install(context: ModelContext, layers: FusedLayers) -> None:
 
 def take_out(context: ModelContext, layers: FusedLayers) -> ResidentAdapter | None:
     """Undo `install` for the base and for an adapter fused alone; if this raises, all is as it was."""
-    stale = context.cache_key(())
+    stale = context.cache_key(()).weights
     context.fusion.undo()
     try:
         resident = None if layers.adapter is None else context.bank.add(layers.adapter)
@@ -49,5 +49,5 @@ def take_out(context: ModelContext, layers: FusedLayers) -> ResidentAdapter | No
         raise
     context.fusion = None
     context.fused_digest = None
-    context.prompt_cache.drop(lambda key: key == stale)
+    context.prompt_cache.drop(lambda key: key.weights == stale)
     return resident

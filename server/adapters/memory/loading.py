@@ -8,9 +8,8 @@ its limit alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
 
 from adapters_core.bank import AdapterBank, PreparedAdapter
 from adapters_core.container import AdapterContainer
@@ -153,11 +152,5 @@ def _exchange(
 def _remove(context: ModelContext, leaving: tuple[ResidentAdapter, ...], forgotten: frozenset[str]) -> int:
     freed_bytes = sum(context.bank.remove(resident) for resident in leaving)
     if forgotten:
-        context.prompt_cache.drop(lambda key: _computed_with(key, forgotten))
+        context.prompt_cache.drop(lambda key: key.names(forgotten))
     return freed_bytes
-
-
-def _computed_with(key: Hashable, digests: frozenset[str]) -> bool:
-    """Whether a key of `ModelContext.cache_key` names one of these adapters."""
-    _, _, terms = cast(tuple[str, str | None, tuple[tuple[str, float], ...]], key)
-    return any(digest in digests for digest, _ in terms)
