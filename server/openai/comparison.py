@@ -40,8 +40,8 @@ class Comparison:
     """Answers, and scores once all of them are there.
 
     `run` has one choice for each of `pins`, what the models compute with; `cache_owner` is as in `Submit`.
-    Of each pin one hold becomes this object's own: what is scored is computed with the very versions that answered. Whoever has a Comparison
-    closes it: that cancels what is still being computed.
+    Of each pin one hold becomes this object's own: what is scored is computed with the very versions
+    that answered. Whoever has a Comparison closes it: that cancels what is still being computed.
     """
 
     def __init__(
