@@ -115,7 +115,10 @@ class UnsupportedParameterError(InvalidRequestError):
 
 
 class ContextLengthError(InvalidRequestError):
-    def __init__(self, message: str, param: str) -> None:
+    """`problem` says what came. How the message begins, and the code, is what clients know this error by."""
+
+    def __init__(self, context_tokens: int, problem: str, param: str) -> None:
+        message = f"This model's maximum context length is {context_tokens} tokens, but {problem}."
         super().__init__(message, param=param, code="context_length_exceeded")
 
 

@@ -37,8 +37,8 @@ class Piece:
 class Choice:
     """Turns one choice's events into pieces.
 
-    A token's score goes out with the first character of its text, so that a stop string takes the scores of
-    its own tokens away with it.
+    A token's score goes out with the first character of its text, so that a stop string takes away the scores
+    of the tokens that begin in it. A token of which it leaves a part keeps its score.
     """
 
     def __init__(self, index: int, text: TextStream) -> None:
@@ -53,9 +53,9 @@ class Choice:
         if self.reason is not None:
             return None  # tokens that were under way when the stop string was found
         self.completion_tokens += 1
-        if event.logprob is not None:
-            self._held.append(Score(event.token, event.logprob, event.top, self._text.decoded_chars))
         text = self._text.add(event.token)
+        if event.logprob is not None:
+            self._held.append(Score(event.token, event.logprob, event.top, self._text.token_offset_chars))
         if self._text.stopped:
             self.reason = "stop"
         scores = self._release()

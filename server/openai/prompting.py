@@ -87,15 +87,15 @@ class Prompter:
             ContextLengthError: the prompt leaves no room, or less than is wanted.
         """
         room = self._context_tokens - prompt_tokens
-        limit = f"This model's context has {self._context_tokens} tokens"
         if room < 1:
-            message = f"{limit}, but the prompt has {prompt_tokens} and must leave room for one more."
-            raise ContextLengthError(message, prompt_param)
+            message = f"the prompt has {prompt_tokens} tokens and must leave room for one more"
+            raise ContextLengthError(self._context_tokens, message, prompt_param)
         if wanted is not None and wanted > room:
             message = (
-                f"{limit}, but {prompt_tokens + wanted} were asked for: {prompt_tokens} in the prompt and "
+                f"you requested {prompt_tokens + wanted} tokens: {prompt_tokens} in the prompt and {wanted} for "
+                "the completion; reduce either"
             )
-            raise ContextLengthError(f"{message}{wanted} for the completion. Reduce either.", wanted_param)
+            raise ContextLengthError(self._context_tokens, message, wanted_param)
         return min(self._default_max_tokens, room) if wanted is None else wanted
 
     def close(self) -> None:
@@ -117,8 +117,8 @@ class Prompter:
         """Refuse, before any work, what is too long even if each token were the vocabulary's longest."""
         least_tokens = chars // self._longest_token_chars
         if least_tokens > self._context_tokens:
-            message = f"This model's context has {self._context_tokens} tokens, but the prompt has at least "
-            raise ContextLengthError(f"{message}{least_tokens}.", param)
+            message = f"the prompt has at least {least_tokens} tokens"
+            raise ContextLengthError(self._context_tokens, message, param)
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         largest = max(tokens, default=0)

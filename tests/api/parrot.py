@@ -29,6 +29,7 @@ LINES: dict[str, list[str]] = {
     "country": [" Paris", ".", END],
     "fall": ["ouch", TRAP, END],
     "silence": [END],
+    "#": ["%", "\u0120", "2", "3", END],  # the second is byte-level for a space by itself
 }
 TEXTS = {"hello": "Hi there!", "greek": "alphabetagamma", "country": " Paris."}
 CONTEXT_TOKENS = 512

@@ -482,3 +482,10 @@ async def test_stopping_the_server_ends_it_with_an_error(parrot: LoadedModel) ->
     text = b"".join([visitor.messages.get_nowait().get("body", b"") for _ in range(visitor.messages.qsize())])
     assert b"[DONE]" not in text
     assert b'"error"' in text
+
+
+async def test_what_a_stop_string_took_is_not_in_the_mean(service: Service) -> None:
+    answers = (await compare(service, "#", ["parrot", "echo"], stop="2"))["answers"]
+    for answer in answers:
+        assert answer["message"]["content"] == "% "
+        assert [token["token"] for token in answer["tokens"]] == ["%", " "]

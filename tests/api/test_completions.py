@@ -76,7 +76,53 @@ async def test_logprobs_have_offsets_into_the_text(service: Service) -> None:
 async def test_logprobs_of_the_chosen_tokens_alone(service: Service) -> None:
     logprobs = (await service.complete("hello", logprobs=0))["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["Hi", " there", "!"]
-    assert logprobs["top_logprobs"] == [{}, {}, {}]
+    assert [list(top) for top in logprobs["top_logprobs"]] == [["Hi"], [" there"], ["!"]]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "tokens", "offsets"),
+    [
+        ("2", "% ", ["%", " "], [0, 1]),
+        (None, "% 23", ["%", " ", "2", "3"], [0, 1, 2, 3]),
+        ("3", "% 2", ["%", " ", "2"], [0, 1, 2]),
+        ("% ", "", [], []),
+    ],
+)
+async def test_a_lone_space_is_a_token_with_a_place(
+    service: Service, stop: str | None, text: str, tokens: list[str], offsets: list[int]
+) -> None:
+    (choice,) = (await service.complete("#", logprobs=1, stop=stop))["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+    assert choice["logprobs"]["tokens"] == tokens
+    assert choice["logprobs"]["text_offset"] == offsets
+    assert all(token in top for token, top in zip(tokens, choice["logprobs"]["top_logprobs"], strict=True))
+
+
+async def test_an_unlikely_token_is_among_its_alternatives(service: Service) -> None:
+    (rare,) = ids(service, "q")
+    (choice,) = (
+        await service.complete("hello", logprobs=1, max_tokens=1, temperature=0, logit_bias={rare: 100})
+    )["choices"]
+    (top,) = choice["logprobs"]["top_logprobs"]
+    assert choice["text"] == "q"
+    assert top[choice["text"]] == choice["logprobs"]["token_logprobs"][0]
+
+
+@pytest.mark.parametrize("stop", [None, "3", "gam", "é"])
+async def test_streamed_logprobs_are_those_of_the_whole_answers(service: Service, stop: str | None) -> None:
+    asked = {"prompt": ["#", "greek", "accent"], "n": 2, "logprobs": 2, "stop": stop, "max_tokens": 6}
+    whole = (await service.complete(asked.pop("prompt"), **asked))["choices"]
+    chunks = await service.events(COMPLETIONS, prompt=["#", "greek", "accent"], **asked)
+    for choice in whole:
+        pieces = [
+            piece for chunk in chunks[:-1] for piece in chunk["choices"] if piece["index"] == choice["index"]
+        ]
+        assert "".join(piece["text"] for piece in pieces) == choice["text"]
+        told = [piece["logprobs"] for piece in pieces if piece["logprobs"]]
+        for name in ("tokens", "text_offset"):
+            assert [one for part in told for one in part[name]] == choice["logprobs"][name]
+        for part in told:
+            assert len(set(map(len, part.values()))) == 1
 
 
 async def test_greedy_and_sampled_with_a_seed_repeat_themselves(service: Service) -> None:

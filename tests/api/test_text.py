@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, SPMStreamingDetokenizer, TokenizerWrapper, load
 from tokenizers import Tokenizer, decoders, models
@@ -85,7 +85,7 @@ def test_any_tokens_give_their_bytes_as_text(decoder: TextDecoder, tokens: list[
     data = b"".join(map(decoder.token_bytes, tokens))
     (stream,) = decoder.streams(1, [], continues=True)
     text = "".join(map(stream.add, tokens)) + stream.finish()
-    assert text == data.decode("utf-8", "replace") or b"\x00" in data
+    assert text == data.decode("utf-8", "replace")
 
 
 @relaxed
@@ -112,6 +112,90 @@ def test_scores_go_out_with_their_text_and_stop_where_it_stops(
         assert all(score.offset_chars < len(kept) for score in scores)
 
 
+@relaxed
+@given(tokens=st.lists(st.integers(18, 49151), max_size=24))
+def test_a_message_is_the_text_of_mlx_lm(
+    tokenizer: TokenizerWrapper, decoder: TextDecoder, tokens: list[int]
+) -> None:
+    assume(b"\x00" not in b"".join(map(decoder.token_bytes, tokens)))  # where mlx-lm's is another character
+    reference = tokenizer.detokenizer
+    for token in tokens:
+        reference.add_token(token)
+    reference.finalize()
+    (stream,) = decoder.streams(1, [], continues=False)
+    assert "".join(map(stream.add, tokens)) + stream.finish() == reference.text
+
+
+def places_of_characters(data: bytes) -> list[int]:
+    """For each byte, which character of the text it belongs to; what is no UTF-8 is replaced by U+FFFD."""
+    places: list[int] = []
+    while len(places) < len(data):
+        rest = data[len(places) :]
+        try:
+            valid, invalid_bytes = rest.decode(), 0
+        except UnicodeDecodeError as error:
+            valid, invalid_bytes = rest[: error.start].decode(), error.end - error.start
+        for length in [*(len(char.encode()) for char in valid), *([invalid_bytes] if invalid_bytes else [])]:
+            places += [places[-1] + 1 if places else 0] * length
+    return places
+
+
+def said(decoder: TextDecoder, tokens: list[int], stops: list[str]) -> tuple[str, list[Score], bool]:
+    """(The text of a completion, its scores, whether a stop string ended it)."""
+    (stream,) = decoder.streams(1, stops, continues=True)
+    choice = Choice(0, stream)
+    pieces = [choice.add(Token(0, token, -0.5)) for token in tokens]
+    pieces.append(choice.end(ChoiceFinished(0, "length", len(tokens))))
+    sent = [piece for piece in pieces if piece is not None]
+    scores = [score for piece in sent for score in piece.scores]
+    return "".join(piece.text for piece in sent), scores, stream.stopped
+
+
+# Byte-level: the first ids after the special ones are single bytes, 0 and parts of characters among them.
+ANY_TOKENS = st.lists(st.one_of(st.integers(17, 272), st.integers(0, 49151), st.just(60_000)), max_size=24)
+
+
+@relaxed
+@given(tokens=ANY_TOKENS, stops=st.lists(st.text("a 2é\ufffd", min_size=1, max_size=2), max_size=3))
+def test_each_score_is_at_the_place_of_its_text_and_no_other_is_sent(
+    decoder: TextDecoder, tokens: list[int], stops: list[str]
+) -> None:
+    text, scores, stopped = said(decoder, tokens, stops)
+    data = list(map(decoder.token_bytes, tokens))
+    whole = b"".join(data)
+    places = [*places_of_characters(whole), len(whole.decode("utf-8", "replace"))]
+    starts = [sum(map(len, data[:index])) for index in range(len(tokens))]
+    assert text == cut(whole.decode("utf-8", "replace"), stops)
+    assert [score.token for score in scores] == tokens[: len(scores)]
+    for score, start, bytes_ in zip(scores, starts, data, strict=False):
+        assert score.offset_chars == places[start] or not bytes_
+    if not stopped:
+        assert len(scores) == len(tokens)
+        return
+    left_out = [place for place, bytes_ in zip(map(places.__getitem__, starts), data, strict=True) if bytes_]
+    kept = [place for place in left_out if place < len(text)]
+    assert [score.offset_chars for score in scores if decoder.token_bytes(score.token)] == kept
+
+
+@relaxed
+@given(tokens=ANY_TOKENS)
+def test_the_tokens_of_completions_joined_are_their_text(decoder: TextDecoder, tokens: list[int]) -> None:
+    text, scores, _ = said(decoder, tokens, [])
+    named = completion_logprobs(scores, decoder.token_bytes)
+    data = b"".join(bytes_named(name) for name in named["tokens"])
+    assert data.decode("utf-8", "replace") == text
+    chat = chat_logprobs(scores, decoder.token_bytes)["content"]
+    assert b"".join(bytes(token["bytes"]) for token in chat) == data
+    assert [token["token"] for token in chat] == named["tokens"]
+
+
+def bytes_named(name: str) -> bytes:
+    """What a token's name stands for, by the rule that clients read."""
+    if not name.startswith("bytes:"):
+        return name.encode()
+    return bytes.fromhex(name.removeprefix("bytes:").replace("\\x", ""))
+
+
 def test_several_streams_do_not_share_their_state(tokenizer: TokenizerWrapper, decoder: TextDecoder) -> None:
     one, two = decoder.streams(2, ["b"], continues=True)
     assert one.add(tokenizer.encode("ab", add_special_tokens=False)[0]) in ("a", "ab")
@@ -119,7 +203,7 @@ def test_several_streams_do_not_share_their_state(tokenizer: TokenizerWrapper, d
         one.add(token)
     assert one.stopped
     assert not two.stopped
-    assert two.decoded_chars == 0
+    assert two.token_offset_chars == two.sent_chars == 0
 
 
 def test_what_might_begin_a_stop_string_is_held_back_and_given_out_at_the_end(
@@ -173,6 +257,26 @@ def test_impossible_tokens_have_a_logprob_that_json_can_say() -> None:
     score = Score(1, -0.25, ((1, -0.25), (2, float("-inf"))), 0)
     assert Piece(0, "a", (score,)).scores == (score,)
     chat = chat_logprobs([score], lambda token: b"\xff" if token == 2 else b"a")
-    assert chat["content"][0]["top_logprobs"][1] == {"token": "\ufffd", "logprob": -9999.0, "bytes": [255]}
+    assert chat["content"][0]["top_logprobs"][1] == {
+        "token": "bytes:\\xff",
+        "logprob": -9999.0,
+        "bytes": [255],
+    }
     completion = completion_logprobs([score], lambda token: b"%d" % token)
     assert completion["top_logprobs"] == [{"1": -0.25, "2": -9999.0}]
+
+
+def test_alternatives_of_completions_hold_the_chosen_token_and_keep_tokens_of_one_text_apart() -> None:
+    texts = {1: b"a", 2: b"\xf0\x9f", 3: b"\xf0\x9e", 4: b"a", 5: b"b", 6: b"b"}
+    top = ((4, -0.5), (5, -1.0), (2, -1.5), (3, -1.75), (6, -2.0))
+    named = completion_logprobs([Score(1, -3.0, top, 0)], texts.__getitem__)
+    assert named["tokens"] == ["a"]
+    assert list(named["top_logprobs"][0].items()) == [
+        ("token_id:4", -0.5),
+        ("b", -1.0),
+        ("bytes:\\xf0\\x9f", -1.5),
+        ("bytes:\\xf0\\x9e", -1.75),
+        ("token_id:6", -2.0),
+        ("a", -3.0),
+    ]
+    assert completion_logprobs([Score(5, -1.0, (), 0)], texts.__getitem__)["top_logprobs"] == [{"b": -1.0}]
