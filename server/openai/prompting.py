@@ -92,8 +92,8 @@ class Prompter:
             raise ContextLengthError(self._context_tokens, message, prompt_param)
         if wanted is not None and wanted > room:
             message = (
-                f"you requested {prompt_tokens + wanted} tokens: {prompt_tokens} in the prompt and {wanted} for "
-                "the completion; reduce either"
+                f"you requested {prompt_tokens + wanted} tokens: {prompt_tokens} in the prompt and {wanted} "
+                "for the completion; reduce either"
             )
             raise ContextLengthError(self._context_tokens, message, wanted_param)
         return min(self._default_max_tokens, room) if wanted is None else wanted

@@ -275,7 +275,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
     ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "equal"),
-    ({"max_tokens": 511}, "max_tokens", "context has"),
+    ({"max_tokens": 511}, "max_tokens", "maximum context length is"),
     ({"stop": 5}, "stop", "a string or a list of strings"),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "below"),
     ({"stream": "yes"}, "stream", "boolean"),
