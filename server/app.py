@@ -23,13 +23,13 @@ from server.adapters.memory.budget import default_memory_bytes
 from server.adapters.saving.adapters import AdapterSaver
 from server.adapters.service import AdapterService, ServiceOptions
 from server.auth import require_api_key
+from server.bodies import BodyLimits, BodyMiddleware
 from server.engine.engine import Engine
 from server.engine.loop import LoopOptions
 from server.engine.model import ModelInfo, load_model
 from server.errors import install
 from server.metrics import Metrics, MetricsMiddleware
 from server.middleware import (
-    BodyLimitMiddleware,
     HostGuardMiddleware,
     RequestIdMiddleware,
     UnexpectedErrorMiddleware,
@@ -175,15 +175,16 @@ def _middleware(settings: Settings, metrics: Metrics) -> Sequence[Middleware]:
         allow_headers=["*"],
         expose_headers=["x-request-id", "retry-after"],
     )
+    bodies = BodyLimits(settings.max_body_bytes, settings.body_memory_bytes, settings.body_timeout_seconds)
     return [
         Middleware(RequestIdMiddleware),
         Middleware(MetricsMiddleware, metrics=metrics),
+        Middleware(BodyMiddleware, limits=bodies),
         Middleware(
             HostGuardMiddleware,
             allowed_hosts=settings.allowed_hosts,
             allowed_origins=settings.cors_origins,
         ),
         *([cors] if settings.cors_origins else []),
-        Middleware(BodyLimitMiddleware, limit_bytes=settings.max_body_bytes),
         Middleware(UnexpectedErrorMiddleware),
     ]

@@ -8,6 +8,7 @@ ApiError
 ├── ForbiddenError               403, a host, origin or path that is not allowed
 ├── NotFoundError                404
 ├── ConflictError                409, the state of the server does not allow it
+├── BodyTimeoutError             408, the body did not come in time
 ├── BodyTooLargeError            413
 ├── OverloadedError              503, with Retry-After
 ├── GenerationFailedError        500, the engine gave a request up
@@ -47,6 +48,7 @@ from server.validation import describe_problems
 __all__ = [
     "ApiError",
     "AuthenticationError",
+    "BodyTimeoutError",
     "BodyTooLargeError",
     "ConflictError",
     "ContextLengthError",
@@ -149,6 +151,12 @@ class BodyTooLargeError(ApiError):
     def __init__(self, limit_bytes: int | None = None) -> None:
         limit = "" if limit_bytes is None else f" It may have at most {limit_bytes} bytes."
         super().__init__(413, f"The request's body is too large.{limit}", code="body_too_large")
+
+
+class BodyTimeoutError(ApiError):
+    def __init__(self, limit_seconds: float) -> None:
+        message = f"The request's body did not come within {limit_seconds:g} s."
+        super().__init__(408, message, code="body_timeout")
 
 
 class OverloadedError(ApiError):

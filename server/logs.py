@@ -6,12 +6,14 @@ main thread. It does not know what is logged. Lines go to standard error: standa
 
 from __future__ import annotations
 
+import io
 import logging
 import logging.config
 import sys
+from typing import Any, TextIO
 
 import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from server.printable import escape_controls
 from server.settings import LogFormat, LogLevel
@@ -38,7 +40,8 @@ def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
     """Send every log line of the process, ours and the libraries', to standard error in one form.
 
     `log_format` auto is console on a terminal, else json. Control characters in what is logged are escaped,
-    so that nothing from a request starts a line of its own or drives a terminal. May be called again.
+    so that nothing from a request starts a line of its own, drives a terminal or reads as what it is not. May
+    be called again.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -95,9 +98,25 @@ def _rendering(log_format: LogFormat) -> list[Processor]:
     terminal = sys.stderr.isatty()
     if log_format == "console" or (log_format == "auto" and terminal):
         # Not rich's tracebacks: they show the values of local variables, a key's among them.
-        plain = structlog.dev.plain_traceback
+        plain = _plain_traceback
         return [structlog.dev.ConsoleRenderer(colors=terminal, pad_event_to=0, exception_formatter=plain)]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    return [
+        structlog.processors.format_exc_info,
+        _escape_exception,
+        structlog.processors.JSONRenderer(ensure_ascii=False),
+    ]
+
+
+def _plain_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    stream.write(escape_controls(text.getvalue(), keep="\n"))
+
+
+def _escape_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    if isinstance(event.get("exception"), str):
+        event["exception"] = escape_controls(event["exception"], keep="\n")
+    return event
 
 
 def _drop_uvicorn_colours(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
@@ -106,4 +125,14 @@ def _drop_uvicorn_colours(_logger: WrappedLogger, _method: str, event: EventDict
 
 
 def _escape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    return {key: escape_controls(value) if isinstance(value, str) else value for key, value in event.items()}
+    return {key: value if key == "exc_info" else _escaped(value) for key, value in event.items()}
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return escape_controls(value)
+    if isinstance(value, dict):
+        return {_escaped(name): _escaped(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_escaped(item) for item in value]
+    return value

@@ -159,8 +159,18 @@ class MetricsMiddleware:
         try:
             await self._app(scope, receive, count)
         finally:
-            # Routing leaves its finding in the scope; what matched no route shares one label.
-            route = getattr(scope.get("route"), "path", "none")
-            method = scope["method"] if route != "none" else "any"
+            method, route = _labels(scope)
             self._metrics.requests.labels(method, route, status).inc()
             self._metrics.request_seconds.labels(method, route).observe(time.perf_counter() - started)
+
+
+def _labels(scope: Scope) -> tuple[str, str]:
+    """The method and the route of a request, each out of few: a client chooses neither at will.
+
+    Routing leaves the route in the scope, also where the route does not have the method.
+    """
+    found = scope.get("route")
+    route = getattr(found, "path", None)
+    if route is None:
+        return "any", "none"
+    return (scope["method"] if scope["method"] in (getattr(found, "methods", None) or ()) else "other"), route

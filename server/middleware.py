@@ -1,6 +1,6 @@
-"""What happens around every request: its id, who may send it, how large it may be, and the last resort.
+"""What happens around every request: its id, who may send it, and the last resort.
 
-Plain ASGI, outermost first: RequestId, (metrics,) HostGuard, (CORS,) BodyLimit, UnexpectedError. They
+Plain ASGI, outermost first: RequestId, (metrics, bodies,) HostGuard, (CORS,) UnexpectedError. They
 know no route and no model, and hand streams through untouched. Run on the event loop.
 """
 
@@ -15,9 +15,9 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, BodyTooLargeError, ForbiddenError, InternalError, error_response
+from server.errors import ApiError, ForbiddenError, InternalError, error_response
 
-__all__ = ["BodyLimitMiddleware", "HostGuardMiddleware", "RequestIdMiddleware", "UnexpectedErrorMiddleware"]
+__all__ = ["HostGuardMiddleware", "RequestIdMiddleware", "UnexpectedErrorMiddleware"]
 
 _log = structlog.get_logger(__name__)
 
@@ -55,7 +55,7 @@ class RequestIdMiddleware:
             finally:
                 _log.info(
                     "request",
-                    method=scope["method"],
+                    method=scope["method"][:20],
                     path=scope["path"][:200],
                     status=status,
                     seconds=round(time.monotonic() - started, 3),
@@ -126,37 +126,6 @@ def _with_port(host: str, scheme: str) -> tuple[str, str | None]:
     if parsed is None:
         return host, None
     return parsed["name"], parsed["port"] or _DEFAULT_PORTS.get(scheme)
-
-
-class BodyLimitMiddleware:
-    """Refuses a body of more than `limit_bytes`: by its declared length, or once more than that has come.
-
-    Starlette's own limiter replaces any reply to a body that is declared too long by one in plain text.
-    """
-
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
-        self._app = app
-        self._limit_bytes = limit_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._limit_bytes):
-            await error_response(BodyTooLargeError(self._limit_bytes))(scope, receive, send)
-            return
-        received_bytes = 0
-
-        async def receive_within_limit() -> Message:
-            nonlocal received_bytes
-            message = await receive()
-            received_bytes += len(message.get("body", b""))
-            if received_bytes > self._limit_bytes:
-                raise BodyTooLargeError(self._limit_bytes)
-            return message
-
-        await self._app(scope, receive_within_limit, send)
 
 
 class UnexpectedErrorMiddleware:

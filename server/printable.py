@@ -1,4 +1,4 @@
-"""Makes text from elsewhere safe to print: one line stays one line, and no terminal is driven by it.
+"""Makes text from elsewhere safe to print: it stays one line, drives no terminal, and reads as what it is.
 
 Knows nothing of logs or terminals. Pure; any thread.
 """
@@ -9,15 +9,20 @@ import unicodedata
 
 __all__ = ["escape_controls"]
 
-# Cc: control characters (CR, LF, ESC …); Zl, Zp: Unicode's own line and paragraph separators.
-_DRIVING = frozenset({"Cc", "Zl", "Zp"})
+# Cc: control characters (CR, LF, ESC …); Zl, Zp: Unicode's own line and paragraph separators; Cf: what
+# cannot be seen, and reorders or hides what can; Cs: lone surrogates, which no encoding can write.
+_DRIVING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+# The joiners, which Persian, Indic scripts and emoji are written with; they reorder nothing.
+_HARMLESS = "\u200c\u200d"
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:
-    """`text` with every control character and line separator, but those in `keep`, as a backslash escape."""
+    """`text` with what drives, splits, reorders or hides text as backslash escapes; `keep` stays as it is."""
     if text.isprintable():
         return text
+    kept = keep + _HARMLESS
     return "".join(
-        repr(char)[1:-1] if unicodedata.category(char) in _DRIVING and char not in keep else char
+        repr(char)[1:-1] if char not in kept and unicodedata.category(char) in _DRIVING else char
         for char in text
     )

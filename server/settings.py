@@ -217,6 +217,11 @@ class Settings(BaseSettings):
     max_body_bytes: ByteSize = Field(default=ByteSize(8 * 2**20), ge=1024, json_schema_extra=_group("Limits"))
     """Size of a request's body, in bytes or with a unit such as 8MiB."""
 
+    body_memory_bytes: ByteSize = Field(
+        default=ByteSize(128 * 2**20), ge=1024, json_schema_extra=_group("Limits")
+    )
+    """Memory for all bodies that are held at once; what does not fit is answered with 503 and Retry-After."""
+
     prompt_cache_bytes: ByteSize = Field(default=ByteSize(2**30), ge=0, json_schema_extra=_group("Memory"))
     """Memory for the caches of earlier prompts, in bytes or with a unit such as 1GiB; 0 keeps none."""
 
@@ -230,6 +235,9 @@ class Settings(BaseSettings):
 
     unload_timeout_seconds: float = Field(default=30, ge=0, le=86400, json_schema_extra=_group("Timeouts"))
     """Seconds that unloading an adapter waits for requests that use it, unless the call says otherwise."""
+
+    body_timeout_seconds: float = Field(default=60, gt=0, le=86400, json_schema_extra=_group("Timeouts"))
+    """Seconds that a request's body may take to come; then it is answered with 408."""
 
     health_timeout_seconds: float = Field(default=60, gt=0, le=86400, json_schema_extra=_group("Timeouts"))
     """Seconds without a sign of life of the generation thread after which /health answers 503."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.printable import escape_controls
+
+REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 SCRIPT = """
 import logging, sys, warnings
@@ -26,9 +29,10 @@ logging.getLogger("other").debug("details")
 with structlog.contextvars.bound_contextvars(request_id="r1"):
     structlog.get_logger("ours").warning("bound")
 warnings.warn("careful")
+structlog.get_logger("ours").info("nested", served=["a\u202eb", {"c": "d\x1b"}])
 secret = "s3cret"
 try:
-    raise ValueError("wrong")
+    raise ValueError("wr\u2066ong\x1b[31m")
 except ValueError:
     logging.getLogger("other").exception("failed")
 """
@@ -51,15 +55,16 @@ def test_json_lines() -> None:
     assert "color_message" not in lines[1]
     assert lines[2]["request_id"] == "r1"
     assert "careful" in lines[3]["event"]
-    assert "ValueError: wrong" in lines[4]["exception"]
-    assert len(lines) == 5
+    assert lines[4]["served"] == ["a\\u202eb", {"c": "d\\x1b"}]
+    assert lines[5]["exception"].endswith("ValueError: wr\\u2066ong\\x1b[31m")
+    assert len(lines) == 6
 
 
 def test_console_lines() -> None:
     lines = run("info", "console")
     assert "told\\nfalsely" in lines[0]
-    assert not any(line.startswith("Forged") or "\x1b" in line for line in lines)
-    assert lines[-1] == "ValueError: wrong"
+    assert not any(line.startswith("Forged") or "\x1b" in line or "\u2066" in line for line in lines)
+    assert lines[-1] == "ValueError: wr\\u2066ong\\x1b[31m"
     assert "s3cret" not in "\n".join(lines), "a traceback shows no values of variables"
 
 
@@ -76,12 +81,22 @@ def test_escaped_text_is_one_line_that_drives_nothing(text: str) -> None:
     escaped = escape_controls(text)
     assert len(escaped.splitlines()) <= 1
     assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in escaped)
+    assert not any(unicodedata.bidirectional(char) in REORDERING for char in escaped)
+    escaped.encode()
     assert escape_controls(escaped) == escaped
 
 
-@pytest.mark.parametrize("text", ["plain", "naïve café", "日本語 🙂", 'back\\slash "quoted"'])
+@pytest.mark.parametrize(
+    "text",
+    ["plain", "naïve café", "日本語 🙂", "עברית", "👩\u200d🚀", "a\u200cb", 'back\\slash "quoted"'],
+)
 def test_text_without_controls_is_left_as_it_is(text: str) -> None:
     assert escape_controls(text) == text
+
+
+@pytest.mark.parametrize("char", ["\u202e", "\u2066", "\u200f", "\u061c", "\u200b", "\ufeff", "\ud800"])
+def test_text_that_hides_or_reorders_is_shown(char: str) -> None:
+    assert escape_controls(f"a{char}b") == f"a{char.encode('unicode-escape').decode()}b"
 
 
 def test_kept_controls_are_kept() -> None:

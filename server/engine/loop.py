@@ -37,7 +37,8 @@ _FAILED = "the engine failed while it computed this request"
 class LoopStats:
     """What is there now, and totals since the start; `completion_tokens` counts stop tokens too.
 
-    `running_rows` decode or read a prompt; `scoring_rows` are those of answers that are scored.
+    `running_rows` decode or read a prompt; `scoring_rows` are those of answers that are scored. `failures`
+    counts the requests that ended in Failed.
     """
 
     running_rows: int = 0
@@ -205,7 +206,6 @@ class GenerationLoop:
         """
         requests = list(self._scheduler.running.values())
         _log.exception("a step failed", request_ids=[request.request_id for request in requests])
-        self._failures += 1
         self._decoder.give_up()
         self._scorer.give_up()
         self._fail(requests, _FAILED)
@@ -215,11 +215,11 @@ class GenerationLoop:
         """After a forward that scored and raised: what it scored is given up; what decodes goes on."""
         requests = self._scorer.give_up()
         _log.exception("scoring failed", request_ids=[request.request_id for request in requests])
-        self._failures += 1
         self._fail(requests, _FAILED)
         self._context.prompt_cache.clear()
 
     def _fail(self, requests: list[Request], message: str) -> None:
+        self._failures += len(requests)
         for request in requests:
             self._side_of(request).forget(request)
             self._scheduler.end(request)

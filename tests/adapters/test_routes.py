@@ -403,6 +403,32 @@ async def test_metrics_count_by_routes_and_never_by_names(tiny_site: Site) -> No
     assert open_metrics.text.endswith("# EOF\n")
 
 
+async def test_metrics_stay_as_large_as_they_are_whatever_is_asked(tiny_site: Site) -> None:
+    async def odd(number: int) -> None:
+        client, name = tiny_site.client, f"odd{number}"
+        await client.request(f"ODD{number}", "/health")
+        await client.request(name, f"/{name}")
+        await client.request(f"O{number}", "/v1/adapters/a", headers={"x-request-id": name})
+        await client.post(f"/v1/adapters/{name}/rollback", json={})
+        await client.post("/v1/chat/completions", json={"model": name, "messages": []})
+        await client.get("/metrics", params={name: name})
+
+    await odd(0)
+    first = (await tiny_site.client.get("/metrics")).text
+    for number in range(1, 50):
+        await odd(number)
+        await tiny_site.call("POST", "/v1/adapters", {"id": "a"}, status=201)
+        await tiny_site.call("DELETE", "/v1/adapters/a")
+    last = (await tiny_site.client.get("/metrics")).text
+    added = {line.split(" ")[0] for line in last.splitlines()} - {
+        line.split(" ")[0] for line in first.splitlines()
+    }
+    assert all('route="/v1/adapters' in line for line in added), added
+    assert len(added) <= 2 * 16, "two calls that had not been made before"
+    assert "odd" not in last.lower()
+    assert 'method="other",route="/health",status="405"} 50.0' in last
+
+
 async def test_a_key_guards_all_but_the_probes(model_path: Path, root: Path) -> None:
     async with site(model_path, root, api_key="k3y") as locked:
         for path in ("/health", "/ready"):

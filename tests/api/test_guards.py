@@ -17,17 +17,23 @@ OPEN = {"/health", "/ready"}
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
-def paths(routes: Sequence[BaseRoute]) -> Iterator[tuple[str, str]]:
-    """Every (method, path) that the application answers, however its routers are nested."""
-    for route in routes:
+def routes(found: Sequence[BaseRoute]) -> Iterator[Route]:
+    """Every route of the application, however its routers are nested."""
+    for route in found:
         inner = getattr(route, "original_router", None)
         if inner is not None:
-            yield from paths(inner.routes)
+            yield from routes(inner.routes)
         elif isinstance(route, Route):
-            for method in route.methods or ():
-                yield method, route.path
+            yield route
         else:
             raise AssertionError(f"a route of an unknown kind, which nobody has guarded: {route!r}")
+
+
+def paths(found: Sequence[BaseRoute]) -> Iterator[tuple[str, str]]:
+    """Every (method, path) that the application answers."""
+    for route in routes(found):
+        for method in route.methods or ():
+            yield method, route.path
 
 
 async def test_every_route_but_the_open_ones_asks_for_the_key(parrot: LoadedModel) -> None:
