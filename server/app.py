@@ -168,12 +168,16 @@ def _lifespan(
 
 def _middleware(settings: Settings, metrics: Metrics) -> Sequence[Middleware]:
     """Outermost first."""
+    # As browsers write them, which send no slash at the end.
+    origins = [origin.lower().rstrip("/") for origin in settings.cors_origins]
     cors = Middleware(
         CORSMiddleware,
-        allow_origins=settings.cors_origins,
-        allow_methods=["GET", "POST", "PUT", "DELETE"],
+        allow_origins=origins,
+        allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
         allow_headers=["*"],
-        expose_headers=["x-request-id", "retry-after"],
+        # Chrome asks before a public page may reach a private address.
+        allow_private_network=True,
+        expose_headers=["x-request-id", "retry-after", "x-should-retry"],
     )
     bodies = BodyLimits(settings.max_body_bytes, settings.body_memory_bytes, settings.body_timeout_seconds)
     return [

@@ -61,6 +61,18 @@ class Finder:
             task.add_done_callback(lambda _: self._demanded.pop(adapter_id, None))
         await asyncio.shield(task)
 
+    async def could_load(self, adapter_id: str) -> bool:
+        """Whether `demand` would find something to load.
+
+        Raises:
+            BaseIsFusedError: it would, but for what is fused.
+        """
+        folder = await asyncio.to_thread(self._folder_of, adapter_id)
+        if folder is None or not await self._placer.reader.has_settled(folder):
+            return False
+        self._refuse_if_fused(adapter_id)
+        return True
+
     async def refuse_if_training(self, adapter_id: str, param: str) -> None:
         """Say which checkpoints there are, of what was not found; `param` is where it was named.
 

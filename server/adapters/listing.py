@@ -41,8 +41,7 @@ class Lister:
     async def list(self) -> Listing:
         """All adapters, as of one instant, and what could be one."""
         base = self._registry.base
-        loaded = {entry.id for entry in self._registry.entries}
-        available = await asyncio.to_thread(self._folders.available, base, loaded)
+        available = await self.available()
         resident_bytes = await self._memory.bytes_taken()
         entries = self._registry.entries
         by_now = {entry.id for entry in entries}
@@ -50,6 +49,11 @@ class Lister:
         checkpoints = await asyncio.to_thread(self._folders.trainings, base)
         available = [name for name in available if name not in by_now]
         return Listing(entries, resident_bytes, available, checkpoints)
+
+    async def available(self) -> Sequence[str]:
+        """The ids of folders directly under the root that look like adapters and are not registered."""
+        loaded = {entry.id for entry in self._registry.entries}
+        return await asyncio.to_thread(self._folders.available, self._registry.base, loaded)
 
     async def look_for_checkpoints(self, entries: Sequence[Entry]) -> None:
         """See which checkpoints lie in the folders of `entries` now."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -44,7 +44,7 @@ from .paging.placing import Accept, Placer
 from .paging.reading import Reader
 from .paging.reloading import Reloader
 from .paging.returning import Returner
-from .pins import Pin, Terms
+from .pins import Pin, Resolved, Terms
 from .registry import Registry
 from .releases import Releases
 from .reports import Journal
@@ -171,6 +171,23 @@ class AdapterService:
         for model in models:
             await self._load_what_is_named(model, None)
         return await self._pinner.pin([(model, None) for model in models])
+
+    async def look_up(self, model: str) -> Resolved | str:
+        """What a request that names `model` would be answered with, or the id that it would load first.
+
+        Raises: as `resolve`, but for what a load finds.
+        """
+        for adapter_id in self._to_be_loaded(model, None):
+            if await self._finder.could_load(adapter_id):
+                return adapter_id
+            await self._finder.refuse_if_training(adapter_id, "model")
+        return self.registry.resolve(model)
+
+    async def on_demand(self) -> Sequence[str]:
+        """The ids of folders under the root that requests may name although nothing loaded them yet."""
+        if not self._options.load_on_demand or self.registry.fused is not None:
+            return ()
+        return [name for name in await self._lister.available() if self._may_be_demanded(name)]
 
     async def list(self) -> Listing:
         """All adapters, loaded and not."""
@@ -307,15 +324,19 @@ class AdapterService:
             return await self._container.perform(lambda context: bare_copy(context.model))
 
     async def _load_what_is_named(self, model: str | None, adapters: Terms | None) -> None:
+        for adapter_id in self._to_be_loaded(model, adapters):
+            with self._pinner.waiting_for_load():
+                await self._finder.demand(adapter_id)
+            if self.registry.find(adapter_id) is None:
+                await self._finder.refuse_if_training(adapter_id, "model" if adapters is None else "adapters")
+
+    def _to_be_loaded(self, model: str | None, adapters: Terms | None) -> Iterator[str]:
+        """The ids that a request names, are not registered, and may be loaded for it."""
         for text, _ in self.registry.terms(model, adapters):
             name = parse_name(text, self.registry.base)
             # What is not registered has no versions that could be asked for.
-            if name is None or name.version is not None or not self._may_be_demanded(name.entry):
-                continue
-            with self._pinner.waiting_for_load():
-                await self._finder.demand(name.entry)
-            if self.registry.find(name.entry) is None:
-                await self._finder.refuse_if_training(name.entry, "model" if adapters is None else "adapters")
+            if name is not None and name.version is None and self._may_be_demanded(name.entry):
+                yield name.entry
 
     async def _load_to_fuse(self, terms: Terms) -> None:
         for adapter_id, _ in terms:

@@ -11,7 +11,13 @@ from .reports import report_on
 from .source import Made
 from .versions import Entry, Version
 
-__all__ = ["adapter_in_full", "adapter_object", "base_model_object", "model_object"]
+__all__ = [
+    "adapter_in_full",
+    "adapter_object",
+    "available_model_object",
+    "base_model_object",
+    "model_object",
+]
 
 
 def adapter_object(entry: Entry, registry: Registry, shown: Version | None = None) -> dict[str, Any]:
@@ -78,19 +84,29 @@ def _versions(entry: Entry) -> list[dict[str, Any]]:
 
 
 def base_model_object(registry: Registry, root: str, created: float, context_tokens: int) -> dict[str, Any]:
-    """The base as a model; `root` is what the operator named it by."""
-    return _model(registry.base, created, root, None, fused=registry.fused) | {
-        "max_model_len": context_tokens
-    }
+    """The base as a model; `root` is what the operator named it by, without the place where it lies."""
+    return _model(registry.base, created, root, None, context_tokens) | {"fused": registry.fused}
 
 
-def model_object(entry: Entry, registry: Registry, version: Version | None = None) -> dict[str, Any]:
+def model_object(
+    entry: Entry, registry: Registry, context_tokens: int, version: Version | None = None
+) -> dict[str, Any]:
     """An adapter as a model that descends from the base; a `version` is named with its number."""
     shown = entry.current if version is None else version
-    return _model(_name(entry, version), shown.created, shown.source.shown, registry.base, state=entry.state)
+    model = _model(_name(entry, version), shown.created, shown.source.shown, registry.base, context_tokens)
+    return model | {"state": entry.state}
 
 
-def _model(name: str, created: float, root: str | None, parent: str | None, **more: Any) -> dict[str, Any]:
+def available_model_object(
+    adapter_id: str, registry: Registry, created: float, context_tokens: int
+) -> dict[str, Any]:
+    """An adapter that the first request for it loads."""
+    return _model(adapter_id, created, adapter_id, registry.base, context_tokens) | {"state": "available"}
+
+
+def _model(
+    name: str, created: float, root: str | None, parent: str | None, context_tokens: int
+) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
@@ -98,5 +114,5 @@ def _model(name: str, created: float, root: str | None, parent: str | None, **mo
         "owned_by": "mlx-graft",
         "root": root,
         "parent": parent,
-        **more,
+        "max_model_len": context_tokens,
     }

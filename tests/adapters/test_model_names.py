@@ -41,10 +41,11 @@ async def test_versions_that_live_are_adapters_too(tiny_site: Site) -> None:
     await tiny_site.refused("GET", "/v1/adapters/b@1", None, 404, "adapter_not_found")
 
 
-async def test_checkpoints_are_models_once_they_are_served(tiny_site: Site) -> None:
+async def test_checkpoints_are_models_before_and_after_they_are_loaded(tiny_site: Site) -> None:
     folder = make_adapter(tiny_site.root / "run", read_model(tiny_site.model), seed=5)
     shutil.copy(folder / "adapters.safetensors", folder / "0000100_adapters.safetensors")
-    await tiny_site.refused("GET", "/v1/models/run@step-100", None, 404, "model_not_found")
+    before = await tiny_site.call("GET", "/v1/models/run@step-100")
+    assert (before["id"], before["state"]) == ("run@step-100", "available")
     await tiny_site.says("run@step-100")
     shown = await tiny_site.call("GET", "/v1/models/run@step-100")
     assert (shown["id"], shown["parent"]) == ("run@step-100", BASE)

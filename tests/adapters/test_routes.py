@@ -216,8 +216,10 @@ REFUSED_CALLS: list[tuple[str, str, Any, int, str | None]] = [
     ("PATCH", "/v1/adapters/a", None, 405, "method_not_allowed"),
     ("GET", "/v1/models/nowhere", None, 404, "model_not_found"),
     ("GET", "/v1/models/tiny:", None, 404, "model_not_found"),
-    ("GET", "/v1/models/tiny:b", None, 404, "model_not_found"),
-    ("GET", "/v1/models/default", None, 404, "model_not_found"),
+    ("GET", "/v1/models/tiny:nowhere", None, 404, "model_not_found"),
+    ("GET", "/v1/models/notes", None, 404, "model_not_found"),
+    ("GET", "/v1/models/active", None, 404, "model_not_found"),
+    ("GET", "/v1/models/%2e%2e", None, 404, "model_not_found"),
 ]
 
 
@@ -255,7 +257,9 @@ async def test_a_busy_adapter_is_ready_again(tiny_site: Site) -> None:
         await tiny_site.call("GET", "/v1/adapters")  # takes a turn of the engine, so that others have theirs
         assert not deleting.done()
     await tiny_site.chat("a", status=404)
-    assert [model["id"] for model in (await tiny_site.call("GET", "/v1/models"))["data"]] == [BASE]
+    models = await tiny_site.call("GET", "/v1/models")
+    assert [model["id"] for model in models["data"]] == [BASE, "b", "broken", "d"]
+    await tiny_site.refused("GET", "/v1/models/a", None, 404, "model_not_found")
     reply = await deleting
     assert reply.status_code == 409
     assert reply.json()["error"]["code"] == "adapter_busy"
@@ -286,13 +290,56 @@ async def test_models(tiny_site: Site) -> None:
     await load(tiny_site, "x", path="a")
     models = await tiny_site.call("GET", "/v1/models")
     assert models["object"] == "list"
-    base, adapter = models["data"]
+    base, adapter, *available = models["data"]
     assert (base["id"], base["object"], base["parent"]) == (BASE, "model", None)
-    assert base["root"] == str(tiny_site.model)
+    assert (base["root"], base["max_model_len"]) == (tiny_site.model.name, 4096)
     assert (adapter["id"], adapter["root"], adapter["parent"]) == ("x", "a", BASE)
-    assert await tiny_site.call("GET", f"/v1/models/{BASE}") == base
-    assert await tiny_site.call("GET", "/v1/models/x") == adapter
+    assert [model["id"] for model in available] == ["a", "b", "broken", "d"]
+    for model in available:
+        assert model == {**adapter, "id": model["id"], "root": model["id"]} | {
+            "created": model["created"],
+            "state": "available",
+        }
+    assert not any("/" in model["root"] for model in models["data"])
+    for model in models["data"]:
+        assert await tiny_site.call("GET", f"/v1/models/{model['id']}") == model
     assert await tiny_site.call("GET", f"/v1/models/{BASE}:x") == adapter
+    assert [entry.id for entry in tiny_site.service.registry.entries] == ["x"]
+
+
+async def test_models_by_every_name_that_is_served(tiny_site: Site) -> None:
+    base = await tiny_site.call("GET", f"/v1/models/{BASE}")
+    assert await tiny_site.call("GET", "/v1/models/default") == base
+    assert (await tiny_site.call("GET", f"/v1/models/{BASE}:b"))["state"] == "available"
+    await tiny_site.says("b")
+    assert (await tiny_site.call("GET", f"/v1/models/{BASE}:b"))["state"] == "ready"
+    await tiny_site.call("PUT", "/v1/adapters/active", {"id": "b"})
+    active = await tiny_site.call("GET", "/v1/models/default")
+    assert (active["id"], active["parent"]) == ("b", BASE)
+    assert await tiny_site.call("GET", f"/v1/models/{BASE}") == base
+    await tiny_site.call("DELETE", "/v1/adapters/b")
+    await tiny_site.chat("b", status=404)  # nothing but a call brings it back
+    await tiny_site.refused("GET", "/v1/models/b", None, 404, "model_not_found")
+    ids = [model["id"] for model in (await tiny_site.call("GET", "/v1/models"))["data"]]
+    assert ids == [BASE, "a", "broken", "d"]
+
+
+async def test_models_without_loads_on_demand_are_those_that_are_loaded(model_path: Path, root: Path) -> None:
+    async with site(model_path, root, load_on_demand=False) as strict:
+        await load(strict, "a")
+        ids = [model["id"] for model in (await strict.call("GET", "/v1/models"))["data"]]
+        assert ids == [BASE, "a"]
+        await strict.refused("GET", "/v1/models/b", None, 404, "model_not_found")
+        await strict.chat("b", status=404)
+
+
+async def test_models_while_one_is_fused(tiny_site: Site) -> None:
+    await load(tiny_site, "a")
+    await tiny_site.call("POST", "/v1/adapters/a/fuse")
+    ids = [model["id"] for model in (await tiny_site.call("GET", "/v1/models"))["data"]]
+    assert ids == [BASE, "a"]
+    await tiny_site.refused("GET", "/v1/models/b", None, 409, "base_is_fused")
+    await tiny_site.chat("b", status=409)
 
 
 async def test_a_base_whose_name_has_slashes_and_colons(model_path: Path, root: Path) -> None:

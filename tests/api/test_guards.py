@@ -139,6 +139,18 @@ async def test_a_default_port_may_be_left_out(service: Service) -> None:
         assert reply.status_code == 200
 
 
+async def test_a_public_page_may_reach_this_private_server_if_it_is_allowed(parrot: LoadedModel) -> None:
+    asked = {"access-control-request-method": "POST", "access-control-request-private-network": "true"}
+    async with serving(parrot, cors_origins=["https://Chat.example/"]) as service:
+        reply = await service.client.options(CHAT, headers={"origin": "https://chat.example", **asked})
+        assert reply.status_code == 200
+        assert reply.headers["access-control-allow-private-network"] == "true"
+        assert reply.headers["access-control-allow-origin"] == "https://chat.example"
+        reply = await service.client.options(CHAT, headers={"origin": "https://evil.example", **asked})
+        assert reply.status_code == 403
+        assert "access-control-allow-private-network" not in reply.headers
+
+
 async def test_cors_for_configured_origins_alone(parrot: LoadedModel) -> None:
     origin = "https://chat.example"
     async with serving(parrot, cors_origins=[origin]) as service:
