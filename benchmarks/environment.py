@@ -99,11 +99,11 @@ def _device() -> str:
 
 
 def _blas_threads() -> str:
-    """OpenBLAS takes the first of these that is set, and else as many threads as there are cores."""
+    """OpenBLAS takes the first of these that is set; without one, the server looks which cores are free."""
     for name in ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"):
         if value := os.environ.get(name):
             return f"{name}={value}"
-    return "all cores"
+    return "as many as free cores"
 
 
 def _processor() -> str:

@@ -43,6 +43,7 @@ class SideKind(StrEnum):
 class SideSpec:
     """What is started, with which adapters; `options` are flags of `mlx-graft serve`.
 
+    `environment` holds variables, as pairs of name and value, beside those of this process.
     `memory_adapters` bounds the server's memory for adapters to what so many of the first set take; 0 is no
     bound. `instance` tells sides apart for a reader.
     """
@@ -50,6 +51,7 @@ class SideSpec:
     kind: SideKind
     adapters: tuple[AdapterSet, ...] = ()
     options: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
     memory_adapters: int = 0
     instance: str = ""
 
@@ -222,7 +224,7 @@ async def open_side(spec: SideSpec, context: SideContext) -> AsyncIterator[Side]
             _command(spec, context, root, port),
             context.log_folder / f"{port}.log",
             cwd=_ROOT,
-            environment=_environment(),
+            environment=_environment() | dict(spec.environment),
             speaks=spec.kind is SideKind.BARE,
         ) as child,
     ):

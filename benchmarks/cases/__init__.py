@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from benchmarks.case import Case
 from benchmarks.cases import (
     adapters,
+    busy,
     churn,
     concurrency,
     distinct,
@@ -42,6 +43,7 @@ CASES: Mapping[str, Callable[[Sizes], Case]] = {
     "loading": loading.case,
     "registered": registered.case,
     "fairness": fairness.case,
+    "busy": busy.case,
 }
 
 TABLE = ("adapters", "peer", "overhead", "first-token", "zipf", "stalls", "prefix", "memory", "churn")

@@ -71,6 +71,14 @@ def prepare_mlx() -> None:
     require_mlx()
 
 
+def keep_beside_others() -> None:
+    """From now on, choose the number of BLAS threads by what other processes leave."""
+    from server.blas import openblas_threads
+
+    if threads := openblas_threads():
+        threads.keep_beside_others()
+
+
 def serve_model(
     settings: Settings, prepare: Callable[[Progress], Settings], welcome: Callable[[str], None]
 ) -> None:
@@ -85,6 +93,7 @@ def serve_model(
     url = url_of(settings.host, sockets)
     with Progress() as progress:
         prepare_mlx()
+        keep_beside_others()
         settings = prepare(progress)
         _run(settings, sockets, progress, lambda: welcome(url))
 
