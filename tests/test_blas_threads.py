@@ -168,6 +168,6 @@ def test_blas_threads_keep_what_the_user_chose() -> None:
 @needs_openblas
 def test_blas_threads_are_no_more_than_the_affinity() -> None:
     first = min(os.sched_getaffinity(0))
-    out = run(f"import os; os.sched_setaffinity(0, {{{first}}}); threads.keep_to_quota(); print(threads.count)")
+    out = run(f"os.sched_setaffinity(0, {{{first}}}); threads.keep_to_quota(); print(threads.count)")
 
     assert out.split() == ["1"]
