@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .container import AdapterContainer
-from .errors import ContainerStateError, UnsupportedModelError
+from .errors import ContainerStateError, InvalidAdapterError, UnsupportedModelError
 from .formats.peft.copies import copies_bytes
 from .formats.peft.heads import tied_embedding
 from .formats.protocol import Mapped
@@ -88,7 +88,8 @@ class AdapterBank:
         """Check `container` against the model and lay its weights out; changes nothing.
 
         Raises:
-            InvalidAdapterError: it does not fit the model; every problem is listed.
+            InvalidAdapterError: it does not fit the model, or its numbers are not finite once the scale is
+                taken in; every problem is listed.
             UnsupportedModelError: it adapts modules that cannot be served in mixed batches; all are named.
         """
         mapped = container.place(self._model)
@@ -96,6 +97,8 @@ class AdapterBank:
         modules = {path: module_at(self._model, path) for path in weights}
         self._require_served(modules, weights)
         laid_out = lay_out(weights, modules, self._float_dtype)
+        if laid_out.problems:
+            raise InvalidAdapterError(container.source, laid_out.problems)
         resident = ResidentAdapter(
             digest=container.digest,
             type=container.type.value,

@@ -116,6 +116,11 @@ class AdapterContainer:
         return self._content.type
 
     @property
+    def source(self) -> str:
+        """What errors call it."""
+        return self._source
+
+    @property
     def base_name(self) -> str | None:
         """The base that the adapter's config names, if it does."""
         return self._content.base_name

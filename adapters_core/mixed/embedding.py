@@ -102,10 +102,12 @@ class MixedEmbedding(nn.Module):
         tokens, slots = one.of(tokens), one.slots[:, None]
         # As (slots, tokens, rank), so that the row of one token is what a slot and a token name.
         h = stack.b(self._path).swapaxes(-1, -2)[slots, tokens]
-        if one.is_weighted:
+        is_last = one.is_weighted and layout.weighs_last
+        if one.is_weighted and not is_last:
             h = h * one.weights(layout.dtype)
         a = stack.a()[one.slots] if one.slot is None else stack.a(one.slot)
-        new = one.of(y) + (h @ a).astype(y.dtype)
+        z = one.weighted(h @ a) if is_last else h @ a
+        new = one.of(y) + z.astype(y.dtype)
         if layout.is_dora:
             factor = stack.factor(self._path)
             factor = factor[slots] if layout.by_feature else factor[slots, tokens][..., None]

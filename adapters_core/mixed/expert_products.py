@@ -36,12 +36,16 @@ class Routes:
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """One pass: which slot each pair has, whether it has one (None: all have), and its products with A."""
+    """One pass: which slot each pair has, whether it has one (None: all have), and its products with A.
+
+    `weights` (…, 1, 1) of the pairs are float32, None where all are 1.
+    """
 
     one: Pass
     stack: Stack
     slots: mx.array | None
     concerned: mx.array | None
+    weights: mx.array | None
     shrunk: dict[str, mx.array]
 
 
@@ -71,21 +75,25 @@ class ExpertProducts:
             if h is None:
                 continue
             z = self._product(h, term, path)
+            if term.weights is not None and term.stack.layout.weighs_last:
+                z = z * term.weights
             new = y + z.astype(y.dtype)
             y = new if term.concerned is None else mx.where(term.concerned[..., None, None], new, y)
         return y
 
     def _term(self, one: Pass, stack: Stack) -> _Term:
         layout = stack.layout
-        slots = concerned = None
+        slots = concerned = weights = None
         packed = None if one.slot is not None and not one.is_weighted else one.packed[self.routes.rows]
         if one.slot is None and packed is not None:
             slots = mx.maximum(packed[..., 0], 0).astype(mx.uint32)
             concerned = None if one.rows is None else packed[..., 0] >= 0
-        term = _Term(one, stack, slots, concerned, {})
-        h = self._product(self.x.astype(layout.dtype), term, None)
         if one.is_weighted and packed is not None:
-            h = h * packed[..., 1].view(mx.float32)[..., None, None].astype(h.dtype)
+            weights = packed[..., 1].view(mx.float32)[..., None, None]
+        term = _Term(one, stack, slots, concerned, weights, {})
+        h = self._product(self.x.astype(layout.dtype), term, None)
+        if weights is not None and not layout.weighs_last:
+            h = h * weights.astype(h.dtype)
         parts = mx.split(h, layout.splits, axis=-1) if layout.splits else [h]
         term.shrunk.update(zip(layout.ranks, parts, strict=True))
         return term

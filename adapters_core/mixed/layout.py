@@ -87,6 +87,11 @@ class GroupLayout:
         """The size of the input that the projections share."""
         return self.projections[0].in_size
 
+    @property
+    def weighs_last(self) -> bool:
+        """Whether weights come after B, in float32, as mlx-lm's scale does: float16 may not hold w·A x."""
+        return self.dtype == mx.float16
+
     @cached_property
     def rank(self) -> int:
         """The ranks of all projections together."""

@@ -49,7 +49,7 @@ class Products:
         return not self._on_cuda and (dtype == mx.float32 or mx.default_device().type == mx.DeviceType.gpu)
 
     def _shrink(self, x: mx.array, one: Pass, stack: Stack) -> dict[str, mx.array]:
-        """w·s·A x of the rows concerned, (E, L, rank), for each projection by path."""
+        """A x of the rows concerned, (E, L, rank), for each projection by path; weighted, if not last."""
         layout = stack.layout
         x = x.astype(layout.dtype)
         if one.slot is not None:
@@ -58,7 +58,7 @@ class Products:
             h = mx.gather_mm(x, stack.a().swapaxes(-1, -2), one.rows, one.slots)
         else:
             h = one.of(x) @ stack.a()[one.slots].swapaxes(-1, -2)
-        if one.is_weighted:
+        if one.is_weighted and not layout.weighs_last:
             h = h * one.weights(layout.dtype)
         if len(layout.ranks) == 1:
             return dict.fromkeys(layout.ranks, h)
@@ -70,15 +70,22 @@ class Products:
         """y (B, L, out) with the term of this pass added to the rows concerned; h as from `_shrink`."""
         layout = stack.layout
         old = one.of(y)
+        is_last = one.is_weighted and layout.weighs_last
+        weight = one.weight if is_last else 1.0
         if one.slot is None and h.shape[1] == 1 and self._gathers(layout.dtype):
-            new = old + mx.gather_mm(h, stack.b(path), None, one.slots).astype(y.dtype)
+            z = mx.gather_mm(h, stack.b(path), None, one.slots)
+            new = old + (one.weighted(z) if is_last else z).astype(y.dtype)
         else:
             # B is small beside the outputs of a prompt, so that gathering it costs less than a sum apart.
             b = stack.b(path)[one.slots] if one.slot is None else stack.b(path, one.slot)
-            new = mx.addmm(old, h, b) if y.dtype == b.dtype else old + (h @ b).astype(y.dtype)
+            if y.dtype == b.dtype and weight is not None:
+                new = mx.addmm(old, h, b, alpha=weight)  # which multiplies its float32 sums
+            else:
+                z = h @ b
+                new = old + (one.weighted(z) if is_last else z).astype(y.dtype)
         if layout.has_bias:
             added = stack.bias(path)[one.slots][:, None, :]
-            added = added * one.weights(layout.dtype) if one.is_weighted else added
+            added = one.weighted(added) if one.is_weighted else added
             new = new + added.astype(y.dtype)
         if layout.is_dora:
             f = stack.factor(path)[one.slots][:, None, :].astype(y.dtype)

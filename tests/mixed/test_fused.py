@@ -22,7 +22,15 @@ from adapters_core.mixed.with_base import BaseKernels
 from adapters_core.mixed.with_base_source import product_source, shrink_source
 from tests.mixed.architectures import tiny
 from tests.mixed.resident import Resident, only
-from tests.models import make_adapter, relative_error, tiny_llama, tokens
+from tests.models import (
+    adapter_tensors,
+    adapter_values,
+    make_adapter,
+    relative_error,
+    tiny_llama,
+    tokens,
+    write_adapter,
+)
 
 ALL = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
@@ -141,12 +149,12 @@ def test_layers_of_one_form_share_a_compiled_function(tmp_path: Path) -> None:
     )
 
 
-def half_precision() -> nn.Module:
+def half_precision(dtype: mx.Dtype = mx.bfloat16) -> nn.Module:
     """A model whose sizes are whole tiles of the kernels that compute base layers as well."""
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 2048}
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = tiny_llama(attention_bias=False, mlp_bias=False, **sizes, **heads)
-    model.set_dtype(mx.bfloat16)
+    model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model
 
@@ -223,6 +231,65 @@ def test_the_kernels_themselves_compute_what_the_products_do(rows: int, tmp_path
             assert relative_error(served.logits(each, mine, steps=3), expected) < 0.02
         has_clusters = int(mx.device_info(mx.default_device())["compute_capability_major"]) >= 9
         assert kernels.count == (4 if has_clusters and rows <= 32 else 0)
+
+
+# By scale: of A and B, so that the scale times x A leaves float16's range where the delta is about 1.
+SIZES = {1e-3: (30.0, 1.0), 1.0: (30.0, 1e-3), 20.0: (300.0, 5e-6), 2e3: (3.0, 5e-6)}
+
+
+def in_halves(served: Served, root: Path, dtype: mx.Dtype, scale: float, rows: int) -> list[RowAdapters]:
+    """Rows of two adapters whose factors are of half precision; x A is as large as their deltas allow."""
+    adapters = []
+    for seed in (1, 2):
+        values = adapter_values(rank=8, keys=ALL, scale=scale)
+        tensors = adapter_tensors(served.routed.model, values, seed, size=1.0)
+        a, b = SIZES[scale]
+        halves = {
+            name: (tensor * (a if name.endswith("lora_a") else b)).astype(dtype)
+            for name, tensor in tensors.items()
+        }
+        adapters.append(served.add(write_adapter(root / f"halves {seed}", values, halves)))
+    return shared_out(adapters, rows)
+
+
+HALVES = pytest.mark.parametrize(
+    ("dtype", "scale"), [(dtype, scale) for dtype in (mx.float16, mx.bfloat16) for scale in SIZES]
+)
+
+
+@HALVES
+def test_factors_of_half_precision_go_to_the_kernels_at_any_scale(
+    dtype: mx.Dtype, scale: float, tmp_path: Path
+) -> None:
+    served = Served(tmp_path, half_precision(dtype), size=0.05)
+    mine = in_halves(served, tmp_path, dtype, scale, 3)
+    kernels = StandIn(compiles=True)
+    found, expected = served.logits(kernels, mine, steps=2), served.logits(None, mine, steps=2)
+    assert kernels.products == 4
+    assert np.isfinite(found).all()
+    assert relative_error(found, expected) < 0.02
+    assert relative_error(served.logits(None, [()] * 3, steps=2), expected) > 0.05, "no effect to be checked"
+
+
+@pytest.mark.skipif(not on_cuda(), reason="needs a CUDA GPU")
+@HALVES
+@pytest.mark.parametrize("rows", [1, 3, 17, 33])
+def test_the_kernels_themselves_compute_factors_of_half_precision(
+    rows: int, dtype: mx.Dtype, scale: float, tmp_path: Path
+) -> None:
+    served = Served(tmp_path, half_precision(dtype), size=0.05)
+    mine = in_halves(served, tmp_path, dtype, scale, rows)
+    products = served.logits(None, mine, steps=2)
+    in_float32 = Served(tmp_path / "32", half_precision(mx.float32), size=0.05)
+    expected = in_float32.logits(None, in_halves(in_float32, tmp_path / "32", dtype, scale, rows), steps=2)
+    bound = 0.01 if dtype == mx.float16 else 0.05
+    for found in (products, *(served.logits(each, mine, steps=2) for each in every_kind_of_kernel())):
+        assert np.isfinite(found).all()
+        assert relative_error(found, expected) < bound
+
+
+def every_kind_of_kernel() -> list[Kernels]:
+    return [Kernels(), Kernels(with_base=False), Kernels(compiles=False), Kernels(clusters=False)]
 
 
 @pytest.mark.parametrize("bits", [None, 4])
