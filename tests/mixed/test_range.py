@@ -17,8 +17,8 @@ from adapters_core.container import AdapterContainer
 from adapters_core.errors import InvalidAdapterError
 from adapters_core.layers.kinds import LoRAEmbedding, LoRALinear
 from adapters_core.layers.module_weights import ModuleWeights
-from adapters_core.layers.modules import ModuleKind
-from adapters_core.layers.targets import named_base_modules
+from adapters_core.layers.modules import ModuleKind, weight_shape
+from adapters_core.layers.targets import module_at, named_base_modules
 from adapters_core.mixed.embedding import MixedEmbedding
 from adapters_core.mixed.expert_products import ExpertProducts, Routes
 from adapters_core.mixed.laying_out import lay_out
@@ -144,8 +144,9 @@ def test_products_of_float16_factors_weigh_last(
     batch: list[tuple[int, float] | None], length: int, on_cuda: bool
 ) -> None:
     layout = GroupLayout((Projection("p", RANK, IN, OUT),), False, mx.float16, has_bias=True)
+    biases = [drawn((OUT,), 1.0, at) for at in (0, 1)]
     factors = [
-        Factors(drawn((RANK, IN), 600.0, at), drawn((RANK, OUT), 1e-3, 9 + at), None, drawn((OUT,), 1.0, at))
+        Factors(drawn((RANK, IN), 600.0, at), drawn((RANK, OUT), 1e-3, 9 + at), None, biases[at])
         for at in (0, 1)
     ]
     plan, shelf = in_stacks(layout, factors, batch)
@@ -157,7 +158,7 @@ def test_products_of_float16_factors_weigh_last(
         expected = linear(x[row])
         if term is not None:
             at, scale = term
-            z = (x[row] @ factors[at].a.T) @ factors[at].b + factors[at].bias
+            z = (x[row] @ factors[at].a.T) @ factors[at].b + biases[at]
             expected = expected + (scale * z).astype(mx.float16)
         assert mx.all(mx.isfinite(expected)).item()
         assert error_of(found[row], expected) < 5e-3
@@ -215,7 +216,7 @@ def patterned(scales: Sequence[float], dtype: mx.Dtype) -> tuple[nn.Module, dict
     paths = [f"model.layers.1.{key}" for key in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
     weights = {}
     for seed, (path, scale) in enumerate(zip(paths, scales, strict=True)):
-        out_size, in_size = dict(named_base_modules(model))[path].weight.shape
+        out_size, in_size = weight_shape(module_at(model, path))
         b = mx.random.normal((RANK, out_size), key=mx.random.key(seed)) * min(0.2 / scale, 0.2)
         a = mx.random.normal((in_size, RANK), key=mx.random.key(9 + seed)) * (0.2 if scale > 1 else 60.0)
         weights[path] = ModuleWeights(a.astype(dtype), b.astype(dtype), None, scale)
@@ -249,7 +250,7 @@ def test_rows_hold_the_very_deltas_whatever_the_scales(scales: list[float], dtyp
         row = laid_out.rows[name]
         a = row[layout.a].reshape(layout.rank, layout.in_size)
         for path, ranks in layout.ranks.items():
-            b = row[layout.b[path]].reshape(-1, modules[path].weight.shape[0])
+            b = row[layout.b[path]].reshape(-1, weight_shape(modules[path])[0])
             delta = laid_out.scale * (b.T.astype(mx.float32) @ a[ranks].astype(mx.float32))
             one = weights[path]
             exact = one.scale * (one.lora_b.T.astype(mx.float32) @ one.lora_a.T.astype(mx.float32))
