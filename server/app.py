@@ -39,6 +39,7 @@ from server.openai.service import TextService
 from server.routes import adapters as adapter_routes
 from server.routes import chat, compare, compat, completions, fusing, health, models, saving
 from server.settings import Settings
+from server.urls import UrlMiddleware
 
 __all__ = ["create_app"]
 
@@ -191,4 +192,5 @@ def _middleware(settings: Settings, metrics: Metrics) -> Sequence[Middleware]:
         ),
         *([cors] if settings.cors_origins else []),
         Middleware(UnexpectedErrorMiddleware),
+        Middleware(UrlMiddleware),
     ]

@@ -10,6 +10,7 @@ ApiError
 ├── ConflictError                409, the state of the server does not allow it
 ├── BodyTimeoutError             408, the body did not come in time
 ├── BodyTooLargeError            413
+├── MediaTypeError               415, a body that is compressed, or not in UTF-8
 ├── OverloadedError              503, with Retry-After
 ├── GenerationFailedError        500, the engine gave a request up
 └── InternalError                500, says nothing of the inside
@@ -43,6 +44,7 @@ from server.adapters.errors import (
     VersionUnreadableError,
 )
 from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
+from server.urls import allowed_methods, meant_url
 from server.validation import describe_problems
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "GenerationFailedError",
     "InternalError",
     "InvalidRequestError",
+    "MediaTypeError",
     "NotFoundError",
     "OverloadedError",
     "UnsupportedParameterError",
@@ -157,6 +160,13 @@ class BodyTimeoutError(ApiError):
     def __init__(self, limit_seconds: float) -> None:
         message = f"The request's body did not come within {limit_seconds:g} s."
         super().__init__(408, message, code="body_timeout")
+
+
+class MediaTypeError(ApiError):
+    """A body that says to be of a kind that is not read here."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(415, message, code=code, headers={"Accept-Encoding": "identity"})
 
 
 class OverloadedError(ApiError):
@@ -270,14 +280,17 @@ async def _handle(request: Request, error: Exception) -> JSONResponse:
 
 
 def _with_place(request: Request, error: HTTPException) -> Exception:
-    """Starlette's two own errors, of routing, with what was asked for."""
+    """Starlette's two own errors, of routing, with what was asked for and what there is."""
+    routes, path = request.app.routes, request.url.path
     if error.status_code == 404 and error.detail == "Not Found":
-        path = _bounded(request.url.path, 200)
-        return NotFoundError(f"There is no {request.method} {path!r} here.", code="unknown_url")
+        meant = meant_url(routes, request.method, path)
+        hint = f"Did you mean {_bounded(meant, 200)}?" if meant else "/openapi.json describes what there is."
+        message = f"There is no {_bounded(request.method, 20)} {_bounded(path, 200)!r} here. {hint}"
+        return NotFoundError(message, code="unknown_url")
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "none")
-        message = f"{request.method} is not allowed here; allowed: {allowed}."
-        return ApiError(405, message, code="method_not_allowed", headers=error.headers)
+        allowed = ", ".join(allowed_methods(routes, path))
+        message = f"{_bounded(request.method, 20)} is not allowed here; allowed: {allowed}."
+        return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
     return error
 
 

@@ -192,6 +192,13 @@ def test_models_are_the_base_and_then_its_adapters(client: OpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
+def test_head_and_get_share_a_connection(demo: Served) -> None:
+    for path in ("/health", "/v1/models", "/v1/models/"):
+        head, got = demo.http.head(path), demo.http.get(path)
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        assert head.headers["content-length"] == str(len(got.content))
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_is_not_served_is_not_found(client: OpenAI, stream: bool) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
