@@ -25,8 +25,12 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -70,6 +74,41 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_head=4, n_layer=2, n_positions=32, n_ctx=32)
+    ),
+    "falcon_h1": lambda: FalconH1ForCausalLM(
+        FalconH1Config(
+            **COMMON,
+            **WIDE,
+            head_dim=8,
+            intermediate_size=48,
+            mamba_d_ssm=32,
+            mamba_d_head=8,
+            mamba_d_state=8,
+            mamba_n_heads=4,
+            # mlx-lm computes with these two at 1 alone, as published models have the second
+            key_multiplier=1.0,
+            attention_in_multiplier=1.0,
+            attention_out_multiplier=0.5,
+            embedding_multiplier=5.656854249492381,
+            lm_head_multiplier=0.3,
+            mlp_multipliers=[0.8838834764831844, 0.5859375],
+            ssm_in_multiplier=1.25,
+            ssm_multipliers=[0.35, 0.25, 0.7, 0.5, 0.3],
+            ssm_out_multiplier=0.6,
+            tie_word_embeddings=False,
+        )
+    ),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            intermediate_size=128,
+            max_position_embeddings=64,
+            # what mlx-lm computes
+            hidden_act="gelu_new",
+        )
     ),
 }
 
@@ -356,6 +395,52 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
             "target_parameters": ["k_proj.weight", "layers.1.mlp.up_proj.weight"],
         },
     ),
+    "falcon-h1": (
+        "falcon_h1",
+        {"r": 4, "lora_alpha": 6, "target_modules": [*ALL, "in_proj", "lm_head", "embed_tokens"]},
+    ),
+    "falcon-h1-dora": (
+        "falcon_h1",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "use_dora": True,
+            "target_modules": ["o_proj", "gate_proj", "down_proj", "in_proj", "embed_tokens"],
+        },
+    ),
+    "falcon-h1-tokens": (
+        "falcon_h1",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["down_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [60, 3, 9]},
+        },
+    ),
+    "falcon-h1-saved": (
+        "falcon_h1",
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["in_proj"],
+            "modules_to_save": ["embed_tokens", "lm_head", "o_proj"],
+        },
+    ),
+    "gpt-neox": (
+        "gpt_neox",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": [
+                "query_key_value",
+                "dense",
+                "dense_h_to_4h",
+                "dense_4h_to_h",
+                "embed_in",
+                "lm_head",
+            ],
+        },
+    ),
 }
 
 # Rows that were trained of modules that are saved whole, by the name of the module.
@@ -364,6 +449,7 @@ TRAINED_ROWS = {
     "saved-lookup": {"embed_tokens": [5, 9, 33]},
     "saved-tied": {"embed_tokens": [5, 9, 33]},
     "saved-dora": {"embed_tokens": [5, 9, 33]},
+    "falcon-h1-saved": {"embed_tokens": [5, 9, 33], "lm_head": [3, 60]},
 }
 
 
@@ -470,6 +556,9 @@ def _save_model(model: torch.nn.Module, directory: Path) -> None:
     values = json.loads(path.read_text())
     if "rope_parameters" in values:
         values["rope_theta"] = values["rope_parameters"]["rope_theta"]
+    if values["model_type"] == "gpt_neox":
+        values["rotary_emb_base"] = values["rope_parameters"]["rope_theta"]
+        values["rotary_pct"] = values["rope_parameters"]["partial_rotary_factor"]
     if hasattr(model.config, "num_experts"):
         values["num_experts"] = model.config.num_experts
     path.write_text(json.dumps(values, indent=2) + "\n")

@@ -83,7 +83,7 @@ def test_a_router_as_a_module_of_transformers_4_is_the_same(tmp_path: Path, base
                 "peft_version": "0.21.2",
             },
             None,
-            "the weights of a gpt2 model lie transposed",
+            "the weight lies transposed in transformers",
         ),
     ],
 )

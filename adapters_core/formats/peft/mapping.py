@@ -7,6 +7,7 @@ is a problem, and every problem is listed. Changes nothing.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -16,23 +17,31 @@ import mlx.nn as nn
 from ...config import CONFIG_FILE
 from ...layers.module_weights import ModuleWeights
 from ...layers.modules import ModuleKind, kind_of, no_dora, weight_shape
-from ...layers.targets import named_base_modules
 from ..protocol import Mapped
+from .arrivals import Arrival
+from .arriving import arrived, joined, times
 from .config import PeftConfig
-from .experts import ExpertMapping, switch_block
-from .factors import Contents, Factors, sort_tensors
+from .experts import ExpertMapping
+from .factors import Contents, Factors, Shape, sort_tensors
 from .heads import tied_embedding
 from .module_factors import left_out, module_weights
 from .names import HEADS, Leaf, is_head
-from .parameters import old_layout, target_weight, transposed_weights
-from .paths import any_layer, find_rule
-from .routers import router_name, router_place
+from .parameters import old_layout, target_weight
+from .paths import any_layer
+from .places import Places
+from .routers import router_name
 from .targets import all_linear, is_target, rank_and_scale
 from .ties import TIED_NAMES, targets_are_tied
 from .tokens import token_indices, token_weights
 from .whole import WholeMapping
 
 __all__ = ["map_onto"]
+
+_MERGE = "merge the adapter into its base and serve that"
+_TRANSPOSED = (
+    "the weight lies transposed in transformers, and so would the factors of a parameter; name it in "
+    "target_modules"
+)
 
 Tensors = Mapping[str, mx.array]
 _UNLIKE_HEAD = (
@@ -53,20 +62,25 @@ class _Mapping:
         self._config = config
         self._contents = contents
         self._tensors = tensors
-        self._all_modules = dict(named_base_modules(model))
-        self._modules = {path: module for path, module in self._all_modules.items() if kind_of(module)}
+        rows = {path: _rows(factors) for (path, _), factors in contents.factors.items()}
+        wholes = {
+            f"{whole.path}.{whole.parameter}": tensors[name].shape for name, whole in contents.wholes.items()
+        }
+        self._places = Places(model, rows, wholes)
+        self._modules = self._places.adaptable
         self._tied = tied_embedding(self._modules)
-        self._rule = find_rule((path for path, _ in contents.factors), self._exists)
-        self._model_type = str(getattr(model, "model_type", None))
-        self._experts = ExpertMapping(self._model_type, self._modules, self._rule, config)
+        model_type = str(getattr(model, "model_type", None))
+        self._experts = ExpertMapping(model_type, self._modules, self._places.rule, config)
         self._weights: dict[str, ModuleWeights] = {}
+        self._parts: dict[str, list[tuple[Arrival, ModuleWeights, Factors]]] = defaultdict(list)
         self._problems = list(contents.problems)
         self._seen: set[str] = set()
 
     def result(self) -> Mapped:
         for factors in self._contents.factors.values():
-            if self._at(factors.path) is not None or not self._experts.take(factors):
+            if self._places.of(factors.path) or not self._experts.take(factors):
                 self._take(factors)
+        self._join()
         self._experts.finish()
         self._weights |= self._experts.weights
         self._problems += self._experts.problems
@@ -77,55 +91,100 @@ class _Mapping:
         mx.eval([[one.lora_a, one.lora_b, one.magnitude, one.bias] for one in self._weights.values()])
         return Mapped(self._weights, self._problems, tuple(warnings))
 
-    def _exists(self, path: str) -> bool:
-        is_module = path in self._modules or router_place(self._modules, path) is not None
-        return is_module or switch_block(self._modules, path) is not None
-
-    def _at(self, name: str) -> str | None:
-        """The path in the model of the transformers module `name`."""
-        path = self._rule.to_mlx(name)
-        if path is None or path in self._modules:
-            return path
-        return router_place(self._modules, path)
-
     def _take(self, factors: Factors) -> None:
-        path = self._at(factors.path)
-        if path is None and self._tied is not None and is_head(factors.path):
+        places = self._places.of(factors.path)
+        kinds = {kind_of(self._places.modules[one.module]) for one in places}
+        if not places and self._tied is not None and is_head(factors.path):
             self._take_tied_head(factors)
             return
-        if path is None or factors.depth or kind_of(self._modules[path]) is ModuleKind.SWITCH:
-            self._problems += factors.refused(f"the model has no module {factors.path} that can be adapted")
+        if reason := self._nowhere(factors, kinds):
+            self._problems += factors.refused(reason)
             return
-        self._seen.add(path)
-        module = self._modules[path]
+        self._seen.update(one.module for one in places)
+        module = self._modules[places[0].module]
         if Leaf.TOKENS in factors.tensors and (indices := token_indices(self._config, factors.path)):
-            weights, problems = token_weights(self._config, factors, indices, module)
-            self._weights |= {} if weights is None else {path: weights}
-            self._problems += problems
+            self._take_tokens(factors, places, indices)
             return
-        is_embedding = kind_of(module) is ModuleKind.EMBEDDING
+        is_embedding = ModuleKind.EMBEDDING in kinds
         weight = self._parameter(factors.path, module)
-        problems = self._left_out(factors, module, weight)
+        problems = self._left_out(factors, places, weight)
         if self._config.fields.use_dora and (reason := no_dora(module)):
             problems += factors.refused(f"a {type(module).__name__} cannot have magnitudes: {reason}")
         if problems:
             self._problems += problems
             return
+        shape = self._shape(factors, places)
         weights, problems = module_weights(
-            self._config, factors, is_embedding=is_embedding, shape=weight_shape(module), name=weight
+            self._config, factors, is_embedding=is_embedding, shape=shape, name=weight
         )
         self._problems += problems
-        if weights is not None and is_embedding:
-            weights = self._embedding(path, factors, weights)
         if weights is not None:
-            self._weights[path] = weights
+            self._arrive(factors, places, weights, is_embedding)
 
-    def _left_out(self, factors: Factors, module: nn.Module, weight: str | None) -> list[str]:
+    def _arrive(
+        self, factors: Factors, places: Sequence[Arrival], weights: ModuleWeights, is_embedding: bool
+    ) -> None:
+        """Keep what the `weights` of the transformers module are for each place where it arrives."""
+        for arrival in places:
+            own = arrived(weights, arrival, is_embedding=is_embedding)
+            if isinstance(own, str):
+                self._problems += factors.refused(own)
+                return
+            if not is_embedding:
+                self._parts[arrival.module].append((arrival, own, factors))
+            elif (embedding := self._embedding(arrival.module, factors, own)) is not None:
+                self._weights[arrival.module] = embedding
+
+    def _nowhere(self, factors: Factors, kinds: set[ModuleKind | None]) -> str | None:
+        """Why the factors belong to no linear layer or embedding of the model, if that is so."""
+        places = self._places.of(factors.path)
+        if not places and (reason := self._places.reason(factors.path)):
+            return reason
+        if not places or factors.depth or ModuleKind.SWITCH in kinds:
+            return f"the model has no module {factors.path} that can be adapted"
+        if len(kinds) == 1 and None not in kinds and all(one.index is None for one in places):
+            return None
+        made = ", ".join(f"{one}, a {type(self._places.modules[one]).__name__}" for one in _modules(places))
+        return f"mlx-lm makes of it {made}, which cannot be adapted; {_MERGE}"
+
+    def _shape(self, factors: Factors, places: Sequence[Arrival]) -> Shape:
+        """The shape (rows, columns) of the transformers weight that arrives at `places`."""
+        rows, columns = weight_shape(self._modules[places[0].module])
+        is_all = len(places) == 1 and places[0].is_plain
+        return (rows if is_all else _rows(factors) or rows), columns
+
+    def _take_tokens(self, factors: Factors, places: Sequence[Arrival], indices: list[int]) -> None:
+        if len(places) > 1 or places[0].rows is not None:
+            self._problems += factors.refused("mlx-lm changes the order of its rows on loading; " + _MERGE)
+            return
+        path, by_row = places[0].module, places[0].factors
+        if by_row is not None and max(indices) < len(by_row):
+            own = times(factors.tensors[Leaf.TOKENS], mx.array(by_row[indices])[:, None])
+            factors = replace(factors, tensors={**factors.tensors, Leaf.TOKENS: own})
+        weights, problems = token_weights(self._config, factors, indices, self._modules[path])
+        self._weights |= {} if weights is None else {path: weights}
+        self._problems += problems
+
+    def _join(self) -> None:
+        """Make one of what arrives in the same module."""
+        for path, parts in self._parts.items():
+            rows = weight_shape(self._modules[path])[0]
+            whole = joined([(arrival, weights) for arrival, weights, _ in parts], rows)
+            if isinstance(whole, str):
+                for _, _, factors in parts:
+                    self._problems += factors.refused(whole)
+            else:
+                self._weights[path] = whole
+
+    def _left_out(self, factors: Factors, places: Sequence[Arrival], weight: str | None) -> list[str]:
         """Problems if the config adapts neither the module nor its `weight` as a parameter that is known."""
         if weight is None:
-            return left_out(self._config, factors, is_linear=_is_linear(module))
-        reason = old_layout(self._config) or transposed_weights(self._model_type)
-        return [] if reason is None else factors.refused(reason)
+            return left_out(self._config, factors, is_linear=_is_linear(self._modules[places[0].module]))
+        if reason := old_layout(self._config):
+            return factors.refused(reason)
+        if any(one.is_transposed for one in places):
+            return factors.refused(_TRANSPOSED)
+        return []
 
     def _parameter(self, name: str, module: nn.Module) -> str | None:
         """The name of the module's weight if not the module is a target, but this parameter."""
@@ -158,7 +217,8 @@ class _Mapping:
 
     def _take_tied_head(self, factors: Factors) -> None:
         """With ensure_weight_tying, the head's factors are the embedding's own, transposed."""
-        embeddings = [one for one in self._contents.factors.values() if self._at(one.path) == self._tied]
+        factors_of_all = self._contents.factors.values()
+        embeddings = [one for one in factors_of_all if self._places.path_of(one.path) == self._tied]
         is_tied = targets_are_tied(self._config.fields)
         shared = [one for one in embeddings if is_tied and _is_transposed(factors, one)]
         own = rank_and_scale(self._config, factors.path)
@@ -173,7 +233,7 @@ class _Mapping:
 
     def _map_wholes(self) -> Sequence[str]:
         """Map the weights of whole modules; returns warnings."""
-        wholes = WholeMapping(self._all_modules, self._rule, self._config, self._weights)
+        wholes = WholeMapping(self._places, self._config, self._weights)
         wholes.map(self._contents.wholes, self._tensors)
         self._weights |= wholes.weights
         self._problems += wholes.problems
@@ -183,18 +243,16 @@ class _Mapping:
         """Modules that the config targets and the file has no factors for."""
         adapted = {any_layer(path) for path in self._seen}
         for path, module in self._modules.items():
-            name = self._rule.to_peft(self._named(path))
-            is_single = kind_of(module) is not ModuleKind.SWITCH
-            if path in self._seen or name is None or not is_single:
-                continue
-            if not self._is_wanted(name, module):
+            if path in self._seen or kind_of(module) is ModuleKind.SWITCH:
                 continue
             # What is a linear layer here need not be one in the model that was trained (a router's gate).
             if all_linear(self._config.fields) and any_layer(path) not in adapted:
                 continue
-            self._problems.append(
+            self._problems += [
                 f"module {name}: expected tensors, the file has none, though {CONFIG_FILE} targets it"
-            )
+                for name in self._places.names_of(self._named(path))
+                if self._is_wanted(name, module)
+            ]
 
     def _named(self, path: str) -> str:
         """`path` as a name that is looked for among the targets."""
@@ -207,6 +265,19 @@ class _Mapping:
 
     def _is_target(self, name: str, module: nn.Module) -> bool:
         return is_target(self._config.fields, name, is_linear=_is_linear(module), is_head=is_head(name))
+
+
+def _rows(factors: Factors) -> int | None:
+    """How many rows the weight has that the factors are for, as far as they say it."""
+    for leaf, axis in ((Leaf.EMBEDDING_A, 1), (Leaf.B, 0)):
+        tensor = factors.tensors.get(leaf)
+        if tensor is not None and tensor.ndim == 2:
+            return tensor.shape[axis]
+    return None
+
+
+def _modules(places: Sequence[Arrival]) -> list[str]:
+    return list(dict.fromkeys(one.module for one in places))
 
 
 def _is_linear(module: nn.Module) -> bool:

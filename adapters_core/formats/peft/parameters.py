@@ -12,7 +12,7 @@ import re
 from .config import PeftConfig
 from .targets import is_target_parameter
 
-__all__ = ["old_layout", "target_weight", "transposed_weights"]
+__all__ = ["old_layout", "target_weight"]
 
 _FIRST_VERSION = (0, 20)
 
@@ -33,10 +33,3 @@ def old_layout(config: PeftConfig) -> str | None:
         f"target_parameters were laid out in other ways before PEFT {oldest}, and peft_version is "
         f"{config.fields.peft_version!r}; train it, or convert it, with a newer PEFT"
     )
-
-
-def transposed_weights(model_type: str) -> str | None:
-    """Why the factors of a linear layer's weight in such a model are not a linear layer's, else None."""
-    if model_type != "gpt2":
-        return None
-    return "the weights of a gpt2 model lie transposed, and so would the factors; name it in target_modules"

@@ -25,11 +25,12 @@ import mlx.nn as nn
 from ...config import CONFIG_FILE
 from ...layers.module_weights import ModuleWeights
 from ...layers.modules import ModuleKind, is_quantized, kind_of, weight_shape
+from .arriving import arrived_tensors
 from .config import PeftConfig
 from .copies import changed_rows, is_copy
 from .heads import tied_embedding
 from .names import HEADS, WholeName, is_head
-from .paths import PathRule
+from .places import Places
 from .targets import is_saved_whole
 from .ties import saved_are_tied
 from .tokens import MAX_ROWS, has_rows, row_weights
@@ -43,11 +44,15 @@ _MERGE = "merge the adapter into its base and serve that"
 
 @dataclass(frozen=True, slots=True)
 class _Whole:
-    """A weight in the file: the module's path in the transformers model, and the tensor with its name."""
+    """A parameter in the file: its module's path in the transformers model, the tensor with its name.
+
+    `arrived` is what loading may have made of it, by the dtype of the checkpoint (`arrived_tensors`).
+    """
 
     path: str
     name: str
     tensor: mx.array
+    arrived: list[mx.array]
 
 
 class WholeMapping:
@@ -55,19 +60,18 @@ class WholeMapping:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module],
-        rule: PathRule,
+        places: Places,
         config: PeftConfig,
         adapted: Mapping[str, ModuleWeights],
     ) -> None:
-        """`modules` are the model's, by path; `adapted` is what the file has factors for."""
+        """`adapted` is what the file has factors for, by path in the model."""
         self.weights: dict[str, ModuleWeights] = {}
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        self._modules = {path: module for path, module in modules.items() if "weight" in module}
+        self._modules = {path: module for path, module in places.modules.items() if "weight" in module}
         self._tied = tied_embedding(self._modules)
         self._ties = saved_are_tied(config.fields)  # PEFT gives the head what it gives the embedding
-        self._rule = rule
+        self._places = places
         self._config = config
         self._adapted = adapted
         self._copies: list[str] = []
@@ -78,7 +82,9 @@ class WholeMapping:
         found: dict[str, _Whole] = {}
         biases: dict[str, _Whole] = {}
         for name, whole in wholes.items():
-            one = _Whole(whole.path, name, tensors[name])
+            arrival = self._places.of_parameter(f"{whole.path}.{whole.parameter}")
+            made = [tensors[name]] if arrival is None else arrived_tensors(tensors[name], arrival)
+            one = _Whole(whole.path, name, tensors[name], made)
             kept = biases if whole.parameter == "bias" else found
             if whole.is_original:
                 self._require_own(one, whole.parameter)
@@ -86,11 +92,11 @@ class WholeMapping:
                 self._refuse(one, f"{first.name} is another {whole.parameter} of the same module")
         self._find_missing(found)
         if (place := self._tied) is not None:
-            embedding = next((path for path in found if self._rule.to_mlx(path) == place), "")
+            embedding = next((path for path in found if self._place(path) == place), "")
             head = next((path for path in found if is_head(path)), "")
             self._map_tied(place, found.pop(embedding, None), found.pop(head, None))
         for one in found.values():
-            self._settle(one, self._rule.to_mlx(one.path) or "")
+            self._settle(one, self._place(one.path))
         for one in biases.values():
             self._settle_bias(one)
         self._tell_copies()
@@ -140,7 +146,7 @@ class WholeMapping:
         if (reason := self._unfit(place, module, len(rows), count)) is not None:
             self._refuse(one, f"a weight that is not the base's: {reason}; {self._advice(one)}")
             return
-        new, is_dora = one.tensor[mx.array(rows)], self._config.fields.use_dora
+        new, is_dora = one.arrived[0][mx.array(rows)], self._config.fields.use_dora
         weights = row_weights(module, rows, new, is_dora=is_dora)
         self.weights[place] = replace(weights, lookup_only=lookup_only)
         self.warnings.append(
@@ -163,7 +169,7 @@ class WholeMapping:
         """The rows that are not the base's; None, and a problem, if it is no weight of this module."""
         if module is None:
             self._refuse(one, "a weight of the base, of a module that the model does not have")
-        elif one.tensor.shape != weight_shape(module):
+        elif one.arrived[0].shape != weight_shape(module):
             self._refuse(
                 one,
                 f"a weight of the base of shape {one.tensor.shape}, where the base has "
@@ -171,14 +177,14 @@ class WholeMapping:
                 "a base of that size",
             )
         else:
-            return changed_rows(one.tensor, module)
+            return min((changed_rows(made, module) for made in one.arrived), key=len)
         return None
 
     def _require_own(self, one: _Whole, parameter: str) -> None:
         """Refuse what the file says is the base's own weight or bias, if it is not."""
         module = self._module(one.path)
         if parameter == "bias":
-            is_own = is_copy(one.tensor, None if module is None else module.get("bias"))
+            is_own = _is_copy(one, None if module is None else module.get("bias"))
         else:
             is_own = not self._changed(one, module)
         if not is_own:
@@ -186,13 +192,13 @@ class WholeMapping:
 
     def _settle_bias(self, one: _Whole) -> None:
         """Keep what the bias changes of its module, as a bias of the adapter's own."""
-        place = self._rule.to_mlx(one.path) or ""
+        place = self._place(one.path, "bias")
         module = self._modules.get(place)
         own = None if module is None else module.get("bias")
-        if is_copy(one.tensor, own):
+        if _is_copy(one, own):
             return
         reason = None
-        if module is None or own is None or own.shape != one.tensor.shape:
+        if module is None or own is None or own.shape != one.arrived[0].shape:
             reason = "the base has none of this shape"
         elif kind_of(module) is not ModuleKind.LINEAR:
             reason = f"a {type(module).__name__} can have no other bias beside it"
@@ -202,7 +208,7 @@ class WholeMapping:
             self._refuse(one, f"a bias that is not the base's: {reason}; {_SHARED}: {_MERGE}")
             return
         weights = self.weights.get(place) or self._adapted.get(place) or _nought(module)
-        self.weights[place] = _with_bias(weights, own, one.tensor)
+        self.weights[place] = _with_bias(weights, own, one.arrived[0])
         self._biases.append(one.path)
 
     def _find_missing(self, found: Collection[str]) -> None:
@@ -211,9 +217,8 @@ class WholeMapping:
         for path, module in self._modules.items():
             # What mlx-lm made of several modules has no name there.
             is_single = kind_of(module) is not None or len(weight_shape(module)) == 1
-            name = self._rule.to_peft(path)
-            if is_single and name is not None and self._is_saved(name):
-                wanted.append(name)
+            if is_single:
+                wanted += [name for name in self._places.names_of(path) if self._is_saved(name)]
         if self._tied is not None and not self._ties and self._is_saved(HEADS[0]):
             wanted += [] if any(is_head(path) for path in found) else [HEADS[0]]
         self.problems += [
@@ -239,10 +244,15 @@ class WholeMapping:
 
     def _module(self, name: str) -> nn.Module | None:
         """The module of this name; the embedding for a head that is tied to it."""
-        place = self._rule.to_mlx(name)
+        place: str | None = self._place(name)
         if place not in self._modules and is_head(name):
             place = self._tied
         return self._modules.get(place or "")
+
+    def _place(self, name: str, parameter: str = "weight") -> str:
+        """The path of the module whose parameter that of the module `name` is; "" for none."""
+        arrival = self._places.of_parameter(f"{name}.{parameter}")
+        return "" if arrival is None else arrival.module
 
     def _is_saved(self, name: str) -> bool:
         return is_saved_whole(self._config.fields, name)
@@ -273,6 +283,10 @@ def _with_bias(weights: ModuleWeights, old: mx.array, new: mx.array) -> ModuleWe
         weights = replace(weights, lora_b=mx.zeros_like(weights.lora_b), bias=None, scale=1.0)
     added = added / weights.scale
     return replace(weights, bias=added if weights.bias is None else weights.bias.astype(mx.float32) + added)
+
+
+def _is_copy(one: _Whole, own: mx.array | None) -> bool:
+    return any(is_copy(made, own) for made in one.arrived)
 
 
 def _same(left: _Whole, right: _Whole) -> bool:
