@@ -10,11 +10,13 @@ from pathlib import Path
 
 import mlx.nn as nn
 
+from ..errors import InvalidAdapterError
 from ..layers.module_weights import ModuleWeights
 from ..layers.modules import ModuleKind, kind_of
 from ..layers.targets import module_at, named_base_modules
 from .adapter_files import AdapterFiles
 from .mlx_writing import mlx_files
+from .peft.departing import departed_weights
 from .peft.heads import tied_embedding
 from .peft.writing import peft_files
 from .protocol import FormatName
@@ -66,12 +68,16 @@ def adapter_files(
         return mlx_files(weights, source, model, base_name=base_name, dropout=dropout)
     if model is None:
         return peft_files(weights, source, embeddings, base_name=base_name, dropout=dropout)
-    embeddings = [path for path in weights if kind_of(module_at(model, path)) is ModuleKind.EMBEDDING]
+    found, problems = departed_weights(model, weights)
+    if problems:
+        raise InvalidAdapterError(source, problems)
+    tied = tied_embedding(dict(named_base_modules(model)))
+    kinds = {path: kind_of(module_at(model, path)) for path in weights}
     return peft_files(
-        weights,
+        dict(found.values()),
         source,
-        embeddings,
-        tied=tied_embedding(dict(named_base_modules(model))),
+        [name for path, (name, _) in found.items() if kinds[path] is ModuleKind.EMBEDDING],
+        tied=found[tied][0] if tied in found else tied,
         model_type=str(getattr(model, "model_type", "")),
         base_name=base_name,
         dropout=dropout,

@@ -70,6 +70,31 @@ CASES: dict[str, tuple[str, bool, bool, dict[str, tuple[int, float]]]] = {
             MIXTRAL.format("down_proj"): (3, 0.7),
         },
     ),
+    "factors": (
+        "falcon_h1",
+        False,
+        False,
+        {
+            SELF.format(0, "o"): (4, 2.0),
+            "model.layers.1.mamba.in_proj": (2, 1.5),
+            "model.layers.0.feed_forward.down_proj": (4, 2.0),
+            EMBED: (4, 2.0),
+            HEAD: (3, 0.7),
+        },
+    ),
+    "factors-dora": (
+        "falcon_h1",
+        True,
+        False,
+        {SELF.format(0, "o"): (4, 2.0), "model.layers.1.mamba.in_proj": (2, 1.5), EMBED: (4, 2.0)},
+    ),
+    "other-names": (
+        "gpt_neox",
+        False,
+        False,
+        {"model.h.1.attention.dense": (4, 2.0), "model.embed_out": (2, 1.5), "model.embed_in": (4, 2.0)},
+    ),
+    "transposed": ("gpt2", False, False, {"model.h.1.attn.c_attn": (4, 2.0), "model.h.0.mlp.c_fc": (2, 1.5)}),
     "one-router": ("qwen3_moe", False, False, {Q0: (4, 2.0), "model.layers.1.mlp.gate": (2, 1.5)}),
 }
 

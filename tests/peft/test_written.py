@@ -32,7 +32,7 @@ def _read(folder: Path, model: nn.Module) -> Weights:
     return AdapterContainer.from_directory(folder).check(model)
 
 
-def _assert_same(left: Weights, right: Weights) -> None:
+def _assert_same(left: Weights, right: Weights, tolerance: float = 0.0) -> None:
     assert left.keys() == right.keys()
     for path, one in left.items():
         other = right[path]
@@ -48,7 +48,8 @@ def _assert_same(left: Weights, right: Weights) -> None:
             assert (mine is None) == (its is None), (path, name)
             if mine is not None and its is not None:
                 assert mine.dtype == its.dtype
-                np.testing.assert_array_equal(np.array(mine), np.array(its), err_msg=f"{path} {name}")
+                pair = np.array(mine), np.array(its)
+                np.testing.assert_allclose(*pair, rtol=tolerance, atol=0, err_msg=f"{path} {name}")
 
 
 def _is_by_token(module: ModuleWeights) -> bool:
@@ -66,7 +67,9 @@ def test_what_was_read_is_written_and_comes_back_the_same(tmp_path: Path, name: 
             write_adapter(tmp_path / "a", weights, "peft", model)
         return
     write_adapter(tmp_path / "a", weights, "peft", model)
-    _assert_same(_read(tmp_path / "a", model), weights)
+    # Falcon-H1's factors are divided out and multiplied in again.
+    tolerance = 3e-7 if fixtures.base_of(name) == "falcon_h1" else 0.0
+    _assert_same(_read(tmp_path / "a", model), weights, tolerance)
 
 
 def _experts(rank: int, seed: int, inputs: int = 32, outputs: int = 24, scale: float = 1.5) -> ModuleWeights:

@@ -153,8 +153,9 @@ def _seen(
                 found[origin].append(Arrival(path, added=added))
     own = {name: _without_copies(name, places) for name, places in found.items()}
     whole = {name for name, places in own.items() if _is_complete(places, shapes[name][0])}
-    touched = {path if path in markers else marker for path, (_, marker) in others.items()} - {None}
-    return {name: own[name] for name in whole}, (own.keys() | touched & markers.keys()) - whole
+    touched = {path for path in others if path in markers}
+    touched |= {marker for _, marker in others.values() if marker is not None}
+    return {name: own[name] for name in whole}, (own.keys() | touched) - whole
 
 
 def _markers(shapes: Mapping[str, Sequence[int]], constant: float) -> Weights:

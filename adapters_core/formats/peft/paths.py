@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-__all__ = ["RULES", "PathRule", "any_layer"]
+__all__ = ["RULES", "PathRule", "any_layer", "transformers_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,19 @@ RULES = (
     # an adapter that was trained on the decoder alone
     PathRule((("", "model."),)),
 )
+
+
+# Prefixes in MLX models, and in transformers 5, where mlx-lm renames what checkpoints have.
+_NAMES = {
+    "gpt2": (("model.", "transformer."),),
+    "gpt_neox": (("model.h.", "gpt_neox.layers."), ("model.embed_out", "lm_head"), ("model.", "gpt_neox.")),
+    "gptj": (("model.", "transformer."),),
+}
+
+
+def transformers_name(model_type: str, path: str) -> str:
+    """What transformers calls the module at `path` of an MLX model of this type."""
+    return _moved(path, _NAMES.get(model_type, ())) or path
 
 
 def any_layer(path: str) -> str:

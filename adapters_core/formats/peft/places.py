@@ -32,7 +32,9 @@ class Places:
     `modules` are all of the model's by path, `adaptable` those of a kind; `rule` is how the file names them.
     """
 
-    def __init__(self, model: nn.Module, rows: Mapping[str, int | None], wholes: Mapping[str, Shape]) -> None:
+    def __init__(
+        self, model: nn.Module, rows: Mapping[str, int | None], wholes: Mapping[str, Shape] | None = None
+    ) -> None:
         """`rows` has the modules that the file has factors for, and how many outputs (rows) these have.
 
         `wholes` has the shape of each parameter of the base that is in the file, by its full name.
@@ -42,7 +44,7 @@ class Places:
         self._model = model
         self._tokens = _most_tokens(self.adaptable)
         self._rows = rows
-        self._wholes = wholes
+        self._wholes = wholes or {}
         self.rule, self._arrivals = self._best_rule()
         self._names: dict[str, set[str]] = defaultdict(set)
         self._prefixes: dict[str, str] = {}
