@@ -14,8 +14,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
-from .errors import InvalidAdapterError
+from .errors import InvalidAdapterError, named
 from .files import replacing
+from .open_folder import OpenFolder, opened
 
 __all__ = [
     "CONFIG_FILE",
@@ -98,7 +99,8 @@ class AdapterConfig(BaseModel):
         extra["lora_parameters.dropout"] = self.lora_parameters.dropout
         for name, value in (self.lora_parameters.model_extra or {}).items():
             extra[f"lora_parameters.{name}"] = value
-        return tuple(sorted(name for name, value in extra.items() if value not in (None, "", [], {}, 0)))
+        with_value = (name for name, value in extra.items() if value not in (None, "", [], {}, 0))
+        return tuple(sorted(map(named, with_value)))
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Self:
@@ -107,8 +109,8 @@ class AdapterConfig(BaseModel):
         Raises:
             InvalidAdapterError: it is missing or wrong; every problem is listed.
         """
-        directory = Path(directory)
-        return cls.from_values(read_values(directory / CONFIG_FILE, directory.name), directory.name)
+        with opened(directory) as folder:
+            return cls.from_values(read_values(folder), folder.name)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -118,7 +120,9 @@ class AdapterConfig(BaseModel):
             InvalidAdapterError: it is missing or wrong; every problem is listed.
         """
         path = Path(path)
-        return cls.from_values(read_values(path, path.name), path.name)
+        with opened(path.parent) as folder:
+            values = read_values(folder, path.name, path.name)
+        return cls.from_values(values, path.name)
 
     @classmethod
     def from_values(cls, values: object, source: str) -> Self:
@@ -128,7 +132,7 @@ class AdapterConfig(BaseModel):
             InvalidAdapterError: naming `source` and every problem.
         """
         if not isinstance(values, dict):
-            raise InvalidAdapterError(source, [f"{CONFIG_FILE}: expected a JSON object, got {shown(values)}"])
+            raise InvalidAdapterError(source, [f"{CONFIG_FILE}: expected a JSON object, got {_kind(values)}"])
         if "peft_type" in values:
             raise InvalidAdapterError(source, [_PEFT_ADVICE])
         problems = _advice(values)
@@ -201,26 +205,33 @@ def _problem(location: tuple[int | str, ...], value: object, advised: set[str]) 
 
 
 def shown(value: object) -> str:
-    """`value` as JSON, cut to 80 characters, for messages."""
+    """`value`, that of a known field, as JSON, cut to 80 characters, for messages."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def read_values(path: Path, source: str) -> object:
-    """What the JSON file at `path` holds.
+def _kind(values: object) -> str:
+    """What a whole file holds, of which no more is to be told."""
+    kinds = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return kinds.get(type(values), "null")
+
+
+def read_values(folder: OpenFolder, file_name: str = CONFIG_FILE, source: str | None = None) -> object:
+    """What the JSON file of this name in an open folder holds.
 
     Raises:
-        InvalidAdapterError: naming `source`: it is missing, not JSON, over 1 MiB, or nests too deeply.
+        InvalidAdapterError: naming `source` (the folder): it is missing, not JSON, over 1 MiB, or nests too
+            deeply; because of an OSError, if it cannot be read.
+        FolderChangedError, OutsideRootError: as `OpenFolder.read`.
     """
 
     def refuse(problem: str) -> InvalidAdapterError:
-        return InvalidAdapterError(source, [f"{path.name}: {problem}"])
+        return InvalidAdapterError(source or folder.name, [f"{file_name}: {problem}"])
 
-    if not path.is_file():
-        raise refuse("expected a file of this name, there is none")
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
+        content = folder.read(file_name, MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        raise refuse("expected a file of this name, there is none") from None
     except OSError as error:
         raise refuse(f"cannot be read: {error.strerror}") from error
     if len(content) > MAX_CONFIG_BYTES:
@@ -229,6 +240,12 @@ def read_values(path: Path, source: str) -> object:
         values = json.loads(content, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise refuse(f"expected at most {_MAX_NESTING} levels of nesting, there are far more") from None
+    except json.JSONDecodeError as error:
+        what = error.msg.partition(":")[0]  # what may follow is an excerpt of the file
+        place = f"line {error.lineno}, column {error.colno}"
+        raise refuse(f"expected JSON, got something else ({what}: {place})") from None
+    except UnicodeDecodeError:
+        raise refuse("expected JSON, got something else (it is no text in UTF-8)") from None
     except ValueError as error:
         raise refuse(f"expected JSON, got something else ({error})") from None
     if _nests_deeper(values, _MAX_NESTING):
@@ -243,7 +260,7 @@ def _no_constant(name: str) -> float:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:20]} is out of range")
+        raise ValueError("a number is out of range")
     return value
 
 

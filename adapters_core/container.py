@@ -29,6 +29,7 @@ from .layers.kinds import AdaptedLayer, DoRALayer, adapted, is_lora, with_weight
 from .layers.module_weights import ModuleWeights
 from .layers.surgery import Modes, Surgery, copy_modes, replace_modules
 from .layers.targets import is_wrapper, module_at, named_modules, resolve_targets
+from .open_folder import OpenFolder, opened
 
 __all__ = ["AdapterContainer"]
 
@@ -62,17 +63,18 @@ class AdapterContainer:
         self._loaded: _Loaded | None = None
 
     @classmethod
-    def from_directory(cls, directory: str | Path, weights_file: str | None = None) -> Self:
+    def from_directory(cls, directory: str | Path | OpenFolder, weights_file: str | None = None) -> Self:
         """Read a folder as mlx-lm or PEFT writes it; adapter_config.json says which of them did.
 
         `weights_file` names a file in it to be read in the place of the adapter's own, such as a checkpoint.
 
         Raises:
             InvalidAdapterError: naming the folder and every problem of both files.
+            FolderChangedError, OutsideRootError: as `OpenFolder.read`.
         """
-        directory = Path(directory)
-        content, digest = read_adapter(directory, weights_file)
-        return cls(content, directory.name, digest)
+        with opened(directory) as folder:
+            content, digest = read_adapter(folder, weights_file)
+            return cls(content, folder.name, digest)
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, ModuleWeights], source: str) -> Self:

@@ -2,6 +2,8 @@
 
 AdapterError
 ├── InvalidAdapterError    a folder, file or config that does not hold an adapter, or not one for this model
+├── FolderChangedError     a folder that somebody changed while it was read; another try may find it at rest
+├── OutsideRootError       a folder or file that lies outside of the root in which it has to lie
 ├── UnsupportedModelError  a model that cannot be adapted, or not served in mixed batches
 ├── ContainerStateError    a call out of turn: load twice, unload what is not loaded
 └── BlendError             weights that the adapters of a row do not allow
@@ -16,10 +18,26 @@ __all__ = [
     "AdapterError",
     "BlendError",
     "ContainerStateError",
+    "FolderChangedError",
     "InvalidAdapterError",
     "InvalidBlendError",
+    "OutsideRootError",
     "UnsupportedModelError",
+    "named",
+    "quoted",
 ]
+
+_SHOWN_CHARS = 80
+
+
+def quoted(text: str) -> str:
+    """`text`, from a file or a request, as one line of printable ASCII in quotes, cut to 80 characters."""
+    return ascii(text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}...")
+
+
+def named(text: str) -> str:
+    """`text`, a name from a file, as it is if it is short and printable, else as `quoted` shows it."""
+    return text if text.isprintable() and len(text) <= _SHOWN_CHARS else quoted(text)
 
 
 class AdapterError(Exception):
@@ -38,6 +56,25 @@ class InvalidAdapterError(AdapterError):
         self.problems = tuple(problems)
         shown = "; ".join(self.problems)
         super().__init__(f"adapter {source!r} cannot be used ({len(self.problems)} problem(s)): {shown}")
+
+
+class FolderChangedError(AdapterError):
+    """A folder, or a file in it, that somebody changed while it was read, so that nothing was made of it.
+
+    `source` is its name.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        super().__init__(f"{quoted(source)} changed while it was read; try again when it is at rest")
+
+
+class OutsideRootError(AdapterError):
+    """A folder or file, called `source`, that lies outside of the root in which it has to lie."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        super().__init__(f"{quoted(source)} lies outside of the folder in which adapters have to lie")
 
 
 class UnsupportedModelError(AdapterError):

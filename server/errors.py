@@ -32,8 +32,10 @@ from starlette.exceptions import HTTPException
 from adapters_core.errors import (
     BlendError,
     ContainerStateError,
+    FolderChangedError,
     InvalidAdapterError,
     InvalidBlendError,
+    OutsideRootError,
     UnsupportedModelError,
 )
 from server.adapters.errors import (
@@ -245,8 +247,10 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     ApiError: lambda error: error,
     BlendError: lambda error: InvalidRequestError(str(error), param="adapters", code="not_blendable"),
     ContainerStateError: lambda error: ConflictError(str(error), code="adapter_state"),
+    FolderChangedError: lambda error: ConflictError(f"{error}.", code="folder_changed", retry=True),
     InvalidAdapterError: _from_invalid_adapter,
     InvalidBlendError: _from_invalid_blend,
+    OutsideRootError: lambda error: ForbiddenError(f"{error}.", code="path_not_allowed", param="path"),
     UnsupportedModelError: _from_unsupported_model,
     EngineOverloadedError: lambda error: OverloadedError(f"The server is busy: {error}."),
     EngineStoppedError: lambda error: OverloadedError("The model is not served.", code="engine_stopped"),

@@ -9,8 +9,9 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from ..config import CONFIG_FILE, AdapterConfig, read_values
-from ..errors import InvalidAdapterError
+from ..config import AdapterConfig, read_values
+from ..errors import AdapterError, FolderChangedError, InvalidAdapterError
+from ..open_folder import OpenFolder, opened
 from .peft.config import PeftConfig
 from .weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE, AdapterWeights, least_file_bytes, read_weights
 
@@ -18,13 +19,14 @@ __all__ = ["least_memory_bytes", "read_files"]
 
 
 def read_files(
-    directory: Path, weights_file: str | None = None
+    folder: OpenFolder, weights_file: str | None = None
 ) -> tuple[AdapterConfig | PeftConfig, AdapterWeights]:
-    """What is in `directory`; the tensors are those of `weights_file`, or of the format's own file.
+    """What is in `folder`; the tensors are those of `weights_file`, or of the format's own file.
 
     Raises:
         InvalidAdapterError: naming the folder and every problem of both files; because of an OSError, if one
             cannot be read.
+        FolderChangedError, OutsideRootError: as `OpenFolder.read`; or the files do not belong together.
     """
     problems: list[str] = []
     cause: BaseException | None = None
@@ -32,28 +34,33 @@ def read_files(
     config: AdapterConfig | PeftConfig | None = None
     weights = None
     try:
-        values = read_values(directory / CONFIG_FILE, directory.name)
-        config = _config(values, directory.name)
+        values = read_values(folder)
+        config = _config(values, folder.name)
     except InvalidAdapterError as error:
         problems, cause = [*problems, *error.problems], cause or error.__cause__
     try:
-        weights = read_weights(directory, weights_file or _own_file(values))
+        weights = read_weights(folder, weights_file or _own_file(values))
     except InvalidAdapterError as error:
         problems, cause = [*problems, *error.problems], cause or error.__cause__
     if config is None or weights is None:
-        raise InvalidAdapterError(directory.name, problems) from cause
+        if folder.has_changed:  # what is missing may have been there a moment ago
+            raise FolderChangedError(folder.name) from cause
+        raise InvalidAdapterError(folder.name, problems) from cause
+    folder.refuse_changed()
     return config, weights
 
 
-def least_memory_bytes(directory: Path, weights_file: str | None = None, copies_bytes: int = 0) -> int:
+def least_memory_bytes(
+    directory: str | Path | OpenFolder, weights_file: str | None = None, copies_bytes: int = 0
+) -> int:
     """Bytes that the adapter in `directory` takes beside any base at the very least; reads no tensors.
 
     Of the file that `read_files` would read, of which up to `copies_bytes` may be the base's own weights. 0
     if that cannot be told: reading it will say what is wrong.
     """
-    with suppress(OSError, ValueError, RecursionError, InvalidAdapterError):
-        name = weights_file or _own_file(read_values(directory / CONFIG_FILE, directory.name))
-        return least_file_bytes(directory / name, copies_bytes)
+    with suppress(OSError, ValueError, RecursionError, AdapterError), opened(directory) as folder:
+        name = weights_file or _own_file(read_values(folder))
+        return least_file_bytes(folder, name, copies_bytes)
     return 0
 
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 from ..config import AdapterConfig, FineTuneType
 from ..errors import InvalidAdapterError
 from ..layers.module_weights import ModuleWeights
+from ..open_folder import OpenFolder, opened
 from ..report import Part, parts_of
 from .peft.config import PeftConfig
 from .peft.factors import Factors, sort_tensors
@@ -60,18 +61,19 @@ class Unplaced:
         return None
 
 
-def read_unplaced(directory: str | Path) -> Unplaced:
+def read_unplaced(directory: str | Path | OpenFolder) -> Unplaced:
     """Read the folder `directory`.
 
     Raises:
         InvalidAdapterError: naming the folder and every problem that can be seen without a model.
+        FolderChangedError: somebody wrote it meanwhile.
     """
-    directory = Path(directory)
-    config, weights = read_files(directory)
+    with opened(directory) as folder:
+        config, weights = read_files(folder)
     is_peft = isinstance(config, PeftConfig)
     found = _from_peft(config, weights.tensors) if is_peft else _from_mlx(config, weights.tensors)
     if found.problems:
-        raise InvalidAdapterError(directory.name, found.problems)
+        raise InvalidAdapterError(folder.name, found.problems)
     return Unplaced(
         format="peft" if is_peft else "mlx",
         type=config.type if is_peft else config.fine_tune_type,

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from ..errors import InvalidAdapterError
+from ..errors import InvalidAdapterError, quoted
 from ..files import replacing
+from ..open_folder import OpenFolder, opened
 
 __all__ = [
     "MAX_HEADER_BYTES",
+    "MAX_NAME_CHARS",
     "PEFT_WEIGHTS_FILE",
     "WEIGHTS_FILE",
     "AdapterWeights",
@@ -36,6 +39,8 @@ __all__ = [
 WEIGHTS_FILE = "adapters.safetensors"
 PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 1 << 20
+MAX_NAME_CHARS = 512
+"""Of a tensor: messages quote names, so that these are bounded and drive no terminal."""
 # Where each expert is a module of its own, the names alone take more: 40,000 tensors in 5 MB.
 _MAX_PEFT_HEADER_BYTES = 1 << 24
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -51,19 +56,20 @@ class AdapterWeights:
     size_bytes: int
 
 
-def read_weights(directory: str | Path, file_name: str = WEIGHTS_FILE) -> AdapterWeights:
-    """Read and evaluate the safetensors file of this name in `directory`.
+def read_weights(directory: str | Path | OpenFolder, file_name: str = WEIGHTS_FILE) -> AdapterWeights:
+    """Read and evaluate the safetensors file of this name in `directory`, which may be open.
 
     Raises:
         InvalidAdapterError: the file is missing, not whole, not safetensors, has a header over 1 MiB (in
             PEFT's files 16 MiB), or holds tensors that are not float32, float16 or bfloat16, or values that
             are not finite; because of an OSError, if it cannot be read.
+        FolderChangedError, OutsideRootError: as `OpenFolder.read`; or it was written meanwhile.
     """
-    directory = Path(directory)
-    found, problems = _read(directory / file_name, _max_header_bytes(file_name))
+    with opened(directory) as folder:
+        found, problems = _read(folder, file_name, _max_header_bytes(file_name))
     problems = problems or _not_finite(found)
     if problems:
-        raise InvalidAdapterError(directory.name, [f"{file_name}: {problem}" for problem in problems])
+        raise InvalidAdapterError(folder.name, [f"{file_name}: {problem}" for problem in problems])
     digest = _digest((tensor.name, tensor.dtype, tensor.shape, tensor.values) for tensor in found)
     tensors: dict[str, mx.array] = {}
     for tensor in _one_by_one(found):
@@ -72,7 +78,7 @@ def read_weights(directory: str | Path, file_name: str = WEIGHTS_FILE) -> Adapte
     return AdapterWeights(tensors, digest, sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def least_file_bytes(path: Path, copies_bytes: int = 0) -> int:
+def least_file_bytes(folder: OpenFolder, file_name: str, copies_bytes: int = 0) -> int:
     """Bytes that the adapter in the file takes beside any base at the very least; reads its header at most.
 
     Factors take at least what they take in the file, DoRA's magnitudes at least half. In PEFT's file, up to
@@ -80,11 +86,13 @@ def least_file_bytes(path: Path, copies_bytes: int = 0) -> int:
 
     Raises:
         OSError, ValueError, RecursionError: the file cannot be read, or is no safetensors file.
+        FolderChangedError, OutsideRootError: as `OpenFolder.read`.
     """
-    whole_bytes = path.stat().st_size - _max_header_bytes(path.name)
-    if path.name != PEFT_WEIGHTS_FILE:
+    file = folder.file(file_name)
+    whole_bytes = os.fstat(file.fileno()).st_size - _max_header_bytes(file_name)
+    if file_name != PEFT_WEIGHTS_FILE:
         return max(0, whole_bytes) // 2
-    return max(0, _factor_bytes(path), whole_bytes - copies_bytes) // 2
+    return max(0, _factor_bytes(file), whole_bytes - copies_bytes) // 2
 
 
 def save_weights(path: str | Path, tensors: Mapping[str, mx.array]) -> None:
@@ -147,32 +155,28 @@ def _max_header_bytes(file_name: str) -> int:
     return _MAX_PEFT_HEADER_BYTES if file_name == PEFT_WEIGHTS_FILE else MAX_HEADER_BYTES
 
 
-def _factor_bytes(path: Path) -> int:
+def _factor_bytes(file: BinaryIO) -> int:
     """What the factors in PEFT's file take; it may hold weights of the base beside them. Raises as above."""
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(header_bytes, _MAX_PEFT_HEADER_BYTES)))
+    header_bytes = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(min(header_bytes, _MAX_PEFT_HEADER_BYTES)))
     try:
         offsets = [entry["data_offsets"] for name, entry in header.items() if ".lora_" in name]
-        return max(0, min(sum(end - start for start, end in offsets), path.stat().st_size))
+        return max(0, min(sum(end - start for start, end in offsets), os.fstat(file.fileno()).st_size))
     except (AttributeError, KeyError, TypeError):
         raise ValueError("not a safetensors header") from None
 
 
-def _read(path: Path, max_header_bytes: int) -> tuple[list[_Tensor], list[str]]:
+def _read(folder: OpenFolder, name: str, max_header_bytes: int) -> tuple[list[_Tensor], list[str]]:
     """The file's tensors, or why it cannot be parsed. The file's own bytes are let go of."""
-    if not path.is_file():
-        return [], ["expected a file of this name, there is none"]
     try:
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) == 8 and header_bytes <= max_header_bytes:
-                file.seek(0)
-                return _parse(file.read())
+        prefix = folder.file(name).read(8)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) == 8 and header_bytes <= max_header_bytes:
+            return _parse(folder.read(name))
+    except FileNotFoundError:
+        return [], ["expected a file of this name, there is none"]
     except OSError as error:
-        problem = f"{path.name}: cannot be read: {error.strerror}"
-        raise InvalidAdapterError(path.parent.name, [problem]) from error
+        raise InvalidAdapterError(folder.name, [f"{name}: cannot be read: {error.strerror}"]) from error
     if len(prefix) < 8:
         return [], [f"expected a safetensors file, got {len(prefix)} byte(s)"]
     problem = (
@@ -187,9 +191,16 @@ def _parse(content: bytes) -> tuple[list[_Tensor], list[str]]:
     try:
         parsed = sorted(deserialize(content), key=itemgetter(0))
     except SafetensorError as error:
-        return [], [f"expected a whole safetensors file, got a damaged one ({error})"]
+        # What may follow is an excerpt of the file.
+        what = str(error).removeprefix("Error while deserializing: ").partition(":")[0].partition(" `")[0]
+        return [], [f"expected a whole safetensors file, got a damaged one ({what})"]
     if not parsed:
         return [], ["expected tensors, the file holds none"]
+    unusual = [name for name, _ in parsed if len(name) > MAX_NAME_CHARS or not name.isprintable()]
+    if unusual:
+        shown = ", ".join(quoted(name) for name in unusual[:3])
+        expected = f"expected names of at most {MAX_NAME_CHARS} printable characters"
+        return [], [f"{expected}, {len(unusual)} of {len(parsed)} tensors have others, such as {shown}"]
     problems = [
         f"tensor {name}: expected dtype float32, float16 or bfloat16, got {tensor['dtype']}"
         for name, tensor in parsed

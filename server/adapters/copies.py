@@ -22,10 +22,10 @@ from adapters_core.bank import AdapterBank, PreparedAdapter
 from adapters_core.container import AdapterContainer
 from adapters_core.formats.weights import digest_of
 from adapters_core.layers.module_weights import ModuleWeights
+from adapters_core.open_folder import OpenFolder
 
 from .errors import AdapterNotReadableError
 from .folder import AdapterFolder
-from .source import read_folder
 
 __all__ = ["Copy", "FilesCopy", "ModulesCopy", "RowsCopy", "files_bytes"]
 
@@ -74,22 +74,25 @@ class FilesCopy:
 
         Raises:
             OSError: it cannot be read, or written, and nothing is left.
+            AdapterError, LifeCycleError: as `AdapterFolder.open`; or it changed meanwhile.
         """
-        target = place / folder.path.name
+        target, size_bytes = place / folder.path.name, 0
         try:
             place.mkdir()  # in a folder that is there
             target.mkdir()
-            for name in _files_of(folder):
-                shutil.copyfile(folder.path / name, target / name)
-            copied = replace(folder, path=target, trusted=True)
-            return cls(copied, files_bytes(copied))
+            with folder.open() as files:
+                for name in _files_of(folder, files):
+                    with (target / name).open("xb") as copy:
+                        size_bytes += files.copy(name, copy)
+                files.refuse_changed()
+            return cls(replace(folder, path=target, root=None), size_bytes)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
 
     def container(self, name: str) -> AdapterContainer:
         """As it was read, under the name of its folder."""
-        return read_folder(self.folder)
+        return AdapterContainer.from_directory(self.folder.path, self.folder.weights_file)
 
     def prepare(self, bank: AdapterBank) -> PreparedAdapter:
         """Checked and laid out as when it was first read."""
@@ -251,12 +254,17 @@ class RowsCopy:
 
 
 def files_bytes(folder: AdapterFolder) -> int:
-    """Bytes of the files that make up the adapter in `folder`. Raises OSError."""
-    return sum((folder.path / name).stat().st_size for name in _files_of(folder))
+    """Bytes of the files that make up the adapter in `folder`.
+
+    Raises:
+        OSError, AdapterError, LifeCycleError: as `AdapterFolder.open`; or they cannot be opened.
+    """
+    with folder.open() as files:
+        return sum(os.fstat(files.file(name).fileno()).st_size for name in _files_of(folder, files))
 
 
-def _files_of(folder: AdapterFolder) -> list[str]:
-    return [name for name in folder.file_names if (folder.path / name).is_file()]
+def _files_of(folder: AdapterFolder, files: OpenFolder) -> list[str]:
+    return [name for name in files.names() if name in folder.file_names]
 
 
 def _named_arrays(weights: Mapping[str, ModuleWeights]) -> dict[str, mx.array]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters_core.config import CONFIG_FILE
+from adapters_core.errors import InvalidAdapterError
 from adapters_core.formats.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
+from adapters_core.open_folder import OpenFolder, open_folder
 
 from .errors import AdapterNotFoundError, InvalidAdapterIdError, PathNotAllowedError, quoted, some_of
 
@@ -57,13 +59,13 @@ def is_valid_id(adapter_id: str, base: str) -> bool:
 class AdapterFolder:
     """A folder that may be read: where it is, and how clients see it (relative to the root, no more).
 
-    `trusted` if the operator named it, so that it may lie anywhere. `weights_file` is the name of the file
-    that is read in the place of the adapter's own: a checkpoint beside it.
+    It and its files lie in `root`; None: the operator named it, so that it may lie anywhere. `weights_file`
+    is the name of the file that is read in the place of the adapter's own: a checkpoint beside it.
     """
 
     path: Path
     shown: str
-    trusted: bool = False
+    root: Path | None = None
     weights_file: str | None = None
 
     @property
@@ -71,6 +73,24 @@ class AdapterFolder:
         """The files that an adapter in it may consist of."""
         weights = (WEIGHTS_FILE, PEFT_WEIGHTS_FILE) if self.weights_file is None else (self.weights_file,)
         return (CONFIG_FILE, *weights)
+
+    @contextmanager
+    def open(self) -> Iterator[OpenFolder]:
+        """The folder, open for the block, in which what is swapped meanwhile changes nothing.
+
+        Raises:
+            AdapterNotFoundError: it has gone.
+            OutsideRootError, FolderChangedError: as `open_folder`.
+            InvalidAdapterError: because of an OSError; it cannot be opened.
+        """
+        with ExitStack() as stack:
+            try:
+                folder = stack.enter_context(open_folder(self.path, self.root))
+            except (FileNotFoundError, NotADirectoryError):
+                raise AdapterNotFoundError(f"There is no folder {quoted(self.shown)} any more.") from None
+            except OSError as error:
+                raise InvalidAdapterError(self.path.name, [f"cannot be read: {error.strerror}"]) from error
+            yield folder
 
 
 class AdapterFolders:
@@ -89,22 +109,22 @@ class AdapterFolders:
         """
         if path is None and adapter_id in self._configured:
             folder = self._configured[adapter_id]
-            return self._existing(folder, self._shown(folder), trusted=True)
+            return self._existing(folder, self._shown(folder), None)
         wanted = adapter_id if path is None else path
         if self._root is None:
             raise PathNotAllowedError(
                 "This server has no adapters root, so no folder can be loaded; it is set with --adapters-dir."
             )
         folder = _inside(self._root, wanted, wanted)
-        found = self._existing(folder, wanted)
+        found = self._existing(folder, wanted, self._root)
         for name in (CONFIG_FILE, WEIGHTS_FILE, PEFT_WEIGHTS_FILE):
             _inside(self._root, folder / name, f"{wanted}/{name}")
         return found
 
     def again(self, folder: AdapterFolder) -> AdapterFolder:
         """A folder that was found before, checked as it is now. Raises as `find`."""
-        if folder.trusted:
-            found = self._existing(folder.path, folder.shown, trusted=True)
+        if folder.root is None:
+            found = self._existing(folder.path, folder.shown, None)
         else:
             found = self.find(folder.shown, folder.shown)
         return found if folder.weights_file is None else self._checkpoint_file(found, folder.weights_file)
@@ -133,8 +153,8 @@ class AdapterFolders:
                 return None
             if name.endswith(_STEP_FILE_END):
                 return self._checkpoint_file(parent, name)
-            if parent.trusted:
-                return self._existing(parent.path / name, f"{parent.shown}/{name}", trusted=True)
+            if parent.root is None:
+                return self._existing(parent.path / name, f"{parent.shown}/{name}", None)
             return self.find(adapter_id, f"{parent.shown}/{name}")
         except (AdapterNotFoundError, PathNotAllowedError):
             return None
@@ -185,8 +205,8 @@ class AdapterFolders:
         return self.find(adapter_id, adapter_id) if adapter_id in os.listdir(self._root) else None
 
     def _checkpoint_file(self, folder: AdapterFolder, name: str) -> AdapterFolder:
-        if self._root is not None and not folder.trusted:
-            _inside(self._root, folder.path / name, f"{folder.shown}/{name}")
+        if folder.root is not None:
+            _inside(folder.root, folder.path / name, f"{folder.shown}/{name}")
         if not os.path.isfile(folder.path / name):
             raise AdapterNotFoundError(f"There is no file {quoted(name)} in folder {quoted(folder.shown)}.")
         return replace(folder, weights_file=name)
@@ -197,15 +217,15 @@ class AdapterFolders:
         except PathNotAllowedError:
             return False
 
-    def _existing(self, folder: Path, asked: str, trusted: bool = False) -> AdapterFolder:
+    def _existing(self, folder: Path, asked: str, root: Path | None) -> AdapterFolder:
         if not os.path.isdir(folder):
-            if trusted:
+            if root is None:
                 raise AdapterNotFoundError(f"There is no folder {quoted(asked)}.")
             raise AdapterNotFoundError(
                 f"There is no folder {quoted(asked)} under the adapters root. Adapters there are: "
                 f"{some_of(self.available('', ()))}."
             )
-        return AdapterFolder(folder, self._shown(folder), trusted)
+        return AdapterFolder(folder, self._shown(folder), root)
 
     def _shown(self, folder: Path) -> str:
         if self._root is not None and self._root in folder.parents:

@@ -42,6 +42,9 @@ Source = AdapterFolder | Made
 def read_folder(folder: AdapterFolder) -> AdapterContainer:
     """The adapter, or the checkpoint, in `folder`; reads files, so it runs on a worker thread.
 
-    Raises InvalidAdapterError with all that is wrong.
+    Raises:
+        InvalidAdapterError: with all that is wrong.
+        AdapterNotFoundError, OutsideRootError, FolderChangedError: as `AdapterFolder.open`.
     """
-    return AdapterContainer.from_directory(folder.path, folder.weights_file)
+    with folder.open() as files:
+        return AdapterContainer.from_directory(files, folder.weights_file)

@@ -19,7 +19,7 @@ import structlog
 from watchfiles import awatch
 
 from adapters_core.bank import PreparedAdapter
-from adapters_core.errors import InvalidAdapterError
+from adapters_core.errors import FolderChangedError, InvalidAdapterError, OutsideRootError
 
 from .errors import LifeCycleError
 from .folder import AdapterFolder, AdapterFolders
@@ -163,12 +163,12 @@ class Watcher:
             await self._load(adapter_id, folder, accept)
         except _NothingNewError:
             pass
-        except _StillChangingError:
+        except (_StillChangingError, FolderChangedError):
             seen.is_done = False
         except InvalidAdapterError as error:
             if await asyncio.to_thread(look_at, folder) == seen.look:
                 _log.warning("adapter_folder_broken", adapter=adapter_id, problems=error.problems)
-        except LifeCycleError as error:  # no room for it, or an adapter was just fused
+        except (LifeCycleError, OutsideRootError) as error:  # no room for it, or an adapter was just fused
             _log.warning("adapter_folder_not_loaded", adapter=adapter_id, reason=str(error))
             seen.is_done, seen.not_before = False, time.monotonic() + PAUSE_SECONDS
         except Exception:

@@ -130,13 +130,20 @@ def test_a_dora_needs_magnitudes_and_a_lora_has_none(tmp_path: Path) -> None:
 def test_the_problems_of_both_files_come_in_one_error(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    for folder in (empty, tmp_path / "no such folder"):
+    with pytest.raises(InvalidAdapterError) as caught:
+        AdapterContainer.from_directory(empty)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "adapter_config.json",
+        "adapters.safetensors",
+    ]
+
+
+def test_a_folder_that_is_not_there_is_one_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("no such folder", "file"):
         with pytest.raises(InvalidAdapterError) as caught:
-            AdapterContainer.from_directory(folder)
-        assert [problem.split(":")[0] for problem in caught.value.problems] == [
-            "adapter_config.json",
-            "adapters.safetensors",
-        ]
+            AdapterContainer.from_directory(tmp_path / name)
+        assert caught.value.problems == ("expected a folder of this name, there is none",)
 
 
 def test_every_problem_of_a_misfit_is_listed(tmp_path: Path) -> None:

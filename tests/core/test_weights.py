@@ -23,6 +23,7 @@ from adapters_core.formats.weights import (
     read_weights,
     save_weights,
 )
+from adapters_core.open_folder import open_folder
 
 
 def _tensors() -> dict[str, mx.array]:
@@ -180,10 +181,11 @@ def test_a_file_is_held_no_longer_than_it_is_parsed(tmp_path: Path) -> None:
 
 
 def test_what_an_adapter_takes_at_least_is_told_without_reading(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        least_file_bytes(tmp_path / WEIGHTS_FILE)
-    _good(tmp_path)
-    assert least_file_bytes(tmp_path / WEIGHTS_FILE) <= read_weights(tmp_path).size_bytes
-    with (tmp_path / WEIGHTS_FILE).open("r+b") as file:
-        file.truncate(MAX_HEADER_BYTES + 2000)
-    assert least_file_bytes(tmp_path / WEIGHTS_FILE) == 1000
+    with open_folder(tmp_path) as folder:
+        with pytest.raises(FileNotFoundError):
+            least_file_bytes(folder, WEIGHTS_FILE)
+        _good(tmp_path)
+        assert least_file_bytes(folder, WEIGHTS_FILE) <= read_weights(tmp_path).size_bytes
+        with (tmp_path / WEIGHTS_FILE).open("r+b") as file:
+            file.truncate(MAX_HEADER_BYTES + 2000)
+        assert least_file_bytes(folder, WEIGHTS_FILE) == 1000

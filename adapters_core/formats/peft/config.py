@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
 from ...config import CONFIG_FILE, MAX_RANK, FineTuneType, shown
-from ...errors import InvalidAdapterError
+from ...errors import InvalidAdapterError, named
 from .patterns import KeyPatterns, Pattern, PatternError, compiled
 
 __all__ = ["MAX_ALPHA", "PeftConfig", "PeftFields"]
@@ -239,7 +239,7 @@ def _refused(values: Mapping[str, JsonValue]) -> list[str]:
     problems += _refused_initialisation(values.get("init_lora_weights"))
     known = {*PeftFields.model_fields, *_TRAINING_ONLY, *_REFUSED, "init_lora_weights"}
     problems += [
-        f"{CONFIG_FILE}: {name}: an unknown field with a value ({shown(value)}); it may change what the "
+        f"{CONFIG_FILE}: {named(name)}: an unknown field with a value; it may change what the "
         "adapter computes. If it matters in training only, remove it"
         for name, value in sorted(values.items())
         if name not in known and not _says_nothing(value)

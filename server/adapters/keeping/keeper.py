@@ -21,12 +21,12 @@ from weakref import WeakValueDictionary
 import structlog
 
 from adapters_core.bank import PreparedAdapter
-from adapters_core.errors import InvalidAdapterError
+from adapters_core.errors import AdapterError, FolderChangedError, InvalidAdapterError
 from adapters_core.layers.module_weights import ModuleWeights
 
 from ..aside import run_aside
 from ..copies import Copy, FilesCopy, ModulesCopy, RowsCopy, files_bytes
-from ..errors import VersionGoneError, VersionUnreadableError
+from ..errors import LifeCycleError, VersionGoneError, VersionUnreadableError
 from ..folder import AdapterFolder
 from ..memory.memory import Memory
 from ..registry import Registry
@@ -140,7 +140,7 @@ class Keeper:
             except (FileNotFoundError, ValueError, InvalidAdapterError) as error:
                 if isinstance(error.__cause__, OSError):
                     raise _unreadable(version, error) from error
-            except (OSError, RuntimeError, MemoryError) as error:
+            except (OSError, RuntimeError, MemoryError, FolderChangedError) as error:
                 raise _unreadable(version, error) from error
         if prepared is None or prepared.resident.digest != version.resident.digest:
             if version.copy is copy:
@@ -191,7 +191,8 @@ class Keeper:
             if self._removal is not None:
                 await asyncio.wait({self._removal})  # so that the disk has the room that the books say
             copy = await write(await self._open() / str(next(self._numbers)))
-        except (OSError, RuntimeError) as error:  # MLX's own errors of writing are RuntimeErrors
+        # MLX's own errors of writing are RuntimeErrors; what is copied may have gone or changed.
+        except (OSError, RuntimeError, AdapterError, LifeCycleError) as error:
             _log.warning("version_not_kept", reason=str(error))
         finally:
             self.bytes_held += (0 if copy is None else copy.size_bytes) - size_bytes
@@ -255,14 +256,14 @@ async def _size_of(folder: AdapterFolder) -> int | None:
     """Bytes of the files in `folder`; None if that cannot be told: reading it will say what is wrong."""
     try:
         return await asyncio.to_thread(files_bytes, folder)
-    except OSError:
+    except (OSError, AdapterError, LifeCycleError):
         return None
 
 
 def _holds(folder: AdapterFolder, digest: str) -> bool:
     try:
         return read_folder(folder).digest == digest
-    except (OSError, InvalidAdapterError):
+    except (OSError, AdapterError, LifeCycleError):
         return False
 
 

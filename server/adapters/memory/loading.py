@@ -16,12 +16,12 @@ from adapters_core.container import AdapterContainer
 from adapters_core.formats.reading import least_memory_bytes
 from adapters_core.layers.module_weights import ModuleWeights
 from adapters_core.mixed.residents import ResidentAdapter
+from adapters_core.open_folder import OpenFolder
 from server.engine.context import ModelContext
 
 from ..aside import run_aside
 from ..errors import AdapterMemoryError
 from ..folder import AdapterFolder, AdapterFolders
-from ..source import read_folder
 from .updates import BankUpdates
 
 __all__ = [
@@ -50,12 +50,18 @@ async def prepare_folder(folder: AdapterFolder, bank: AdapterBank, limit_bytes: 
     Raises:
         InvalidAdapterError: everything that is wrong with the folder or does not fit the model.
         AdapterMemoryError: it would take more than `limit_bytes`, so it was not read.
+        AdapterNotFoundError, OutsideRootError, FolderChangedError: as `AdapterFolder.open`.
     """
     return await run_aside(_prepare, folder, bank, limit_bytes)
 
 
 async def refuse_too_large(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> None:
-    """Raises AdapterMemoryError if what `folder` holds would take more than `limit_bytes`; reads headers."""
+    """Refuse what would take more than `limit_bytes`; reads headers.
+
+    Raises:
+        AdapterMemoryError: what `folder` holds would.
+        AdapterNotFoundError, OutsideRootError, FolderChangedError: as `AdapterFolder.open`.
+    """
     await asyncio.to_thread(_refuse_too_large, folder, bank, limit_bytes)
 
 
@@ -112,12 +118,19 @@ async def remove_residents(
 
 
 def _prepare(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:
-    _refuse_too_large(folder, bank, limit_bytes)
-    return bank.prepare(read_folder(folder))
+    with folder.open() as files:
+        _weigh(files, folder.weights_file, bank, limit_bytes)
+        adapter = AdapterContainer.from_directory(files, folder.weights_file)
+    return bank.prepare(adapter)
 
 
 def _refuse_too_large(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> None:
-    needed_bytes = least_memory_bytes(folder.path, folder.weights_file, bank.copies_bytes)
+    with folder.open() as files:
+        _weigh(files, folder.weights_file, bank, limit_bytes)
+
+
+def _weigh(files: OpenFolder, weights_file: str | None, bank: AdapterBank, limit_bytes: int) -> None:
+    needed_bytes = least_memory_bytes(files, weights_file, bank.copies_bytes)
     if needed_bytes > limit_bytes:
         raise AdapterMemoryError(needed_bytes, limit_bytes)
 
