@@ -184,13 +184,11 @@ def _back(kept: Path, folder: Path, name: str) -> None:
     new.replace(folder / name)
 
 
-async def _measure(loads: int) -> Outcome:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(os.path.realpath(scratch))
-        model_path = write_model(folder / "models" / "tiny")
-        places = make_places(folder, model_path)
-        async with site(model_path, places.root, cache_dir=folder / "cache") as started:
-            return await load_amid_swaps(started, places, loads)
+async def _measure(folder: Path, loads: int) -> Outcome:
+    model_path = write_model(folder / "models" / "tiny")
+    places = make_places(folder, model_path)
+    async with site(model_path, places.root, cache_dir=folder / "cache") as started:
+        return await load_amid_swaps(started, places, loads)
 
 
 def main() -> None:
@@ -204,7 +202,8 @@ def main() -> None:
     logging.disable()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     started = time.monotonic()
-    outcome = asyncio.run(_measure(options.loads))
+    with tempfile.TemporaryDirectory() as scratch:
+        outcome = asyncio.run(_measure(Path(scratch).resolve(), options.loads))
     print(f"{outcome.loads} loads in {time.monotonic() - started:.0f} s: {outcome.served} served")
     for what, count in outcome.refused.most_common():
         print(f"  {what}: {count}")
