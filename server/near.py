@@ -1,4 +1,4 @@
-"""Names in requests: which known name a misspelt one stands for, and whether one speaks of adapters. Pure."""
+"""Names in requests: which known name a misspelt one stands for, whether one speaks of adapters. Pure."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from difflib import SequenceMatcher
 
 __all__ = ["named", "nearest", "speaks_of_adapters"]
 
-# One wrong letter in ten: 'steam' is near 'stream', but 'mode' is not near 'model', nor 'user_id' near 'user'.
+# One wrong letter in ten: 'steam' is near 'stream'; 'mode' is not near 'model', nor 'user_id' near 'user'.
 _LEAST_RATIO = 0.9
 _MAX_CHARS = 64
 _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
+_OWN_CASE = re.compile("Q?LoRA|DoRA")
 _ADAPTER_WORDS = ("adapter", "lora", "qlora", "dora", "peft")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `name` is written nearly like: but for case and separators, or a wrong letter.
+    """The one of `known` that `name` is nearly: but for case and separators, or for a wrong letter.
 
-        >>> nearest("maxTokens", ["max_tokens"]), nearest("temprature", ["temperature"]), nearest("tag", ["top_k"])
-        ('max_tokens', 'temperature', None)
+    >>> nearest("maxTokens", ["max_tokens"]), nearest("temprature", ["temperature"]), nearest("tag", ["n"])
+    ('max_tokens', 'temperature', None)
     """
     if len(name) > _MAX_CHARS:
         return None
@@ -33,8 +34,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def speaks_of_adapters(name: str) -> bool:
     """Whether a word of `name` is about adapters: `loraPath`, `X-Adapter-Id`; `exploration` is not."""
-    words = (word.lower() for word in _WORD.findall(name[:_MAX_CHARS]))
-    return any(word.startswith(_ADAPTER_WORDS) for word in words)
+    words = _WORD.findall(_OWN_CASE.sub(lambda match: match[0].capitalize(), name[:_MAX_CHARS]))
+    return any(word.lower().startswith(_ADAPTER_WORDS) for word in words)
 
 
 def named(name: str) -> str:

@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["UNSUPPORTED", "describe", "describe_problems", "parameter_path"]
+__all__ = ["UNKNOWN", "UNSUPPORTED", "describe", "describe_problems", "parameter_path"]
 
-# Problems of this type become the error code of the same name.
+# Problems of these types become the error codes of the same names.
 UNSUPPORTED = "unsupported_parameter"
+UNKNOWN = "unknown_parameter"
 
 _AFTER_VALIDATION = re.compile(" after validation, not .*")
 _SHOWN_PROBLEMS = 3
@@ -31,7 +32,8 @@ def describe_problems(problems: Sequence[Problem], body: Any) -> tuple[str, str 
     if len(problems) > _SHOWN_PROBLEMS:
         shown.append(f"And {len(problems) - _SHOWN_PROBLEMS} more problems.")
     first = problems[0]
-    code = UNSUPPORTED if first["type"] == UNSUPPORTED else None
+    code = UNKNOWN if first["type"] == "extra_forbidden" else first["type"]
+    code = code if code in (UNKNOWN, UNSUPPORTED) else None
     return " ".join(shown), _param(first), code
 
 
@@ -69,15 +71,16 @@ def describe(value: Any) -> str:
 def _param(problem: Problem) -> str | None:
     path = parameter_path(problem["loc"])
     inner = problem.get("ctx", {}).get("param")
-    return ".".join(part for part in (path, inner) if part) or None
+    return ".".join(part for part in (path, inner and _cut(inner, _SHOWN_NAME_CHARS)) if part) or None
 
 
 def _sentence(problem: Problem) -> str:
     kind, message = problem["type"], str(problem["msg"])
     name = _param(problem)
     subject = "The body" if name is None else f"'{name}'"
-    if kind == UNSUPPORTED:
-        return message
+    if kind in (UNKNOWN, UNSUPPORTED):
+        path = parameter_path(problem["loc"])
+        return message if path is None else f"In '{path}': {message}"
     if kind == "json_invalid":
         return f"The body is not valid JSON: {problem['ctx']['error']} at character {problem['loc'][-1]}."
     if kind == "missing":

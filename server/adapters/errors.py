@@ -113,11 +113,12 @@ class InvalidAdapterIdError(LifeCycleError):
 class AdaptersWithModelError(LifeCycleError):
     status, code, param = 400, "adapters_with_adapter_model", "adapters"
 
-    def __init__(self, model: str, base: str) -> None:
+    def __init__(self, model: str, base: str, param: str = "adapters") -> None:
         super().__init__(
-            f"'model' names the adapter {quoted(model)}, and 'adapters' are given as well: "
-            f"with 'adapters', name the base {quoted(base)} or leave 'model' out."
+            f"'model' names the adapter {quoted(model)}, and '{param}' is given as well: "
+            f"with '{param}', name the base {quoted(base)} or leave 'model' out."
         )
+        self.model, self.base, self.param = model, base, param
 
 
 class VersionsDifferError(LifeCycleError):

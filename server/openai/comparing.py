@@ -70,7 +70,7 @@ class ComparisonService:
         self._engine.check_room(len(request.models))
         pins = [SharedPin(pin) for pin in await self._resolve(request.models)]
         try:
-            prompt = await self._texts.prompter.chat(request.messages)
+            prompt = await self._texts.prompter.chat(request)
             run = await self._start(request, prompt, pins)
         except BaseException:
             for pin in pins:
@@ -102,7 +102,9 @@ class ComparisonService:
         """Submit every model's answer, or none."""
         sampling = self._sampling(request)
         submits = [self._texts.submit(request, prompt, pin.row, sampling, "messages") for pin in pins]
-        streams = self._texts.decoder.streams(len(pins), request.stop, continues=False)
+        streams = self._texts.decoder.streams(
+            len(pins), request.stop, continues=request.continue_final_message
+        )
         choices = [Choice(index, stream) for index, stream in enumerate(streams)]
         generations: list[EventSource] = []
         try:

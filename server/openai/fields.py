@@ -1,7 +1,7 @@
 """The vocabulary of the wire models: bounded types, and how a known but unsupported parameter is refused.
 
-Models built on `Wire` take null for absent, treat fields that they do not have by a vocabulary, never turn one
-JSON type into another (but 8.0 is a whole number), and refuse NaN and infinity. Knows no endpoint. Pure.
+Models built on `Wire` take null for absent, treat fields that they do not have by a vocabulary, never turn
+one JSON type into another (but 8.0 is a whole number), and refuse NaN and infinity. Knows no endpoint. Pure.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from server.validation import UNKNOWN, UNSUPPORTED
 
 __all__ = [
     "NO_LIMIT",
+    "AdapterName",
     "AdapterWeight",
     "Limit",
     "LogitBias",
+    "OneOrMoreAdapters",
     "Penalty",
     "Stop",
     "TokenId",
     "Tokens",
     "Whole",
     "Wire",
+    "problem",
     "unsupported",
 ]
 
@@ -43,6 +46,11 @@ def unsupported(what: str, param: str | None = None) -> PydanticCustomError:
     """The refusal of `what`. `param` names the field within the model that raises it."""
     context = {"what": what} if param is None else {"what": what, "param": param}
     return PydanticCustomError(UNSUPPORTED, "Not supported by this server: {what}.", context)
+
+
+def problem(param: str, message: str, **words: str) -> PydanticCustomError:
+    """What is wrong with the field `param` of the model that raises it, beside others."""
+    return PydanticCustomError("combination", message, {"param": param, **words})  # type: ignore[arg-type]
 
 
 class Wire(BaseModel):
@@ -145,3 +153,19 @@ class AdapterWeight(Wire):
 
     id: Annotated[str, Field(min_length=1, max_length=300)]
     weight: Annotated[float, Field(ge=-100, le=100)] = 1.0
+
+
+def _one_by_name(value: Any) -> Any:
+    """mlx-lm's way to name one adapter, as a list."""
+    if not isinstance(value, str):
+        return value
+    return [{"id": value}] if value else []
+
+
+OneOrMoreAdapters = Annotated[
+    list[AdapterWeight], Field(max_length=16, fail_fast=True), BeforeValidator(_one_by_name)
+]
+AdapterName = Annotated[
+    Annotated[str, Field(max_length=300)] | None,
+    BeforeValidator(lambda value: None if value in ("", []) else value),
+]

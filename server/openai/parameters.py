@@ -10,6 +10,7 @@ import json
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """What is wrong with an object's fields: a sentence, the first field at fault, whether it is one we know."""
+    """What is wrong with an object's fields: in words, the first field at fault, whether we know it."""
 
     message: str
     param: str
@@ -52,21 +53,23 @@ class Problems:
 class Vocabulary:
     """The parameters of one kind of object, by name.
 
-    `is_closed`: objects of this kind are this server's own, so that a field nobody knows is wrong; otherwise it
-    is ignored, unless it is nearly written like one that is known, or names an adapter.
+    `is_closed`: objects of this kind are this server's own, so that a field nobody knows is wrong; otherwise
+    it is ignored, unless it is written nearly like one that is known, or speaks of adapters.
     """
 
     parameters: Mapping[str, Parameter]
     is_closed: bool = False
 
     def problems(self, given: Mapping[str, Any], fields: Collection[str]) -> Problems | None:
-        """What is wrong with `given`, an object without nulls, for a model that has `fields`; None: nothing."""
+        """What is wrong with `given`, an object without nulls, for a model with `fields`; None: nothing."""
         others = [name for name in given if name not in fields]
         if len(others) > _MAX_UNKNOWN:
-            message = f"Expected at most {_MAX_UNKNOWN} fields that are not known, but there are {len(others)}."
+            message = (
+                f"Expected at most {_MAX_UNKNOWN} fields that are not known, but there are {len(others)}."
+            )
             return Problems(message, others[0], is_known=False)
         refused = [name for name in others if self.asks(name, given)]
-        unknown = [name for name in others if name not in self.parameters and name not in refused]
+        unknown = [name for name in others if name not in refused and self._is_unknown(name)]
         mistakes = [text for name in unknown if (text := self._mistake(name, fields)) is not None]
         if not refused and not mistakes:
             return None
@@ -88,10 +91,16 @@ class Vocabulary:
             return not _is_same(value, given.get(parameter.same_as) or 1)
         return not parameter.only_with or any(self.asks(other, given) for other in parameter.only_with)
 
+    def _is_unknown(self, name: str) -> bool:
+        # One that speaks of adapters and asks for nothing is as good as absent.
+        return name not in self.parameters and (self.is_closed or not speaks_of_adapters(name))
+
     def _mistake(self, name: str, fields: Collection[str]) -> tuple[str, str] | None:
         meant = nearest(name, fields)
         if meant is None and len(name) >= _LEAST_CHARS_OF_OTHERS:
-            meant = nearest(name, (each for each, known in self.parameters.items() if known.treatment != "free"))
+            meant = nearest(
+                name, (each for each, known in self.parameters.items() if known.treatment != "free")
+            )
         if meant is not None:
             return name, f"{named(name)} is not a field of this call. Did you mean {named(meant)}?"
         return (name, f"{named(name)} is not a field of this call.") if self.is_closed else None
@@ -117,8 +126,13 @@ ANYTHING = Vocabulary({})
 
 def vocabulary(kind: str, call: Call | None = None, *, is_closed: bool = False) -> Vocabulary:
     """The parameters of objects of `kind`, a section of parameters.toml, as `call` has them."""
-    table = tomllib.loads(files(__package__).joinpath("parameters.toml").read_text("utf-8"))
-    return Vocabulary({name: _parameter(entry, call) for name, entry in table[kind].items()}, is_closed)
+    entries = _tables()[kind]
+    return Vocabulary({name: _parameter(entry, call) for name, entry in entries.items()}, is_closed)
+
+
+@cache
+def _tables() -> dict[str, Any]:
+    return tomllib.loads(files("server.openai").joinpath("parameters.toml").read_text("utf-8"))
 
 
 def _parameter(entry: Mapping[str, Any], call: Call | None) -> Parameter:

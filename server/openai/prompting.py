@@ -10,13 +10,16 @@ import asyncio
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import takewhile
 from typing import TypeVar
 
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from server.errors import ContextLengthError, InvalidRequestError
-from server.openai.wire import Message
+from server.openai.fields import NO_LIMIT
+from server.openai.wire import Conversation
 
 __all__ = ["Prompter"]
 
@@ -45,8 +48,8 @@ class Prompter:
         self._longest_token_chars = max(map(len, tokenizer.get_vocab()), default=1)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
-    async def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The tokens of a conversation in the model's chat template, up to where the assistant's turn begins.
+    async def chat(self, request: Conversation) -> tuple[int, ...]:
+        """The tokens of a conversation in the model's chat template, up to where the answer begins.
 
         Raises:
             InvalidRequestError: the model has no chat template, or its template refuses the messages.
@@ -55,9 +58,14 @@ class Prompter:
         if not self._tokenizer.has_chat_template:
             message = "This model has no chat template, so that it cannot chat. Use /v1/completions instead."
             raise InvalidRequestError(message, param="model", code="no_chat_template")
-        conversation = [message.for_template() for message in messages]
-        self._check_chars(sum(len(message["content"]) for message in conversation), "messages")
-        return await self._on_thread(lambda: self._render(conversation))
+        messages = [message.for_template() for message in request.messages]
+        self._check_chars(sum(len(text) for message in messages for text in message.values()), "messages")
+        continues = request.continue_final_message
+        opens = not continues if request.add_generation_prompt is None else request.add_generation_prompt
+        options: dict[str, bool] = {"add_generation_prompt": opens, "continue_final_message": continues}
+        if request.chat_template_kwargs.enable_thinking is not None:
+            options["enable_thinking"] = request.chat_template_kwargs.enable_thinking
+        return await self._on_thread(lambda: self._render(messages, options))
 
     async def completion(self, prompt: str | list[int]) -> tuple[int, ...]:
         """The tokens of a text, with those that the model wants at its start, or the given tokens.
@@ -81,7 +89,8 @@ class Prompter:
     ) -> int:
         """How many tokens a completion may have after a prompt of `prompt_tokens`.
 
-        That many as `wanted`; without a wish the default, or what room there is if that is less.
+        That many as `wanted`, or as there is room for if that is `NO_LIMIT`; without a wish the default, or
+        what room there is if that is less.
 
         Raises:
             ContextLengthError: the prompt leaves no room, or less than is wanted.
@@ -90,6 +99,8 @@ class Prompter:
         if room < 1:
             message = f"the prompt has {prompt_tokens} tokens and must leave room for one more"
             raise ContextLengthError(self._context_tokens, message, prompt_param)
+        if wanted == NO_LIMIT:
+            return room
         if wanted is not None and wanted > room:
             message = (
                 f"you requested {prompt_tokens + wanted} tokens: {prompt_tokens} in the prompt and {wanted} "
@@ -105,13 +116,37 @@ class Prompter:
     async def _on_thread(self, fn: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, fn)
 
-    def _render(self, conversation: list[dict[str, str]]) -> tuple[int, ...]:
+    def _render(self, messages: list[dict[str, str]], options: dict[str, bool]) -> tuple[int, ...]:
+        """Leading system messages are joined where the template takes one. Raises InvalidRequestError."""
         try:
-            tokens = self._tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
+            return self._rendered(messages, options)
         except TemplateError as error:
+            joined = _with_one_system_message(messages)
+            if joined is not None:
+                with suppress(TemplateError):
+                    return self._rendered(joined, options)
             message = f"The model's chat template refuses these messages: {error}"
             raise InvalidRequestError(message, param="messages", code="chat_template_error") from None
-        return tuple(tokens)  # pyright: ignore[reportArgumentType]
+
+    def _rendered(self, messages: list[dict[str, str]], options: dict[str, bool]) -> tuple[int, ...]:
+        try:
+            self._check_system_messages(messages, options)
+            return tuple(self._tokenizer.apply_chat_template(messages, **options))  # pyright: ignore
+        except TemplateError:
+            raise
+        except ValueError:
+            if not options["continue_final_message"]:
+                raise
+            message = "The model's chat template does not show the last message as it is, so it cannot go on."
+            raise InvalidRequestError(message, param="continue_final_message") from None
+
+    def _check_system_messages(self, messages: list[dict[str, str]], options: dict[str, bool]) -> None:
+        """Raise TemplateError if the template leaves one of several out, which it would not say."""
+        texts = [message["content"].strip() for message in messages if message["role"] == "system"]
+        if len(texts) > 1:
+            shown = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            if any(text not in shown for text in texts):
+                raise TemplateError("it leaves out a system message.")
 
     def _check_chars(self, chars: int, param: str) -> None:
         """Refuse, before any work, what is too long even if each token were the vocabulary's longest."""
@@ -125,3 +160,12 @@ class Prompter:
         if largest >= self._vocabulary_tokens:
             message = f"'prompt' should have token ids below {self._vocabulary_tokens}, but has {largest}."
             raise InvalidRequestError(message, param="prompt")
+
+
+def _with_one_system_message(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
+    """The first messages, as many as are system ones, as one; None if they are one already, or none."""
+    system = list(takewhile(lambda message: message["role"] == "system", messages))
+    if len(system) < 2:
+        return None
+    content = "\n\n".join(message["content"] for message in system)
+    return [{"role": "system", "content": content}, *messages[len(system) :]]

@@ -8,6 +8,9 @@ from server.openai.wire import SampledRequest
 
 __all__ = ["sampling_params"]
 
+# As vLLM and llama.cpp have it.
+_RANDOM_SEED = -1
+
 
 def sampling_params(request: SampledRequest, vocabulary_tokens: int) -> SamplingParams:
     """How the engine is to choose the request's tokens.
@@ -24,7 +27,7 @@ def sampling_params(request: SampledRequest, vocabulary_tokens: int) -> Sampling
         top_p=request.top_p,
         top_k=max(request.top_k, 0),  # others write -1 for off
         min_p=request.min_p,
-        seed=request.seed,
+        seed=None if request.seed == _RANDOM_SEED else request.seed,
         repetition_penalty=request.repetition_penalty,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,

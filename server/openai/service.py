@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters_core.mixed.residents import RowAdapters
+from server.adapters.errors import AdaptersWithModelError, LifeCycleError
 from server.adapters.pins import Terms
 from server.engine.messages import SamplingParams, Submit
 from server.engine.model import ModelInfo
@@ -80,8 +81,9 @@ class TextService:
         self._engine.check_room(request.n)  # before adapters are loaded, and others evicted, for nothing
         pin = SharedPin(await self._resolve(request))
         try:
-            prompt = await self.prompter.chat(request.messages)
-            run = await self._start(request, [prompt], pin, prompt_param="messages", continues=False)
+            prompt = await self.prompter.chat(request)
+            continues = request.continue_final_message
+            run = await self._start(request, [prompt], pin, prompt_param="messages", continues=continues)
         finally:
             pin.release()
         head = self.head("chatcmpl", pin.served_name)
@@ -105,8 +107,14 @@ class TextService:
         self.prompter.close()
 
     async def _resolve(self, request: GenerationRequest) -> RowPin:
-        terms = [(term.id, term.weight) for term in request.adapters]
-        return await self._adapters.resolve(request.model, terms or None)
+        try:
+            return await self._adapters.resolve(request.model, request.terms or None)
+        except AdaptersWithModelError as error:
+            raise AdaptersWithModelError(error.model, error.base, request.terms_param) from None
+        except LifeCycleError as error:
+            if error.param == "adapters":  # as the client called it
+                error.param = request.terms_param
+            raise
 
     def _check_n(self, n: int) -> None:
         if n > self._max_n:

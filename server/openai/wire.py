@@ -9,20 +9,21 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.openai.fields import (
-    AdapterWeight,
-    Count,
-    Harmless,
+    AdapterName,
+    Limit,
     LogitBias,
+    OneOrMoreAdapters,
     Penalty,
     Stop,
-    TokenId,
+    Tokens,
+    Whole,
     Wire,
+    problem,
     unsupported,
 )
-from server.openai.unsupported import IN_CHAT, IN_COMPARISONS, IN_COMPLETIONS, IN_MESSAGES
+from server.openai.parameters import Vocabulary, vocabulary
 
 __all__ = [
     "ChatRequest",
@@ -32,6 +33,7 @@ __all__ = [
     "Message",
     "SampledRequest",
     "StreamOptions",
+    "TemplateOptions",
     "TextPart",
 ]
 
@@ -56,7 +58,9 @@ _PARTS_OF_OTHER_KINDS = frozenset(
 
 
 class StreamOptions(Wire):
-    """How a stream is sent; keys of it that are not known change nothing in its meaning and are ignored."""
+    """How a stream is sent."""
+
+    vocabulary: ClassVar[Vocabulary] = vocabulary("stream_options")
 
     include_usage: bool = False
 
@@ -67,14 +71,21 @@ _Name = Annotated[str, Field(max_length=300)]
 class SampledRequest(Wire):
     """How long answers may get, how their tokens are chosen, and whether they are streamed."""
 
-    max_tokens: Count | None = None
+    limits: ClassVar[tuple[str, ...]] = ("max_tokens", "max_new_tokens", "n_predict")
+    """The names that servers have for the limit of an answer."""
+
+    max_tokens: Limit | None = None
+    max_new_tokens: Limit | None = None
+    n_predict: Limit | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """At 0 the likeliest token alone is left: the least number of tokens that a share can have."""
+    top_k: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
+    """-1 as if there were none."""
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
@@ -85,8 +96,15 @@ class SampledRequest(Wire):
     @model_validator(mode="after")
     def _check_stream_options(self) -> SampledRequest:
         if self.stream_options is not None and not self.stream:
-            message = "is allowed only together with 'stream': true"
-            raise PydanticCustomError("stream_options", message, {"param": "stream_options"})
+            raise problem("stream_options", "is allowed only together with 'stream': true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> SampledRequest:
+        given = self._given_limits
+        if len(set(given.values())) > 1:
+            first, second, *_ = given
+            raise problem(second, "should equal '{other}', or only one of them be given", other=first)
         return self
 
     @property
@@ -96,40 +114,64 @@ class SampledRequest(Wire):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The most tokens that a choice may have, if the client said so."""
-        return self.max_tokens
+        """The most tokens that a choice may have, if the client said so; `NO_LIMIT`: all that fit."""
+        return next(iter(self._given_limits.values()), None)
 
     @property
     def wanted_tokens_param(self) -> str:
         """The name under which the client said so."""
-        return "max_tokens"
+        return next(iter(self._given_limits), self.limits[0])
 
     @property
     def wanted_logprobs(self) -> int | None:
         """None: no log-probabilities; otherwise how many alternatives to each chosen token's."""
         raise NotImplementedError
 
+    @property
+    def _given_limits(self) -> dict[str, int]:
+        values = {name: getattr(self, name) for name in self.limits}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 class GenerationRequest(SampledRequest):
     """What chat and completions have in common."""
 
     model: _Name | None = None
-    adapters: Annotated[list[AdapterWeight], Field(max_length=16, fail_fast=True)] = Field(
-        default_factory=list
-    )
-    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] = 1
+    adapters: OneOrMoreAdapters = Field(default_factory=list)
+    lora_path: AdapterName | None = None
+    """SGLang's name for `adapters` with one of weight 1."""
+    adapter_id: AdapterName | None = None
+    """LoRAX's name for the same."""
+    n: Annotated[Whole, Field(ge=1, le=_MAX_CHOICES)] = 1
 
     @model_validator(mode="after")
     def _check_adapters(self) -> GenerationRequest:
         ids = [term.id for term in self.adapters]
         if len(set(ids)) < len(ids):
-            message = "should name each adapter once"
-            raise PydanticCustomError("adapters", message, {"param": "adapters"})
+            raise problem("adapters", "should name each adapter once")
+        named = [name for name in ("lora_path", "adapter_id", "adapters") if getattr(self, name)]
+        if len(named) > 1:
+            raise problem(named[0], "cannot be given together with '{other}'", other=named[1])
         return self
+
+    @property
+    def terms(self) -> list[tuple[str, float]]:
+        """(id, weight) of each adapter that is named beside `model`."""
+        named = self.lora_path or self.adapter_id
+        if named is not None:
+            return [] if named == self.model else [(named, 1.0)]
+        return [(term.id, term.weight) for term in self.adapters]
+
+    @property
+    def terms_param(self) -> str:
+        """The name under which the client named them."""
+        return "lora_path" if self.lora_path else "adapter_id" if self.adapter_id else "adapters"
 
 
 class TextPart(Wire):
     """A piece of a message's content."""
+
+    vocabulary: ClassVar[Vocabulary] = vocabulary("part")
 
     type: Literal["text"]
     text: str
@@ -156,7 +198,7 @@ def _refuse_tool_roles(role: Any) -> Any:
 class Message(Wire):
     """One message of a conversation. A developer's message is what older models call a system message."""
 
-    refused: ClassVar[Harmless] = IN_MESSAGES
+    vocabulary: ClassVar[Vocabulary] = vocabulary("message")
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_refuse_tool_roles)]
     content: Annotated[
@@ -168,53 +210,77 @@ class Message(Wire):
         ),
     ]
     name: Annotated[str, Field(max_length=128)] | None = None
+    reasoning_content: str | None = None
+    """What an assistant thought: for the chat template, which may leave it out."""
+    reasoning: str | None = None
+    """Another name for it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _let_assistants_say_nothing(cls, given: Any) -> Any:
+        is_empty = (
+            isinstance(given, dict) and given.get("role") == "assistant" and given.get("content") is None
+        )
+        return {**given, "content": ""} if is_empty else given
+
+    @model_validator(mode="after")
+    def _check_reasoning(self) -> Message:
+        if None not in (self.reasoning, self.reasoning_content) and self.reasoning != self.reasoning_content:
+            raise problem("reasoning", "should equal 'reasoning_content', or only one of them be given")
+        return self
 
     def for_template(self) -> dict[str, str]:
         """As chat templates want it: the parts of a content joined, a developer called system."""
         content = (
             self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         )
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": content}
-        return message if self.name is None else {**message, "name": self.name}
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        reasoning = self.reasoning_content or self.reasoning
+        further = {"name": self.name, "reasoning_content": reasoning}
+        return message | {key: value for key, value in further.items() if value is not None}
+
+
+class TemplateOptions(Wire):
+    """What is said to the chat template beside the messages."""
+
+    vocabulary: ClassVar[Vocabulary] = vocabulary("chat_template_kwargs", is_closed=True)
+
+    enable_thinking: bool | None = None
 
 
 class Conversation(SampledRequest):
-    """Messages to be answered, with the two names that OpenAI has for the limit of an answer."""
+    """Messages to be answered, and how the chat template makes a prompt of them."""
+
+    limits: ClassVar[tuple[str, ...]] = ("max_completion_tokens", *SampledRequest.limits)
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: Limit | None = None
+    add_generation_prompt: bool | None = None
+    """Whether the prompt opens an answer; true when left out, unless the last message is continued."""
+    continue_final_message: bool = False
+    """Whether the answer goes on with the text of the last message."""
+    chat_template_kwargs: TemplateOptions = Field(default_factory=TemplateOptions)
 
     @model_validator(mode="after")
-    def _check_limits(self) -> Conversation:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            message = "should equal 'max_completion_tokens', or only one of them be given"
-            raise PydanticCustomError("max_tokens", message, {"param": "max_tokens"})
+    def _check_end_of_prompt(self) -> Conversation:
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "cannot be true together with 'add_generation_prompt': an answer goes on, or begins"
+            raise problem("continue_final_message", message)
         return self
-
-    @property
-    def wanted_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def wanted_tokens_param(self) -> str:
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 class ChatRequest(Conversation, GenerationRequest):
     """The body of `POST /v1/chat/completions`."""
 
-    refused: ClassVar[Harmless] = IN_CHAT
+    vocabulary: ClassVar[Vocabulary] = vocabulary("request", "chat")
 
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            message = "is allowed only together with 'logprobs': true"
-            raise PydanticCustomError("top_logprobs", message, {"param": "top_logprobs"})
+        if self.top_logprobs and not self.logprobs:
+            raise problem("top_logprobs", "is allowed only together with 'logprobs': true")
         return self
 
     @property
@@ -225,14 +291,14 @@ class ChatRequest(Conversation, GenerationRequest):
 class CompareRequest(Conversation):
     """The body of `POST /v1/compare`: each of `models` answers the same messages."""
 
-    refused: ClassVar[Harmless] = IN_COMPARISONS
+    vocabulary: ClassVar[Vocabulary] = vocabulary("request", "chat", is_closed=True)
 
     models: Annotated[list[_Name], Field(min_length=2, max_length=_MAX_COMPARED, fail_fast=True)]
 
     @model_validator(mode="after")
     def _check_models(self) -> CompareRequest:
         if len(set(self.models)) < len(self.models):
-            raise PydanticCustomError("models", "should name each model once", {"param": "models"})
+            raise problem("models", "should name each model once")
         return self
 
     @property
@@ -251,20 +317,19 @@ def _kind_of_prompt(value: Any) -> str | None:
 
 
 _Text = Annotated[str, Field(min_length=1)]
-_Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 _Texts = Annotated[list[_Text], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True)]
-_TokenLists = Annotated[list[_Tokens], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True)]
+_TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True)]
 
 
 class CompletionRequest(GenerationRequest):
     """The body of `POST /v1/completions`."""
 
-    refused: ClassVar[Harmless] = IN_COMPLETIONS
+    vocabulary: ClassVar[Vocabulary] = vocabulary("request", "completions")
 
     prompt: Annotated[
         Annotated[_Text, Tag("<text>")]
         | Annotated[_Texts, Tag("<texts>")]
-        | Annotated[_Tokens, Tag("<tokens>")]
+        | Annotated[Tokens, Tag("<tokens>")]
         | Annotated[_TokenLists, Tag("<token lists>")],
         Discriminator(
             _kind_of_prompt,
@@ -272,14 +337,7 @@ class CompletionRequest(GenerationRequest):
             custom_error_message="should be a string, a list of token ids, or a list of either",
         ),
     ]
-    logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_best_of(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("best_of") not in (None, given.get("n") or 1):
-            raise unsupported("'best_of' other than 'n'", param="best_of")
-        return given
+    logprobs: Annotated[Whole, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:

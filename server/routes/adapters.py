@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.adapters.blending import Blender
 from server.adapters.errors import AdapterNotFoundError, UnknownVersionError
@@ -43,6 +44,14 @@ class SwapBody(Body):
     """An adapter, loaded first if need be; null for the base."""
     unload_previous: bool = False
     """Unload what was active before."""
+
+
+class UnloadQuery(BaseModel):
+    """The query of an unload; a name that is misspelt is refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    timeout_seconds: Annotated[float, Field(ge=0, le=3600)] | None = None
 
 
 @router.get("")
@@ -98,12 +107,10 @@ async def get_adapter(id: str, service: Adapters) -> dict[str, Any]:
 
 @router.delete("/{id}")
 async def unload_adapter(
-    id: str,
-    service: Adapters,
-    timeout_seconds: Annotated[float | None, Query(ge=0, le=3600, allow_inf_nan=False)] = None,
+    id: str, service: Adapters, query: Annotated[UnloadQuery, Query()]
 ) -> dict[str, Any]:
     """Unload an adapter once the requests that use it have finished."""
-    entry, freed_bytes = await service.unload(id, timeout_seconds)
+    entry, freed_bytes = await service.unload(id, query.timeout_seconds)
     return adapter_object(entry, service.registry) | {"freed_bytes": freed_bytes}
 
 

@@ -10,11 +10,16 @@ from server.json_body import JsonRoute
 from server.openai.service import TextService
 from server.openai.wire import ChatRequest
 from server.routes.answering import ANSWERS, send
-from server.routes.dependencies import text_service
+from server.routes.dependencies import adapters_named_in_body, text_service
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
+router = APIRouter(
+    prefix="/v1",
+    tags=["OpenAI"],
+    route_class=JsonRoute,
+    dependencies=[Depends(adapters_named_in_body)],
+)
 
 
 @router.post("/chat/completions", response_class=Response, responses=ANSWERS)

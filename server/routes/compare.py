@@ -12,11 +12,16 @@ from server.openai.comparing import ComparisonService
 from server.openai.streaming import ReplyStream
 from server.openai.wire import CompareRequest
 from server.routes.answering import ANSWERS
-from server.routes.dependencies import comparison_service
+from server.routes.dependencies import adapters_named_in_body, comparison_service
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1", tags=["Comparison"], route_class=JsonRoute)
+router = APIRouter(
+    prefix="/v1",
+    tags=["Comparison"],
+    route_class=JsonRoute,
+    dependencies=[Depends(adapters_named_in_body)],
+)
 
 
 @router.post("/compare", response_class=Response, responses=ANSWERS)

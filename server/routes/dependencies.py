@@ -10,6 +10,8 @@ from server.adapters.blending import Blender
 from server.adapters.saving.adapters import AdapterSaver
 from server.adapters.service import AdapterService
 from server.engine.engine import Engine
+from server.errors import InvalidRequestError
+from server.near import named, speaks_of_adapters
 from server.openai.comparing import ComparisonService
 from server.openai.service import TextService
 from server.settings import Settings
@@ -17,6 +19,7 @@ from server.settings import Settings
 __all__ = [
     "Adapters",
     "adapter_service",
+    "adapters_named_in_body",
     "blender",
     "comparison_service",
     "engine",
@@ -32,6 +35,21 @@ async def adapter_service(request: Request) -> AdapterService:
 
 
 Adapters = Annotated[AdapterService, Depends(adapter_service)]
+
+
+async def adapters_named_in_body(request: Request) -> None:
+    """What is asked to answer is named in the body alone: a header or the URL's query would go unnoticed.
+
+    Raises:
+        InvalidRequestError: one of them names an adapter.
+    """
+    for place, values in (("header", request.headers), ("query parameter", request.query_params)):
+        for name, value in values.items():
+            if value and speaks_of_adapters(name):
+                message = (
+                    f"The {place} {named(name)} is not supported: name the adapter in the body's 'model'."
+                )
+                raise InvalidRequestError(message, param=name[:64], code="unsupported_parameter")
 
 
 async def blender(request: Request) -> Blender:

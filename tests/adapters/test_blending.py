@@ -197,7 +197,7 @@ REFUSALS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"blend": [{"id": "a"}] * 33}, 400, None, "blend"),
     ({"blend": [{"id": "a", "weight": 1e9}]}, 400, None, "blend[0].weight"),
     ({"blend": [{"id": "a", "weight": 0}]}, 400, "not_blendable", "blend"),
-    ({"blend": [{"id": "a", "scale": 2}]}, 400, None, "blend[0].scale"),
+    ({"blend": [{"id": "a", "scale": 2}]}, 400, "unknown_parameter", "blend[0].scale"),
     ({"blend": [{"id": "d"}, {"id": "a"}]}, 400, "not_blendable", "blend"),
     ({"blend": [{"id": "a"}, {"id": "nobody"}]}, 404, "adapter_not_found", "blend"),
     ({"blend": [{"id": "default"}]}, 404, "adapter_not_found", "blend"),
@@ -230,7 +230,7 @@ async def test_a_field_that_is_none_is_named(loaded_site: Site) -> None:
         ({"id": "q", "what": 1}, "what"),
         ({"id": "q", "blend": [{"id": "a", "scale": 2}]}, "blend[0].scale"),
     ):
-        error = await loaded_site.refused("POST", "/v1/adapters", body, 400, None)
+        error = await loaded_site.refused("POST", "/v1/adapters", body, 400, "unknown_parameter")
         assert error["message"] == f"'{name}' is not a field of this call."
 
 

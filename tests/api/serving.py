@@ -61,10 +61,12 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(model: LoadedModel, *, max_waiting: int = 64, **settings: Any) -> AsyncIterator[Service]:
+async def serving(
+    model: LoadedModel, *, max_waiting: int = 64, kind: type[Engine] = Engine, **settings: Any
+) -> AsyncIterator[Service]:
     """The application for these settings, started and stopped."""
     options = LoopOptions(max_batch_size=8)
-    engine = Engine(lambda: model, options, prompt_cache_bytes=1 << 22, max_waiting=max_waiting)
+    engine = kind(lambda: model, options, prompt_cache_bytes=1 << 22, max_waiting=max_waiting)
     app = create_app(Settings(model="parrot", **settings), engine)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)

@@ -48,7 +48,7 @@ WRONG_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     (user(temperature=-0.1), "temperature", "greater than or equal to 0"),
     (user(temperature="1"), "temperature", "valid number, but is '1'"),
     (user(temperature=True), "temperature", "but is true"),
-    (user(top_p=0), "top_p", "greater than 0, but is 0"),
+    (user(top_p=-0.1), "top_p", "greater than or equal to 0"),
     (user(top_p=1.1), "top_p", "less than or equal to 1"),
     (user(top_k=-2), "top_k", "greater than or equal to -1"),
     (user(top_k=1.5), "top_k", "integer"),
@@ -59,14 +59,20 @@ WRONG_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     (user(presence_penalty=-2.1), "presence_penalty", "greater than or equal to -2"),
     (user(frequency_penalty=2.1), "frequency_penalty", "less than or equal to 2"),
     (user(seed=2**63), "seed", "less than"),
-    (user(seed=1.0), "seed", "integer"),
+    (user(seed=1.5), "seed", "integer"),
     (user(seed=10**100), "seed", "too many digits"),
     (user(n=0), "n", "greater than or equal to 1"),
     (user(n=True), "n", "but is true"),
     (user(n=17), "n", "at most 16 here, but is 17"),
     (user(n=1000), "n", "less than or equal to 128"),
     (user(max_tokens=0), "max_tokens", "greater than or equal to 1"),
-    (user(max_tokens=-1), "max_tokens", "greater than or equal to 1"),
+    (user(max_tokens=-2), "max_tokens", "or -1 for as many as there is room for, but is -2"),
+    (user(max_tokens=True), "max_tokens", "integer, but is true"),
+    (user(max_tokens=8.5), "max_tokens", "integer"),
+    (user(n_predict=0), "n_predict", "greater than or equal to 1"),
+    (user(max_new_tokens="5"), "max_new_tokens", "integer, but is '5'"),
+    (user(max_tokens=5, n_predict=6), "n_predict", "equal 'max_tokens'"),
+    (user(max_tokens=-1, max_new_tokens=6), "max_new_tokens", "equal 'max_tokens'"),
     (user(max_tokens=10**9), "max_tokens", "less than or equal to"),
     (user(max_completion_tokens="5"), "max_completion_tokens", "integer, but is '5'"),
     (user(max_tokens=5, max_completion_tokens=6), "max_tokens", "equal"),
@@ -75,8 +81,8 @@ WRONG_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     (user(stream=True, stream_options=[]), "stream_options", "JSON object"),
     (user(stream=True, stream_options={"include_usage": 1}), "stream_options.include_usage", "boolean"),
     (user(stop=5), "stop", "a string or a list of strings, but is 5"),
-    (user(stop=""), "stop[0]", "at least 1 character"),
-    (user(stop=["a"] * 17), "stop", "at most 16 items"),
+    (user(stop=["a"] * 257), "stop", "at most 256 items"),
+    (user(stop=["a" * 256] * 65), "stop", "at most 16384 characters in all, but has 16640"),
     (user(stop=["a" * 257]), "stop[0]", "at most 256 characters"),
     (user(stop=[1]), "stop[0]", "valid string, but is 1"),
     (user(logit_bias=[]), "logit_bias", "valid dictionary"),
@@ -89,7 +95,20 @@ WRONG_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     (user(logprobs=1), "logprobs", "boolean, but is 1"),
     (user(top_logprobs=2), "top_logprobs", "together with 'logprobs'"),
     (user(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
-    (user(adapters="pirate"), "adapters", "valid list"),
+    (user(adapters=5), "adapters", "valid list"),
+    (user(adapters={"id": "a"}), "adapters", "valid list"),
+    (user(adapters=["a"]), "adapters[0]", "JSON object, but is 'a'"),
+    (user(adapters=[{"id": "a"}], lora_path="a"), "lora_path", "together with 'adapters'"),
+    (user(adapter_id="a", lora_path="a"), "lora_path", "together with 'adapter_id'"),
+    (user(lora_path=["a"]), "lora_path", "valid string, but is a list of 1"),
+    (user(adapter_id=3), "adapter_id", "valid string, but is 3"),
+    (user(chat_template_kwargs={"enable_thinking": 1}), "chat_template_kwargs.enable_thinking", "boolean"),
+    (message(reasoning="a", reasoning_content="b"), "messages[0].reasoning", "equal 'reasoning_content'"),
+    (
+        user(continue_final_message=True, add_generation_prompt=True),
+        "continue_final_message",
+        "together with 'add_generation_prompt'",
+    ),
     (user(adapters=[{}]), "adapters[0].id", "is required"),
     (user(adapters=[{"id": "a", "weight": "1"}]), "adapters[0].weight", "valid number"),
     (user(adapters=[{"id": "a", "weight": 1000}]), "adapters[0].weight", "less than or equal to 100"),
@@ -120,9 +139,9 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
         (CHAT, user(**{name: value}), name)
         for name, value in {
             "tools": [{"type": "function"}],
-            "tool_choice": "auto",
+            "tool_choice": "required",
             "functions": [{}],
-            "function_call": "auto",
+            "function_call": {"name": "x"},
             "response_format": {"type": "json_object"},
             "audio": {"voice": "x"},
             "modalities": ["text", "audio"],
@@ -132,7 +151,6 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
             "store": True,
             "service_tier": "priority",
             "chat_template": "{{ 1 }}",
-            "chat_template_kwargs": {"x": 1},
             "guided_json": {},
             "guided_regex": "a",
             "structured_outputs": {"json": {}},
@@ -245,7 +263,7 @@ async def test_not_json(service: Service, content: bytes, headers: dict[str, str
 
 
 async def test_several_problems_are_told_at_once(service: Service) -> None:
-    body = user(n=0, temperature=9, top_p=0, min_p=9, top_k=-5)
+    body = user(n=0, temperature=9, top_p=-1, min_p=9, top_k=-5)
     error = await refused(service, CHAT, json=body)
     assert "And 2 more problems" in error["message"]
 
