@@ -83,7 +83,8 @@ def create_app(
     app.state.settings = settings
     app.state.metrics = metrics
     install(app)
-    for guarded in (chat, compare, completions, models, adapter_routes, fusing, saving, compat):
+    # An id may hold slashes: what follows one in a URL is looked for first.
+    for guarded in (chat, compare, completions, models, fusing, saving, adapter_routes, compat):
         app.include_router(guarded.router, dependencies=_KEY)
     app.include_router(health.router)  # open, but for what it guards itself
 

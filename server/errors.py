@@ -122,7 +122,9 @@ class UnsupportedParameterError(InvalidRequestError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """`problem` says what came. How the message begins, and the code, is what clients know this error by."""
+    """`problem` says what came. Clients know this error by its code, by how the message begins, or by the
+    words "prompt is too long".
+    """
 
     def __init__(self, context_tokens: int, problem: str, param: str) -> None:
         message = f"This model's maximum context length is {context_tokens} tokens, but {problem}."

@@ -170,7 +170,7 @@ def _labels(scope: Scope) -> tuple[str, str]:
     Routing leaves the route in the scope, also where the route does not have the method.
     """
     found = scope.get("route")
-    route = getattr(found, "path", None)
+    route = getattr(found, "path_format", None)  # without the kinds of its parameters
     if route is None:
         return "any", "none"
     return (scope["method"] if scope["method"] in (getattr(found, "methods", None) or ()) else "other"), route

@@ -25,6 +25,10 @@ __all__ = ["RESERVED_IDS", "AdapterFolder", "AdapterFolders", "check_id", "confi
 
 RESERVED_IDS = frozenset({"default", "active"})
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# As vLLM's clients name adapters: owner/name, or the path of a folder.
+_PATH_ID = re.compile(r"(?:/|(?=[A-Za-z0-9]))(?:(?!\.+(?:/|\Z))[A-Za-z0-9._-]+(?:/|\Z))+(?<!/)")
+_PATH_CHARS = 255
+_CALLS = frozenset({"fuse", "rollback", "save"})
 _STEP_FILE_END = "_adapters.safetensors"
 # Checkpoints as mlx-lm's trainer names them, and as PEFT's users' trainer does.
 _STEP_NAME = re.compile(r"([0-9]{7,18})_adapters\.safetensors|checkpoint-([0-9]{1,18})")
@@ -36,10 +40,15 @@ def check_id(adapter_id: str, base: str) -> None:
     Raises:
         InvalidAdapterIdError: it does not match, or it means something else already.
     """
-    if not _ID.fullmatch(adapter_id):
+    is_path = len(adapter_id) <= _PATH_CHARS and "/" in adapter_id and _PATH_ID.fullmatch(adapter_id)
+    if not (is_path or _ID.fullmatch(adapter_id)):
         raise InvalidAdapterIdError(
-            adapter_id, "expected 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+            adapter_id,
+            "expected 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit, or such "
+            "names with '/' between them",
         )
+    if is_path and adapter_id.rpartition("/")[2] in _CALLS:
+        raise InvalidAdapterIdError(adapter_id, "its URL would be that of a call")
     if adapter_id in RESERVED_IDS:
         raise InvalidAdapterIdError(adapter_id, "the name is reserved")
     if adapter_id == base:
@@ -131,7 +140,9 @@ class AdapterFolders:
 
     def on_demand(self, adapter_id: str) -> AdapterFolder | None:
         """The adapter's folder directly under the root with this very name, if it may be read."""
-        if self._root is None or not os.path.isfile(self._root / adapter_id / CONFIG_FILE):
+        if self._root is None or "/" in adapter_id:
+            return None
+        if not os.path.isfile(self._root / adapter_id / CONFIG_FILE):
             return None
         # A file system that ignores case would find the folder under many names.
         if adapter_id not in os.listdir(self._root):
@@ -199,7 +210,7 @@ class AdapterFolders:
 
     def _trained_into(self, adapter_id: str) -> AdapterFolder | None:
         """The folder directly under the root with this very name. Raises as `find`."""
-        if self._root is None or not os.path.isdir(self._root / adapter_id):
+        if self._root is None or "/" in adapter_id or not os.path.isdir(self._root / adapter_id):
             return None
         # A file system that ignores case would find the folder under many names.
         return self.find(adapter_id, adapter_id) if adapter_id in os.listdir(self._root) else None

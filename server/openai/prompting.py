@@ -97,16 +97,23 @@ class Prompter:
         """
         room = self._context_tokens - prompt_tokens
         if room < 1:
-            message = f"the prompt has {prompt_tokens} tokens and must leave room for one more"
-            raise ContextLengthError(self._context_tokens, message, prompt_param)
+            problem = (
+                f"the prompt is too long: it has {prompt_tokens} tokens and must leave room for one more"
+            )
+            raise ContextLengthError(self._context_tokens, problem, prompt_param)
         if wanted == NO_LIMIT:
             return room
         if wanted is not None and wanted > room:
-            message = (
-                f"you requested {prompt_tokens + wanted} tokens: {prompt_tokens} in the prompt and {wanted} "
-                "for the completion; reduce either"
+            advice = (
+                "The prompt is too long for that; reduce either"
+                if wanted < self._context_tokens
+                else "Reduce the completion"
             )
-            raise ContextLengthError(self._context_tokens, message, wanted_param)
+            problem = (
+                f"you requested {prompt_tokens + wanted} tokens: {prompt_tokens} in the prompt and {wanted} "
+                f"for the completion. {advice}"
+            )
+            raise ContextLengthError(self._context_tokens, problem, wanted_param)
         return min(self._default_max_tokens, room) if wanted is None else wanted
 
     def close(self) -> None:
@@ -152,8 +159,8 @@ class Prompter:
         """Refuse, before any work, what is too long even if each token were the vocabulary's longest."""
         least_tokens = chars // self._longest_token_chars
         if least_tokens > self._context_tokens:
-            message = f"the prompt has at least {least_tokens} tokens"
-            raise ContextLengthError(self._context_tokens, message, param)
+            problem = f"the prompt is too long: it has at least {least_tokens} tokens"
+            raise ContextLengthError(self._context_tokens, problem, param)
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         largest = max(tokens, default=0)

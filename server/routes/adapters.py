@@ -94,7 +94,7 @@ async def swap_adapter(body: SwapBody, service: Adapters) -> dict[str, Any]:
     }
 
 
-@router.get("/{id}")
+@router.get("/{id:path}")
 async def get_adapter(id: str, service: Adapters) -> dict[str, Any]:
     """One adapter, with the report on what was loaded; `{id}` may name a version that lives: `pirate@2`."""
     try:
@@ -105,7 +105,7 @@ async def get_adapter(id: str, service: Adapters) -> dict[str, Any]:
     return adapter_in_full(entry, service.registry, service.info, None if id == entry.id else version)
 
 
-@router.delete("/{id}")
+@router.delete("/{id:path}")
 async def unload_adapter(
     id: str, service: Adapters, query: Annotated[UnloadQuery, Query()]
 ) -> dict[str, Any]:
@@ -114,7 +114,7 @@ async def unload_adapter(
     return adapter_object(entry, service.registry) | {"freed_bytes": freed_bytes}
 
 
-@router.post("/{id}/rollback")
+@router.post("/{id:path}/rollback")
 async def roll_back_adapter(id: str, service: Adapters) -> dict[str, Any]:
     """Make an adapter's previous version the current one; requests in flight finish on theirs."""
     return adapter_in_full(await service.roll_back(id), service.registry, service.info)

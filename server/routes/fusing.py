@@ -51,7 +51,7 @@ class FuseBody(Body):
     """Tell the progress as server-sent events; the last one is the report."""
 
 
-@router.post("/{id}/fuse")
+@router.post("/{id:path}/fuse")
 async def fuse_adapter(id: str, service: Adapters, body: FuseBody | None = None) -> Response:
     """Fuse an adapter, or a sum of several, into the resident base, or into a copy of it on disk."""
     body = body or FuseBody()
@@ -67,7 +67,7 @@ async def fuse_adapter(id: str, service: Adapters, body: FuseBody | None = None)
     return JSONResponse(await work(no_tell))
 
 
-@router.delete("/{id}/fuse")
+@router.delete("/{id:path}/fuse")
 async def unfuse_adapter(id: str, service: Adapters) -> dict[str, Any]:
     """Make the base, bit for bit, what it was before an adapter was fused into it."""
     return adapter_object(await service.unfuse(id), service.registry)

@@ -29,7 +29,7 @@ class SaveBody(Body):
     """A version that lives; the current one when left out. `{id}` may name it as well: `pirate@2`."""
 
 
-@router.post("/{id}/save")
+@router.post("/{id:path}/save")
 async def save_adapter(
     id: str, body: SaveBody, adapters: Annotated[AdapterSaver, Depends(saver)]
 ) -> dict[str, Any]:

@@ -111,11 +111,18 @@ def test_ids_of_the_pattern_are_valid(name: str) -> None:
     assert is_valid_id(name, BASE) == (name not in (BASE, "default", "active"))
 
 
-@given(st.text(max_size=200).filter(lambda text: not (text.isascii() and text.replace("-", "a").isalnum())))
-def test_a_valid_id_is_a_plain_file_name(name: str) -> None:
+@given(
+    st.one_of(
+        st.text(max_size=200).filter(lambda text: not (text.isascii() and text.replace("-", "a").isalnum())),
+        st.text("a./-", max_size=12),
+    )
+)
+def test_a_valid_id_is_a_plain_file_name_or_a_plain_path(name: str) -> None:
     if is_valid_id(name, BASE):
-        assert os.path.basename(name) == name
-        assert name not in ("", ".", "..")
+        assert os.path.normpath(name) == name
+        assert os.path.basename(name) not in ("", ".", "..")
+        assert ".." not in name.split("/")
+        assert name[0] not in ".-"
         assert name.isascii()
         assert name.isprintable()
         assert ":" not in name
@@ -123,7 +130,8 @@ def test_a_valid_id_is_a_plain_file_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "a\\b", "a b", "a\n", "\na", "a:b", "é", "x" * 129, "x" * 300, ".hidden",
+    ["", ".", "..", "../x", "a/", "a/../b", "a//b", "/", "a/fuse",
+     "a\\b", "a b", "a\n", "\na", "a:b", "é", "x" * 129, "x" * 300, ".hidden",
      "-a", "default", "active", BASE, "a\0"],
 )  # fmt: skip
 def test_other_ids_are_refused_in_one_printable_line(name: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_lm
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.adapters.service import AdapterService
@@ -196,7 +197,7 @@ REFUSED_CALLS: list[tuple[str, str, Any, int, str | None]] = [
     ("GET", "/v1/adapters/nowhere", None, 404, "adapter_not_found"),
     ("GET", "/v1/adapters/active", None, 404, "adapter_not_found"),
     ("GET", f"/v1/adapters/{'x' * 300}", None, 404, "adapter_not_found"),
-    ("GET", "/v1/adapters/a%0Ab", None, 404, "adapter_not_found"),
+    ("GET", "/v1/adapters/a%0Ab", None, 404, "unknown_url"),
     ("DELETE", "/v1/adapters/nowhere", None, 404, "adapter_not_found"),
     ("DELETE", "/v1/adapters/b", None, 404, "adapter_not_found"),
     ("DELETE", "/v1/adapters/a?timeout_seconds=-1", None, 400, None),
@@ -350,6 +351,46 @@ async def test_a_base_whose_name_has_slashes_and_colons(model_path: Path, root: 
         assert await odd.says("org/tiny:4bit:a") == says
         assert (await odd.call("GET", "/v1/models/org/tiny:4bit:a"))["id"] == "a"
         await odd.chat("org/tiny", status=404)
+
+
+@pytest.mark.parametrize("form", ["org/name", "{root}/a", "org.x/deep_er/na-me"])
+async def test_vllms_clients_name_adapters_by_paths(tiny_site: Site, form: str) -> None:
+    name = form.format(root=tiny_site.root)
+    body = {"lora_name": name, "lora_path": str(tiny_site.root / "a")}
+    await tiny_site.call("POST", "/v1/load_lora_adapter", body)
+    assert await tiny_site.says(name) == await tiny_site.says(f"{BASE}:{name}") == await tiny_site.says("a")
+    assert name in [model["id"] for model in (await tiny_site.call("GET", "/v1/models"))["data"]]
+    for url in (name, name.replace("/", "%2F")):
+        assert (await tiny_site.call("GET", f"/v1/models/{url}"))["root"] == "a"
+        assert (await tiny_site.call("GET", f"/v1/adapters/{url}@1"))["path"] == "a"
+    await tiny_site.call("DELETE", "/v1/adapters/a")
+    await tiny_site.call("POST", f"/v1/adapters/{name}/fuse")
+    assert (await tiny_site.call("DELETE", f"/v1/adapters/{name}/fuse"))["state"] == "ready"
+    await tiny_site.call("POST", f"/v1/adapters/{name}/save", {"save_to": "saved"})
+    await tiny_site.refused(
+        "POST", f"/v1/adapters/{name}/save", {"save_to": "org/saved"}, 403, "path_not_allowed"
+    )
+    await tiny_site.refused("POST", f"/v1/adapters/{name}/rollback", None, 409, "no_previous_version")
+    await tiny_site.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+    await tiny_site.chat(name, status=404)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../a", "a/../b", "a//b", "a/", "/", "./a", "/.", "a/fuse", "org/save", "a b/c", "x" * 300 + "/y"],
+)
+async def test_paths_that_are_no_names(tiny_site: Site, name: str) -> None:
+    body = {"lora_name": name, "lora_path": "a"}
+    error = await tiny_site.refused("POST", "/v1/load_lora_adapter", body, 400, None)
+    assert error["type"] == "InvalidUserInput"
+    await tiny_site.refused("POST", "/v1/adapters", {"id": name, "path": "a"}, 400, "invalid_adapter_id")
+
+
+async def test_a_path_is_no_folder_to_load_on_demand(tiny_site: Site) -> None:
+    make_adapter(tiny_site.root / "org" / "name", read_model(tiny_site.model))
+    for name in ("org/name", f"{tiny_site.root}/a"):
+        await tiny_site.chat(name, status=404)
+        await tiny_site.call("GET", f"/v1/models/{name}", status=404)
 
 
 async def test_vllms_names(tiny_site: Site) -> None:

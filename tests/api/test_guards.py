@@ -42,7 +42,7 @@ async def test_every_route_but_the_open_ones_asks_for_the_key(parrot: LoadedMode
         assert {path for _, path in walked} >= {*OPEN, CHAT, "/v1/completions", "/v1/models", "/v1/adapters"}
         assert "/metrics" in {path for _, path in walked}
         for method, path in sorted(walked):
-            url = path.replace("{id}", "x").replace("{name:path}", "x")
+            url = path.replace("{id:path}", "x").replace("{name:path}", "x")
             assert "{" not in url
             reply = await service.client.request(method, url, json={})
             if path in OPEN:
