@@ -1,7 +1,8 @@
 """The application: settings in, ASGI out. Its lifespan starts and stops everything that a request needs.
 
-No state outside the application object: its parts are in `app.state` (settings, metrics, engine, adapters,
-text_service, comparison_service), from where dependencies hand them to routes. Runs on the event loop.
+No state outside the application object: its parts are in `app.state` (settings, metrics, connections,
+engine, adapters, text_service, comparison_service), from where dependencies hand them to routes. Runs on the
+event loop.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from server.adapters.saving.adapters import AdapterSaver
 from server.adapters.service import AdapterService, ServiceOptions
 from server.auth import require_api_key
 from server.bodies import BodyLimits, BodyMiddleware
+from server.connections import ConnectionLimits, Connections
 from server.engine.engine import Engine
 from server.engine.loop import LoopOptions
 from server.engine.model import ModelInfo, load_model
@@ -69,7 +71,8 @@ def create_app(
 
     Its start raises what stops it: ModelLoadError, InvalidAdapterError and their like.
     """
-    metrics = Metrics()
+    connections = Connections(ConnectionLimits(settings.max_connections, settings.head_timeout_seconds))
+    metrics = Metrics(connections)
     app = FastAPI(
         title="mlx-graft",
         description="One resident base model; adapters chosen, blended, swapped and fused per request.",
@@ -82,6 +85,7 @@ def create_app(
     )
     app.state.settings = settings
     app.state.metrics = metrics
+    app.state.connections = connections
     install(app)
     # An id may hold slashes: what follows one in a URL is looked for first.
     for guarded in (chat, compare, completions, models, fusing, saving, adapter_routes, compat):

@@ -12,6 +12,7 @@ ApiError
 ├── BodyTooLargeError            413
 ├── MediaTypeError               415, a body that is compressed, or not in UTF-8
 ├── OverloadedError              503, with Retry-After
+│   └── ServerStoppingError        the server stops before it has answered
 ├── GenerationFailedError        500, the engine gave a request up
 └── InternalError                500, says nothing of the inside
 
@@ -21,6 +22,7 @@ Runs on the event loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,13 +65,15 @@ __all__ = [
     "MediaTypeError",
     "NotFoundError",
     "OverloadedError",
+    "ServerStoppingError",
     "UnsupportedParameterError",
     "error_response",
     "install",
     "to_api_error",
 ]
 
-_RETRY_AFTER_SECONDS = 1
+# What a supervisor and the loading of a model take, roughly: when another server may be there.
+_RESTART_SECONDS = 5
 _MAX_MESSAGE_CHARS = 4000
 
 # Clients retry 408, 409, 429 and 5xx by themselves unless they are told that it is of no use.
@@ -174,9 +178,17 @@ class MediaTypeError(ApiError):
 
 
 class OverloadedError(ApiError):
-    def __init__(self, message: str, code: str = "server_overloaded") -> None:
-        headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
+    """`retry_seconds` is when there may be room again, as far as that is known."""
+
+    def __init__(self, message: str, code: str = "server_overloaded", retry_seconds: float = 1) -> None:
+        headers = {"Retry-After": str(max(1, math.ceil(retry_seconds)))}
         super().__init__(503, message, type="server_error", code=code, headers=headers)
+
+
+class ServerStoppingError(OverloadedError):
+    def __init__(self) -> None:
+        message = "The server is stopping; this request was not finished."
+        super().__init__(message, code="server_stopping", retry_seconds=_RESTART_SECONDS)
 
 
 class GenerationFailedError(ApiError):
@@ -254,8 +266,12 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     InvalidBlendError: _from_invalid_blend,
     OutsideRootError: lambda error: ForbiddenError(f"{error}.", code="path_not_allowed", param="path"),
     UnsupportedModelError: _from_unsupported_model,
-    EngineOverloadedError: lambda error: OverloadedError(f"The server is busy: {error}."),
-    EngineStoppedError: lambda error: OverloadedError("The model is not served.", code="engine_stopped"),
+    EngineOverloadedError: lambda error: OverloadedError(
+        f"The server is busy: {error}.", retry_seconds=error.retry_seconds
+    ),
+    EngineStoppedError: lambda error: OverloadedError(
+        "The model is not served.", code="engine_stopped", retry_seconds=_RESTART_SECONDS
+    ),
     AdapterChangingError: lambda error: OverloadedError(str(error), code=error.code),
     AdapterMemoryBusyError: lambda error: OverloadedError(str(error), code=error.code),
     VersionUnreadableError: lambda error: OverloadedError(str(error), code=error.code),

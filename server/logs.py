@@ -18,7 +18,7 @@ from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 from server.printable import escape_controls
 from server.settings import LogFormat, LogLevel
 
-__all__ = ["configure_logging"]
+__all__ = ["configure_logging", "writes_json"]
 
 # At level info they tell each step that they take.
 _TALKATIVE = (
@@ -83,6 +83,11 @@ def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
     logging.captureWarnings(True)
 
 
+def writes_json(log_format: LogFormat) -> bool:
+    """Whether lines are for programs, so that each line on standard error should be one of the log."""
+    return log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+
+
 class _StandardError(logging.Handler):
     """Writes to what `sys.stderr` is at that moment: a progress display takes its place while it is shown."""
 
@@ -95,11 +100,14 @@ class _StandardError(logging.Handler):
 
 
 def _rendering(log_format: LogFormat) -> list[Processor]:
-    terminal = sys.stderr.isatty()
-    if log_format == "console" or (log_format == "auto" and terminal):
+    if not writes_json(log_format):
         # Not rich's tracebacks: they show the values of local variables, a key's among them.
         plain = _plain_traceback
-        return [structlog.dev.ConsoleRenderer(colors=terminal, pad_event_to=0, exception_formatter=plain)]
+        return [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=plain
+            )
+        ]
     return [
         structlog.processors.format_exc_info,
         _escape_exception,

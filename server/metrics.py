@@ -15,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.adapters.service import AdapterService
+from server.connections import REFUSALS, Connections
 from server.engine.engine import Engine
 
 __all__ = ["Metrics", "MetricsMiddleware"]
@@ -24,9 +25,9 @@ _LOAD_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 
 
 class Metrics:
-    """The measurements of one application."""
+    """The measurements of one application; `connections` are those of the server that it runs under."""
 
-    def __init__(self) -> None:
+    def __init__(self, connections: Connections) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "graft_http_requests",
@@ -47,6 +48,7 @@ class Metrics:
             buckets=_LOAD_SECONDS,
             registry=self.registry,
         )
+        self.registry.register(_Connections(connections))
 
     def watch(self, engine: Engine, adapters: AdapterService) -> None:
         """Tell of these from now on; call it once."""
@@ -56,6 +58,24 @@ class Metrics:
         """Everything, and its content type, in the form that an Accept header prefers."""
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
+
+
+class _Connections:
+    """Reads the connections when it is asked."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    def collect(self) -> Iterator[Metric]:
+        connections = self._connections
+        yield _gauge("graft_connections", "Connections that are open.", connections.open)
+        yield _gauge("graft_waiting_connections", "Those without a request.", connections.waiting)
+        refused = CounterMetricFamily(
+            "graft_refused_connections", "Connections that were refused or cut.", labels=["reason"]
+        )
+        for reason in REFUSALS:
+            refused.add_metric([reason], connections.refused[reason])
+        yield refused
 
 
 class _Now:

@@ -214,6 +214,9 @@ class Settings(BaseSettings):
     max_n: int = Field(default=16, ge=1, le=128, json_schema_extra=_group("Limits"))
     """Choices that one request may ask for."""
 
+    max_connections: int = Field(default=1024, ge=16, le=65536, json_schema_extra=_group("Limits"))
+    """Connections at once, fewer where few files may be open; one more takes the place of an idle one."""
+
     max_body_bytes: ByteSize = Field(default=ByteSize(8 * 2**20), ge=1024, json_schema_extra=_group("Limits"))
     """Size of a request's body, in bytes or with a unit such as 8MiB."""
 
@@ -236,8 +239,14 @@ class Settings(BaseSettings):
     unload_timeout_seconds: float = Field(default=30, ge=0, le=86400, json_schema_extra=_group("Timeouts"))
     """Seconds that unloading an adapter waits for requests that use it, unless the call says otherwise."""
 
+    head_timeout_seconds: float = Field(default=10, gt=0, le=86400, json_schema_extra=_group("Timeouts"))
+    """Seconds that a request's line and headers may take to come; then the connection is closed."""
+
     body_timeout_seconds: float = Field(default=60, gt=0, le=86400, json_schema_extra=_group("Timeouts"))
     """Seconds that a request's body may take to come; then it is answered with 408."""
+
+    idle_timeout_seconds: int = Field(default=75, ge=1, le=86400, json_schema_extra=_group("Timeouts"))
+    """Whole seconds that a connection is kept for the next request; more than clients keep it themselves."""
 
     health_timeout_seconds: float = Field(default=60, gt=0, le=86400, json_schema_extra=_group("Timeouts"))
     """Seconds without a sign of life of the generation thread after which /health answers 503."""

@@ -17,6 +17,7 @@ import typer
 
 from server.cli.models import ModelFolder, lazy_model, require_mlx
 from server.cli.output import fail, say
+from server.descriptors import import_mlx_lm
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -56,6 +57,7 @@ def convert(
 ) -> None:
     """Write an adapter in mlx-lm's or PEFT's format. Needs no server."""
     require_mlx()
+    import_mlx_lm()
     from adapters_core.errors import InvalidAdapterError, UnsupportedModelError
     from adapters_core.formats.notes import writing_notes
     from adapters_core.formats.writing import write_adapter

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from server.cli.output import fail
+from server.descriptors import import_mlx_lm
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -41,6 +42,7 @@ def lazy_model(folder: Path) -> nn.Module:
 
     Ends the command with a sentence if it cannot be loaded.
     """
+    import_mlx_lm()
     from mlx_lm.utils import load_model
 
     if not folder.is_dir():

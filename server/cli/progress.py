@@ -1,10 +1,11 @@
-"""Tells what takes time before a server is ready: a spinner on a terminal, plain lines elsewhere.
+"""Tells what takes time before a server is ready: a spinner on a terminal, lines elsewhere.
 
 Writes to standard error. `step` may be called from any thread, the rest from the main thread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -17,16 +18,17 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """A context manager; `stop` may be called early, and again."""
+    """A context manager; `stop` may be called early, and again. `tell` writes a line, without a spinner."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] = warn) -> None:
         console = Console(stderr=True)
-        self._status = console.status("") if console.is_terminal else None
+        self._tell = tell
+        self._status = console.status("") if console.is_terminal and tell is warn else None
 
     def step(self, message: str) -> None:
         """What is being done now."""
         if self._status is None:
-            warn(message)
+            self._tell(message)
         else:
             self._status.update(escape(message))
             self._status.start()

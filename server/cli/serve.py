@@ -5,8 +5,10 @@ Imports MLX only once the settings are valid and the port is ours; `load_openbla
 
 from __future__ import annotations
 
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +20,13 @@ from server.cli.listening import AddressError, bind, url_of
 from server.cli.models import require_mlx
 from server.cli.output import fail, say, warn
 from server.cli.progress import Progress
-from server.logs import configure_logging
+from server.descriptors import DescriptorError, import_mlx_lm, share_descriptors
+from server.logs import configure_logging, writes_json
 from server.settings import Settings
 
 __all__ = ["base_name", "prepare_mlx", "serve", "serve_model", "valid_settings"]
+
+_log = structlog.get_logger(__name__)
 
 
 def serve(
@@ -60,7 +65,10 @@ def valid_settings(flags: dict[str, Any]) -> Settings:
 
 
 def prepare_mlx() -> None:
-    """Give MLX a fast BLAS where it needs one. To be called before anything imports MLX."""
+    """Give MLX a fast BLAS where it needs one, and mlx-lm no say in the process' limits.
+
+    To be called before anything imports MLX or mlx-lm.
+    """
     from server.blas import load_openblas
 
     with warnings.catch_warnings(record=True) as caught:
@@ -69,6 +77,7 @@ def prepare_mlx() -> None:
     for warning in caught:
         warn(f"warning: {warning.message}")
     require_mlx()
+    import_mlx_lm()
 
 
 def keep_beside_others() -> None:
@@ -87,18 +96,43 @@ def serve_model(
     `welcome` is called with the URL once requests are answered. A failure ends the command with a sentence.
     """
     try:
+        descriptors = share_descriptors(settings.max_connections)
         sockets = bind(settings.host, settings.port)
-    except AddressError as error:
+    except (AddressError, DescriptorError) as error:
         fail(str(error))
+    if descriptors.connections < settings.max_connections:
+        _log.warning(
+            "fewer_connections", reason="the limit of open files", connections=descriptors.connections
+        )
+        settings = settings.model_copy(update={"max_connections": descriptors.connections})
     url = url_of(settings.host, sockets)
-    with Progress() as progress:
+    tell = _log.info if writes_json(settings.log_format) else warn
+    with Progress(tell) as progress:
         prepare_mlx()
         keep_beside_others()
-        settings = prepare(progress)
-        _run(settings, sockets, progress, lambda: welcome(url))
+        with _interrupts_raised():
+            settings = prepare(progress)
+        _run(settings, sockets, descriptors.backlog, progress, lambda: welcome(url), tell)
 
 
-def _run(settings: Settings, sockets: list[Any], progress: Progress, welcome: Callable[[], None]) -> None:
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """An interrupt is KeyboardInterrupt within, so that what is being written is taken away again."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _run(
+    settings: Settings,
+    sockets: list[Any],
+    backlog: int,
+    progress: Progress,
+    welcome: Callable[[], None],
+    tell: Callable[[str], None],
+) -> None:
     # These take seconds to import, and must not be before `prepare_mlx`.
     from server.app import create_app
     from server.cli.running import StartError, end_process, run
@@ -107,7 +141,7 @@ def _run(settings: Settings, sockets: list[Any], progress: Progress, welcome: Ca
         progress.step(f"Loading {base_name(settings)} …")
     elif settings.model.count("/") == 1:
         progress.stop()  # the hub's own progress bars are shown instead
-        warn(f"Fetching {settings.model}, unless it is in the cache, and loading it …")
+        tell(f"Fetching {settings.model}, unless it is in the cache, and loading it …")
 
     def on_ready() -> None:
         progress.stop()
@@ -119,11 +153,13 @@ def _run(settings: Settings, sockets: list[Any], progress: Progress, welcome: Ca
         run(
             app,
             settings,
+            app.state.connections,
             sockets,
+            backlog=backlog,
             on_ready=on_ready,
             give_up=lambda: app.state.engine.stop(0.0),
             on_end=progress.stop,
-            say=warn,
+            say=tell,
         )
     except StartError as error:
         problem = _reason(error.__cause__)
@@ -144,5 +180,5 @@ def _reason(failure: BaseException | None) -> str:
 
     if isinstance(failure, AdapterError | LifeCycleError | EngineError | ApiError | OSError):
         return f"the server cannot start: {str(failure).rstrip('.')}."
-    structlog.get_logger(__name__).error("the server could not start", exc_info=failure)
+    _log.error("the server could not start", exc_info=failure)
     return f"the server could not start, for a reason that was not foreseen: {failure!r}"

@@ -117,15 +117,23 @@ def _check_digest(path: Path) -> None:
 
 
 def _convert(gguf: LlamaGGUF, variant: Variant, folder: Path) -> None:
-    """Write the model folder: configuration, weights and tokenizer."""
+    """Write the model folder: configuration, weights and tokenizer.
+
+    Raises: OSError, also for a disk that is full, for which MLX and tokenizers raise errors of any kind.
+    """
     folder.mkdir(parents=True)
     config = gguf.config(variant)
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    write_tokenizer(gguf, folder)
     weights = gguf.weights(variant)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    try:
+        write_tokenizer(gguf, folder)
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 def _publish(made: Path, home: Path) -> None:

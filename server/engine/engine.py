@@ -18,6 +18,7 @@ from typing import Self
 import structlog
 
 from .container import ModelContainer
+from .ends import RecentEnds
 from .errors import EngineError, EngineOverloadedError, EngineStoppedError, InvalidSubmitError
 from .loop import LoopOptions, LoopStats
 from .messages import Cancel, Event, Failed, Finished, Message, Scoring, Stop, Submit, Update
@@ -135,6 +136,7 @@ class Engine:
         self._stats = LoopStats()
         self._stopping = False
         self._ended = asyncio.Event()
+        self._ends = RecentEnds()
 
     async def start(self) -> ModelInfo:
         """Start the thread and wait until the model is loaded.
@@ -226,7 +228,7 @@ class Engine:
         waiting = self.waiting_requests
         rows = choices + sum(stream.submit.choices for stream in self._streams.values())
         if waiting >= self._max_waiting and rows > self._options.max_batch_size:
-            raise EngineOverloadedError(waiting, self._max_waiting)
+            raise EngineOverloadedError(waiting, self._max_waiting, self._ends.seconds_for(waiting / 2))
 
     def generate(self, submit: Submit, on_end: Callable[[], None] = lambda: None) -> Generation:
         """Submit a request. Call it on the event loop that `start` ran on.
@@ -268,6 +270,8 @@ class Engine:
     def _take(self, submit: Submit | Scoring, on_end: Callable[[], None]) -> Generation:
         thread = self._running_thread()
         stream = _Stream(submit, thread.inbox.put, on_end)
+        if not self._streams:
+            self._ends.begin()
         self._streams[submit.request_id] = stream
         thread.inbox.put(submit)
         return Generation(stream, thread.inbox.put)
@@ -290,6 +294,7 @@ class Engine:
             stream = self._streams[request_id]
             if isinstance(event, Finished | Failed):
                 del self._streams[request_id]
+                self._ends.note()
             stream.put(event)
 
     def _on_ended(self, unread: list[Message]) -> None:
@@ -300,7 +305,7 @@ class Engine:
                 message.future.set_exception(EngineStoppedError("the generation thread has ended"))
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.put(Failed(STOPPED))
+            stream.put(Failed(STOPPED, stopped=True))
         self._stats = LoopStats()
 
 

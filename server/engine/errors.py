@@ -31,11 +31,12 @@ class InvalidSubmitError(EngineError):
 
 
 class EngineOverloadedError(EngineError):
-    """The queue is full: `waiting` requests wait, at most `limit` may."""
+    """The queue is full: `waiting` requests wait, at most `limit` may. Half of them take `retry_seconds`."""
 
-    def __init__(self, waiting: int, limit: int) -> None:
+    def __init__(self, waiting: int, limit: int, retry_seconds: float = 1.0) -> None:
         self.waiting = waiting
         self.limit = limit
+        self.retry_seconds = retry_seconds
         super().__init__(f"{waiting} requests are waiting and at most {limit} may; try again later")
 
 

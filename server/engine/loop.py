@@ -133,7 +133,7 @@ class GenerationLoop:
         while self._updates:
             self._updates.popleft().future.set_exception(error)
         self._decoder.close()
-        self._fail([*self._scheduler.running.values(), *self._scheduler.waiting], message)
+        self._fail([*self._scheduler.running.values(), *self._scheduler.waiting], message, stopped=True)
         return self._take_events()
 
     # One turn
@@ -218,9 +218,9 @@ class GenerationLoop:
         self._fail(requests, _FAILED)
         self._context.prompt_cache.clear()
 
-    def _fail(self, requests: list[Request], message: str) -> None:
+    def _fail(self, requests: list[Request], message: str, *, stopped: bool = False) -> None:
         self._failures += len(requests)
         for request in requests:
             self._side_of(request).forget(request)
             self._scheduler.end(request)
-            self._emit(request, Failed(message))
+            self._emit(request, Failed(message, stopped))

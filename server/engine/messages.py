@@ -182,9 +182,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request ended by an error of the engine; nothing more is computed for it."""
+    """The request ended by an error of the engine, or as it `stopped`; nothing more is computed for it."""
 
     message: str
+    stopped: bool = False
 
 
 Event = Token | ChoiceFinished | Scored | Finished | Failed

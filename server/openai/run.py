@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.messages import ChoiceFinished, Event, Failed, Finished, Submit, Token
-from server.errors import GenerationFailedError
+from server.errors import GenerationFailedError, ServerStoppingError
 from server.openai.choice import Choice, Piece
 
 __all__ = ["EventSource", "Events", "Run", "Submitter", "Usage"]
@@ -61,6 +61,7 @@ class Events:
 
         Raises:
             GenerationFailedError: the engine gave a generation up.
+            ServerStoppingError: because it stops.
         """
         self._readers = [asyncio.create_task(self._read(index)) for index in range(len(self._generations))]
         running = len(self._generations)
@@ -72,7 +73,7 @@ class Events:
                 yield None
                 continue
             if isinstance(event, Failed):
-                raise GenerationFailedError(event.message)
+                raise ServerStoppingError if event.stopped else GenerationFailedError(event.message)
             running -= isinstance(event, Finished)
             yield index, event
 
@@ -119,6 +120,7 @@ class Run:
 
         Raises:
             GenerationFailedError: the engine gave a generation up.
+            ServerStoppingError: because it stops.
         """
         async for found in self._events.each(idle_seconds):
             match found:

@@ -148,7 +148,7 @@ def test_a_second_interrupt_stops_at_once(serve: Serve, model_path: Path) -> Non
         serving.process.send_signal(signal.SIGINT)
         assert serving.process.stderr is not None
         for line in serving.process.stderr:
-            if line.startswith("Stopping"):
+            if "Stopping: " in line:
                 break
         code, _ = serving.stop(signal.SIGINT)
     assert code == 130
