@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from .errors import FolderChangedError, InvalidAdapterError, OutsideRootError
 
-__all__ = ["OpenFolder", "open_directory", "open_folder", "opened"]
+__all__ = ["OpenFolder", "open_directory", "open_folder", "opened", "resolved_in"]
 
 _ON_THE_WAY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 """For folders that are only passed through. Linux needs no permission to list them."""
@@ -128,7 +128,7 @@ class OpenFolder:
             look = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
             if self.root is None or not stat.S_ISLNK(look.st_mode):
                 return look, _regular(name, self._descriptor, follow=self.root is None)
-            path = _resolved(self.path / name, self.root, f"{self.name}/{name}")
+            path = resolved_in(self.root, self.path / name, f"{self.name}/{name}")
             with open_directory(self.root, path.parent) as descriptor:
                 return look, _regular(path.name, descriptor, follow=False)
         except (NotADirectoryError, ValueError):  # a link through a file; an embedded null character
@@ -157,7 +157,7 @@ def open_folder(path: str | Path, root: Path | None = None) -> Iterator[OpenFold
         finally:
             os.close(descriptor)
         return
-    path = _resolved(root / path, root, Path(path).name)
+    path = resolved_in(root, root / path, Path(path).name)
     with open_directory(root, path) as descriptor, closing(OpenFolder(descriptor, path, root)) as folder:
         yield folder
 
@@ -204,19 +204,26 @@ def open_directory(root: Path, path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def resolved_in(root: Path, path: Path, shown: str) -> Path:
+    """Where `path` leads now, which `shown` calls in errors. It may lead elsewhere before it is opened.
 
-
-def _resolved(path: Path, root: Path, shown: str) -> Path:
-    """Where `path` leads now. Raises OutsideRootError unless that is under `root`."""
+    Raises:
+        OutsideRootError: that is not under `root`, which is an absolute path without links.
+        FolderChangedError: a link on its way was exchanged meanwhile.
+    """
     try:
         resolved = Path(os.path.realpath(path))
     except ValueError:  # an embedded null character
         raise OutsideRootError(shown) from None
+    except OSError:  # it was a link, and is none any more
+        raise FolderChangedError(shown) from None
     if root not in resolved.parents:
         raise OutsideRootError(shown)
     return resolved
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _unlinked(name: str, flags: int, folder: int) -> int:

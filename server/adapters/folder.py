@@ -15,11 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters_core.config import CONFIG_FILE
-from adapters_core.errors import InvalidAdapterError
+from adapters_core.errors import AdapterError, FolderChangedError, InvalidAdapterError, OutsideRootError
 from adapters_core.formats.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
-from adapters_core.open_folder import OpenFolder, open_folder
+from adapters_core.open_folder import OpenFolder, open_folder, resolved_in
 
-from .errors import AdapterNotFoundError, InvalidAdapterIdError, PathNotAllowedError, quoted, some_of
+from .errors import (
+    AdapterNotFoundError,
+    InvalidAdapterIdError,
+    LifeCycleError,
+    PathNotAllowedError,
+    quoted,
+    some_of,
+)
 
 __all__ = ["RESERVED_IDS", "AdapterFolder", "AdapterFolders", "check_id", "configured_folders", "is_valid_id"]
 
@@ -62,6 +69,9 @@ def is_valid_id(adapter_id: str, base: str) -> bool:
     except InvalidAdapterIdError:
         return False
     return True
+
+
+_NOT_THERE = (AdapterNotFoundError, PathNotAllowedError, FolderChangedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,7 @@ class AdapterFolders:
         Raises:
             PathNotAllowedError: the path, or a file in the folder, lies outside the root.
             AdapterNotFoundError: there is no such folder.
+            FolderChangedError: a link on the way was exchanged meanwhile.
         """
         if path is None and adapter_id in self._configured:
             folder = self._configured[adapter_id]
@@ -145,11 +156,11 @@ class AdapterFolders:
         if not os.path.isfile(self._root / adapter_id / CONFIG_FILE):
             return None
         # A file system that ignores case would find the folder under many names.
-        if adapter_id not in os.listdir(self._root):
+        if adapter_id not in self._names():
             return None
         try:
             return self.find(adapter_id, adapter_id)
-        except (AdapterNotFoundError, PathNotAllowedError):
+        except _NOT_THERE:
             return None
 
     def checkpoint(self, adapter_id: str, step: int, parent: AdapterFolder | None) -> AdapterFolder | None:
@@ -167,12 +178,12 @@ class AdapterFolders:
             if parent.root is None:
                 return self._existing(parent.path / name, f"{parent.shown}/{name}", None)
             return self.find(adapter_id, f"{parent.shown}/{name}")
-        except (AdapterNotFoundError, PathNotAllowedError):
+        except _NOT_THERE:
             return None
 
     def steps_of(self, adapter_id: str, parent: AdapterFolder | None) -> list[int]:
         """The steps of what `checkpoint` finds."""
-        with suppress(AdapterNotFoundError, PathNotAllowedError):
+        with suppress(*_NOT_THERE):
             parent = self._trained_into(adapter_id) if parent is None else parent
             return [] if parent is None else self.steps(parent)
         return []
@@ -180,8 +191,9 @@ class AdapterFolders:
     def steps(self, folder: AdapterFolder) -> list[int]:
         """The steps at which a training wrote checkpoints into `folder`, upwards."""
         try:
-            names = os.listdir(folder.path)
-        except OSError:
+            with folder.open() as files:
+                names = files.names()
+        except (OSError, AdapterError, LifeCycleError):
             return []
         found = (_STEP_NAME.fullmatch(name) for name in names)
         steps = {int(match[1] or match[2]) for match in found if match is not None}
@@ -189,31 +201,33 @@ class AdapterFolders:
 
     def trainings(self, base: str) -> dict[str, list[int]]:
         """The steps of each folder directly under the root that holds checkpoints."""
-        if self._root is None or not self._root.is_dir():
-            return {}
         found: dict[str, list[int]] = {}
-        for name in sorted(os.listdir(self._root)):
-            if is_valid_id(name, base) and os.path.isdir(self._root / name):
-                with suppress(AdapterNotFoundError, PathNotAllowedError):
+        for name in self._names():
+            if is_valid_id(name, base):
+                with suppress(*_NOT_THERE):
                     found[name] = self.steps(self.find(name, name))
         return {name: steps for name, steps in found.items() if steps}
 
     def available(self, base: str, loaded: Collection[str]) -> list[str]:
         """Ids of the folders directly under the root that look like adapters and are not in `loaded`."""
-        if self._root is None or not self._root.is_dir():
-            return []
         return [
             name
-            for name in sorted(os.listdir(self._root))
-            if name not in loaded and is_valid_id(name, base) and self._looks_like_adapter(self._root, name)
+            for name in self._names()
+            if name not in loaded and is_valid_id(name, base) and self._looks_like_adapter(name)
         ]
+
+    def _names(self) -> list[str]:
+        """What lies directly under the root, in order; nothing if it cannot be listed now."""
+        with suppress(OSError):
+            return [] if self._root is None else sorted(os.listdir(self._root))
+        return []
 
     def _trained_into(self, adapter_id: str) -> AdapterFolder | None:
         """The folder directly under the root with this very name. Raises as `find`."""
         if self._root is None or "/" in adapter_id or not os.path.isdir(self._root / adapter_id):
             return None
         # A file system that ignores case would find the folder under many names.
-        return self.find(adapter_id, adapter_id) if adapter_id in os.listdir(self._root) else None
+        return self.find(adapter_id, adapter_id) if adapter_id in self._names() else None
 
     def _checkpoint_file(self, folder: AdapterFolder, name: str) -> AdapterFolder:
         if folder.root is not None:
@@ -222,10 +236,10 @@ class AdapterFolders:
             raise AdapterNotFoundError(f"There is no file {quoted(name)} in folder {quoted(folder.shown)}.")
         return replace(folder, weights_file=name)
 
-    def _looks_like_adapter(self, root: Path, name: str) -> bool:
+    def _looks_like_adapter(self, name: str) -> bool:
         try:
-            return os.path.isfile(_inside(root, name, name) / CONFIG_FILE)
-        except PathNotAllowedError:
+            return self._root is not None and os.path.isfile(_inside(self._root, name, name) / CONFIG_FILE)
+        except _NOT_THERE:
             return False
 
     def _existing(self, folder: Path, asked: str, root: Path | None) -> AdapterFolder:
@@ -265,12 +279,9 @@ def _written_at(folder: Path, step: int) -> str | None:
 def _inside(root: Path, path: str | Path, shown: str) -> Path:
     """Where `path`, relative to `root`, really is. Raises PathNotAllowedError unless that is under `root`."""
     try:
-        resolved = Path(os.path.realpath(root / path))
-    except ValueError:  # an embedded null character
-        resolved = root
-    if root not in resolved.parents:
+        return resolved_in(root, root / path, shown)
+    except OutsideRootError:
         raise PathNotAllowedError(
             f"The path {quoted(shown)} lies outside the adapters root, or is the root itself. "
             "Name a folder under it, relative to it."
-        )
-    return resolved
+        ) from None
