@@ -48,6 +48,7 @@ from server.adapters.errors import (
     VersionUnreadableError,
 )
 from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
+from server.resources import is_exhaustion
 from server.urls import allowed_methods, meant_url
 from server.validation import describe_problems
 
@@ -256,6 +257,15 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     return InvalidRequestError(message, param=param, code=code)
 
 
+def _from_unforeseen(error: Exception) -> ApiError:
+    if is_exhaustion(error):
+        return OverloadedError(
+            "The system gives the server no more threads, files or memory for this; GET /ready says more.",
+            code="out_of_resources",
+        )
+    return InternalError()
+
+
 # The nearest class in an error's ancestry decides.
 _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     ApiError: lambda error: error,
@@ -279,7 +289,7 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     InvalidSubmitError: lambda error: InvalidRequestError(str(error)),
     HTTPException: _from_http,
     RequestValidationError: _from_validation,
-    Exception: lambda error: InternalError(),
+    Exception: _from_unforeseen,
 }
 
 

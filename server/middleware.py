@@ -15,7 +15,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, ForbiddenError, InternalError, error_response
+from server.errors import ApiError, ForbiddenError, error_response
 
 __all__ = ["HostGuardMiddleware", "RequestIdMiddleware", "UnexpectedErrorMiddleware"]
 
@@ -129,7 +129,7 @@ def _with_port(host: str, scheme: str) -> tuple[str, str | None]:
 
 
 class UnexpectedErrorMiddleware:
-    """Logs what nobody expected and answers 500 without a word of it; a reply that has begun is cut."""
+    """Logs what nobody expected and answers without a word of it; a reply that has begun is cut."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -147,8 +147,8 @@ class UnexpectedErrorMiddleware:
 
         try:
             await self._app(scope, receive, send_and_note)
-        except Exception:
+        except Exception as error:
             _log.exception("unexpected_error")
             if started:
                 raise
-            await error_response(InternalError())(scope, receive, send)
+            await error_response(error)(scope, receive, send)

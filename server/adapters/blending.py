@@ -19,7 +19,6 @@ import structlog
 from adapters_core.blending.blend import BlendOptions, BlendReport, problem_of_dora, problems_unread
 from adapters_core.errors import InvalidBlendError
 
-from .aside import run_aside
 from .blended import Blended, Part, make_blend
 from .changes import Wishes
 from .errors import (
@@ -83,7 +82,7 @@ class Blender:
         started = time.perf_counter()
         async with self._turn:
             model = await self._service.bare_model(_refusal(adapter_id))
-            made = await run_aside(make_blend, parts, options, model)
+            made = await self._service.aside.run(make_blend, parts, options, model)
         seconds = time.perf_counter() - started
         _log.info("adapter_blended", adapter=adapter_id, method=options.method, seconds=round(seconds, 3))
         source = Blended(_recipe(parts, options, made.report, seconds), parts, options)

@@ -22,6 +22,7 @@ from adapters_core.layers.module_weights import ModuleWeights
 from server.engine.container import ModelContainer
 from server.engine.model import ModelInfo
 
+from .aside import Aside
 from .bare import bare_copy
 from .changes import Changes, Loaded, Wishes
 from .errors import AdapterExistsError
@@ -58,6 +59,9 @@ __all__ = ["AdapterService", "Listing", "Loaded", "ServiceOptions", "Swapped"]
 
 _T = TypeVar("_T")
 
+_WORKING_THREADS = 4
+_COPYING_THREADS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Swapped:
@@ -89,6 +93,10 @@ class AdapterService:
         self.residency = Residency(options.memory_bytes)
         self.info = info
         self.created = time.time()
+        self.aside = Aside("adapter-work", _WORKING_THREADS)
+        """Where what may take long is computed: blends, fusions, what is saved."""
+        self._reading = Aside("adapter-reading", 1)  # for one is read at a time
+        self._copying = Aside("adapter-copying", _COPYING_THREADS)
         self._container = container
         self._options = options
         self._gate = gate = Gate()
@@ -97,12 +105,14 @@ class AdapterService:
         self._line = Line(gate, options.max_waiting, options.wait_seconds)
         self._private = PrivateFolder(options.kept_dir)
         memory = Memory(container, gate, self.residency, self._line)
-        self.keeper = keeper = Keeper(memory, self.registry, self._private, tasks, options.kept_bytes)
+        self.keeper = keeper = Keeper(
+            self._copying, memory, self.registry, self._private, tasks, options.kept_bytes
+        )
         self._unloader = unloader = Unloader(self.registry, memory, keeper, tasks, self._releases)
         journal = Journal(self.registry, info, on_load)
         is_watched = options.watched_dir is not None
         settle_seconds = options.settle_seconds if is_watched else None
-        reader = Reader(memory, folders, keeper, settle_seconds, ReadingPace(is_held_up))
+        reader = Reader(self._reading, memory, folders, keeper, settle_seconds, ReadingPace(is_held_up))
         placer = Placer(self.registry, memory, keeper, reader)
         reloader = Reloader(self.registry, memory, placer, unloader, journal)
         returner = Returner(self.registry, memory, keeper, reader, reloader)
@@ -111,7 +121,7 @@ class AdapterService:
         self._changes = Changes(self.registry, folders, tasks, placer, returner, journal)
         self._finder = Finder(self.registry, folders, tasks, gate, placer, journal)
         self._fuser = Fuser(
-            container, info, self.registry, self.residency, gate, unloader,
+            self.aside, container, info, self.registry, self.residency, gate, unloader,
             FuseOptions(options.models_dir, options.fuse_threshold),
         )  # fmt: skip
         self._watcher: Watcher | None = None
@@ -131,8 +141,10 @@ class AdapterService:
 
         Adapters that do not fit together leave memory again.
 
-        Raises: what `load` raises.
+        Raises: what `load` raises; RuntimeError, OSError: the system has no threads to give.
         """
+        for aside in (self.aside, self._reading, self._copying):
+            aside.start()
         for adapter_id in adapter_ids:
             await self.load(adapter_id)
         if self._watcher is not None:
@@ -146,6 +158,8 @@ class AdapterService:
             self._watcher.close()
             await self._watching
         await self._tasks.ended()
+        for aside in (self.aside, self._reading, self._copying):
+            await asyncio.to_thread(aside.close)
         await asyncio.to_thread(self._private.close)
 
     async def resolve(self, model: str | None, adapters: Terms | None = None) -> Pin:

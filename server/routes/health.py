@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from server.auth import require_api_key
 from server.engine.engine import Engine
 from server.errors import ApiError
+from server.resources import lacking
 from server.routes.dependencies import engine, settings
 from server.settings import Settings
 
@@ -41,9 +42,11 @@ async def health(thread: Thread, configured: Annotated[Settings, Depends(setting
 
 @router.get("/ready")
 async def ready(thread: Thread) -> dict[str, Any]:
-    """Whether requests are taken: the model is loaded, and the server is not about to stop."""
+    """Whether requests are taken: the model is loaded, the system gives what they need, no stop is near."""
     if not thread.ready:
         raise _unavailable("The server is stopping and takes no more requests.", "not_ready")
+    if (reason := lacking()) is not None:
+        raise _unavailable(reason, "out_of_resources")
     return {"status": "ready"}
 
 

@@ -22,7 +22,7 @@ from adapters_core.layers.surgery import replace_modules
 from server.engine.container import ModelContainer
 from server.engine.model import ModelInfo
 
-from ..aside import run_aside
+from ..aside import Aside
 from ..bare import bare_copy
 from ..errors import AdapterNotFusedError, UnmergedModelError
 from ..gate import Gate
@@ -88,6 +88,7 @@ class Fuser:
 
     def __init__(
         self,
+        aside: Aside,
         container: ModelContainer,
         info: ModelInfo,
         registry: Registry,
@@ -96,6 +97,7 @@ class Fuser:
         unloader: Unloader,
         options: FuseOptions,
     ) -> None:
+        self._aside = aside
         self._container = container
         self._info = info
         self._registry = registry
@@ -211,10 +213,12 @@ class Fuser:
         self, chosen: Choice, model: Any, rows: list[list[int]], precision: Precision, tell: Tell
     ) -> _Work:
         """Read, merge and compare; nothing that is served changes."""
-        adapters = await run_aside(chosen.read_again, model)
+        adapters = await self._aside.run(chosen.read_again, model)
         terms = list(zip(adapters, chosen.weights, strict=True))
         tell = on_loop(tell, chosen.name)
-        merged = await run_aside(merge, model, terms, precision, self._threshold, rows, chosen.name, tell)
+        merged = await self._aside.run(
+            merge, model, terms, precision, self._threshold, rows, chosen.name, tell
+        )
         return _Work(adapters, merged, model)
 
     async def _write(self, draft: ModelDraft, model: Any, adapter_id: str, tell: Tell) -> None:
@@ -222,7 +226,7 @@ class Fuser:
         tell = on_loop(tell, adapter_id)
         total_bytes, told_bytes = draft.expected_bytes(model), 0
         tell(FuseProgress("writing", 0, total_bytes))
-        writing = asyncio.ensure_future(run_aside(draft.write, model, self._info))
+        writing = asyncio.ensure_future(self._aside.run(draft.write, model, self._info))
         while not (await asyncio.wait({writing}, timeout=_LOOK_SECONDS))[0]:
             found_bytes = await asyncio.to_thread(draft.written_bytes)
             # All of it is told when it has its name; the folder that is looked at is there no more then.

@@ -5,7 +5,7 @@ loaded are there when the folder holds others. What is made has a copy alone. Of
 replaced is copied, at the latest out of the bank. The copies lie on disk, for memory is what adapters compete
 for. The first to go are those of what folders still hold, as far as anybody knows; then those that only a
 rollback would need; the oldest first. The books change at one instant each time, before what is copied is
-written and before what goes is removed. Runs on the event loop; works on files on threads of its own.
+written and before what goes is removed. Runs on the event loop; works on files on other threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adapters_core.bank import PreparedAdapter
 from adapters_core.errors import AdapterError, FolderChangedError, InvalidAdapterError
 from adapters_core.layers.module_weights import ModuleWeights
 
-from ..aside import run_aside
+from ..aside import Aside
 from ..copies import Copy, FilesCopy, ModulesCopy, RowsCopy, files_bytes
 from ..errors import LifeCycleError, VersionGoneError, VersionUnreadableError
 from ..folder import AdapterFolder
@@ -45,11 +45,18 @@ class Keeper:
     """The copies of one registry's versions, in `folder`, `limit_bytes` at most."""
 
     def __init__(
-        self, memory: Memory, registry: Registry, folder: PrivateFolder, tasks: Tasks, limit_bytes: int
+        self,
+        aside: Aside,
+        memory: Memory,
+        registry: Registry,
+        folder: PrivateFolder,
+        tasks: Tasks,
+        limit_bytes: int,
     ) -> None:
         self.limit_bytes = limit_bytes
         self.bytes_held = 0
         """Bytes of all copies, and of those that are being written."""
+        self._aside = aside
         self._memory = memory
         self._registry = registry
         self._folder = folder
@@ -123,11 +130,12 @@ class Keeper:
         if not self._make_room(size_bytes, {beside, version}, may_cost_rollbacks):
             return False
         write = ModulesCopy.of
-        self.adopt(version, await self._write(size_bytes, lambda place: run_aside(write, weights, place)))
+        copy = await self._write(size_bytes, lambda place: self._aside.run(write, weights, place))
+        self.adopt(version, copy)
         return version.kept
 
-    async def read(self, version: Version) -> PreparedAdapter:
-        """What the copy of `version` holds, under the identity that rows know it by.
+    async def read(self, version: Version, aside: Aside) -> PreparedAdapter:
+        """What the copy of `version` holds, under the identity that rows know it by; reads on `aside`.
 
         Raises:
             VersionGoneError: it is not what was kept, and is given up; there is no copy any more.
@@ -136,7 +144,7 @@ class Keeper:
         prepared, bank, copy = None, await self._memory.bank(), version.copy
         if copy is not None:
             try:
-                prepared = await run_aside(copy.prepare, bank)
+                prepared = await aside.run(copy.prepare, bank)
             except (FileNotFoundError, ValueError, InvalidAdapterError) as error:
                 if isinstance(error.__cause__, OSError):
                     raise _unreadable(version, error) from error
@@ -161,12 +169,13 @@ class Keeper:
         if not isinstance(source, AdapterFolder):
             return None
         size_bytes = await _size_of(source)
-        if not size_bytes or size_bytes > self.limit_bytes or not await run_aside(_holds, source, digest):
-            return None  # before any other copy is given up for it
-        if not make_room(size_bytes):
+        if not size_bytes or size_bytes > self.limit_bytes:
+            return None
+        # Read first: no other copy is given up for what does not hold.
+        if not await self._aside.run(_holds, source, digest) or not make_room(size_bytes):
             return None
         copy = await self._write(size_bytes, lambda place: asyncio.to_thread(FilesCopy.of, source, place))
-        if copy is None or await run_aside(_holds, copy.folder, digest):
+        if copy is None or await self._aside.run(_holds, copy.folder, digest):
             return copy
         self.discard(copy)
         return None
@@ -177,7 +186,7 @@ class Keeper:
         prepared = await self._memory.copy_of(version)
         if prepared is None or not make_room(size_bytes := RowsCopy.most_bytes(prepared)):
             return None
-        return await self._write(size_bytes, lambda place: run_aside(RowsCopy.of, prepared, place))
+        return await self._write(size_bytes, lambda place: self._aside.run(RowsCopy.of, prepared, place))
 
     async def _write(self, size_bytes: int, write: Callable[[Path], Awaitable[_T]]) -> _T | None:
         """The copy that `write` makes at a new place, of `size_bytes` at most, for which there is room.

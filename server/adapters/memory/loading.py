@@ -19,7 +19,7 @@ from adapters_core.mixed.residents import ResidentAdapter
 from adapters_core.open_folder import OpenFolder
 from server.engine.context import ModelContext
 
-from ..aside import run_aside
+from ..aside import Aside
 from ..errors import AdapterMemoryError
 from ..folder import AdapterFolder, AdapterFolders
 from .updates import BankUpdates
@@ -44,7 +44,9 @@ class Unfinished:
     residents: frozenset[ResidentAdapter]
 
 
-async def prepare_folder(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:
+async def prepare_folder(
+    aside: Aside, folder: AdapterFolder, bank: AdapterBank, limit_bytes: int
+) -> PreparedAdapter:
     """Read `folder` and check it against the bank's model, in full; changes nothing.
 
     Raises:
@@ -52,7 +54,7 @@ async def prepare_folder(folder: AdapterFolder, bank: AdapterBank, limit_bytes: 
         AdapterMemoryError: it would take more than `limit_bytes`, so it was not read.
         AdapterNotFoundError, OutsideRootError, FolderChangedError: as `AdapterFolder.open`.
     """
-    return await run_aside(_prepare, folder, bank, limit_bytes)
+    return await aside.run(_prepare, folder, bank, limit_bytes)
 
 
 async def refuse_too_large(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> None:
@@ -66,18 +68,22 @@ async def refuse_too_large(folder: AdapterFolder, bank: AdapterBank, limit_bytes
 
 
 async def prepare_again(
-    folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank, limit_bytes: int
+    aside: Aside, folders: AdapterFolders, folder: AdapterFolder, bank: AdapterBank, limit_bytes: int
 ) -> PreparedAdapter:
     """As `prepare_folder`, for a folder that was found before and may lead elsewhere by now.
 
     Raises:
         AdapterNotFoundError, PathNotAllowedError: as `AdapterFolders.again`.
     """
-    return await run_aside(_prepare_again, folders, folder, bank, limit_bytes)
+    return await aside.run(_prepare_again, folders, folder, bank, limit_bytes)
 
 
 async def check_made(
-    name: str, weights: Mapping[str, ModuleWeights], bank: AdapterBank, limit_bytes: int
+    aside: Aside,
+    name: str,
+    weights: Mapping[str, ModuleWeights],
+    bank: AdapterBank,
+    limit_bytes: int,
 ) -> ResidentAdapter:
     """What an adapter of `weights`, evaluated, will be in the bank; changes nothing.
 
@@ -85,7 +91,7 @@ async def check_made(
         InvalidAdapterError: it does not fit the model.
         AdapterMemoryError: it would take more than `limit_bytes`.
     """
-    return await run_aside(_check_made, name, weights, bank, limit_bytes)
+    return await aside.run(_check_made, name, weights, bank, limit_bytes)
 
 
 def known_as(prepared: PreparedAdapter, resident: ResidentAdapter) -> PreparedAdapter:

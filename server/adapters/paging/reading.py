@@ -1,6 +1,6 @@
 """Reads what is to come into memory, one at a time: folders, private copies, what is made.
 
-Runs on the event loop; the work itself on threads of its own (`loading`), beside the generation.
+Runs on the event loop; the work itself on a thread of its own (`loading`), beside the generation.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from adapters_core.errors import AdapterError
 from adapters_core.layers.module_weights import ModuleWeights
 from adapters_core.mixed.residents import ResidentAdapter
 
+from ..aside import Aside
 from ..errors import AdapterChangingError, LifeCycleError, VersionGoneError, VersionUnreadableError
 from ..folder import AdapterFolder, AdapterFolders
 from ..keeping.keeper import Keeper
@@ -43,6 +44,7 @@ class Reader:
 
     def __init__(
         self,
+        aside: Aside,
         memory: Memory,
         folders: AdapterFolders,
         keeper: Keeper,
@@ -51,6 +53,7 @@ class Reader:
     ) -> None:
         self.turns = asyncio.Semaphore(MAX_LOADS)
         self._pace = pace
+        self._aside = aside
         self._memory = memory
         self._folders = folders
         self._keeper = keeper
@@ -59,7 +62,7 @@ class Reader:
     async def folder(self, folder: AdapterFolder) -> PreparedAdapter:
         """What a folder holds now. Raises as `prepare_folder`."""
         async with self._pace.turn():
-            return await prepare_folder(folder, await self._memory.bank(), self._limit_bytes)
+            return await prepare_folder(self._aside, folder, await self._memory.bank(), self._limit_bytes)
 
     async def refuse_too_large(self, folder: AdapterFolder) -> None:
         """Raises AdapterMemoryError if what a folder holds can never fit; reads headers alone."""
@@ -68,7 +71,8 @@ class Reader:
     async def made(self, name: str, weights: Mapping[str, ModuleWeights]) -> ResidentAdapter:
         """What an adapter of modules called `name` will be in memory. Raises as `check_made`."""
         async with self._pace.turn():
-            return await check_made(name, weights, await self._memory.bank(), self._limit_bytes)
+            bank = await self._memory.bank()
+            return await check_made(self._aside, name, weights, bank, self._limit_bytes)
 
     async def copy(self, version: Version) -> PreparedAdapter:
         """What was loaded, from a version's private copy, else from its folder. Raises as `Keeper.read`."""
@@ -121,11 +125,12 @@ class Reader:
 
     async def _prepare_again(self, folder: AdapterFolder) -> PreparedAdapter:
         async with self._pace.turn():
-            return await prepare_again(self._folders, folder, await self._memory.bank(), self._limit_bytes)
+            bank = await self._memory.bank()
+            return await prepare_again(self._aside, self._folders, folder, bank, self._limit_bytes)
 
     async def _read_copy(self, version: Version) -> PreparedAdapter:
         async with self._pace.turn():
-            return await self._keeper.read(version)
+            return await self._keeper.read(version, self._aside)
 
     @property
     def _limit_bytes(self) -> int:

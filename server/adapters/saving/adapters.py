@@ -3,7 +3,7 @@
 A version is read from its private copy or from where it came, and known by its digest; what was written is
 read back before the folder gets its name. Nothing that is served changes. One at a time, since a blend that
 is made again holds whole matrices, and to its end whoever waits. Runs on the event loop; reads and writes on
-a thread of its own.
+another thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from adapters_core.formats.protocol import FormatName
 from adapters_core.formats.weights import WEIGHTS_FILE
 from adapters_core.formats.writing import adapter_files
 
-from ..aside import run_aside
 from ..errors import (
     AdapterNotSavedError,
     AdapterNotWritableError,
@@ -101,7 +100,7 @@ class AdapterSaver:
     async def _save(self, entry_id: str, version: Version, name: str, to: FormatName) -> SavedAdapter:
         async with self._turn:
             model = await self._service.bare_model(f"{quoted(entry_id)} cannot be saved")
-            return await run_aside(self._write, entry_id, version, name, to, model)
+            return await self._service.aside.run(self._write, entry_id, version, name, to, model)
 
     def _write(
         self, entry_id: str, version: Version, name: str, to: FormatName, model: nn.Module
