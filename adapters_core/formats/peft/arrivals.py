@@ -37,7 +37,7 @@ class Arrival:
 
     Rows `start`, `start` + 1, … there are `factors`[i] · old[`rows`[i]]; None is all rows in order, and 1.
     `added` is what is added to each number of a vector. `index` is that of a matrix in a stack.
-    `is_transposed` if the matrix is turned on the way.
+    `is_transposed` if the matrix is turned on the way. `is_part` if others have rows of the parameter too.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Arrival:
     added: float = 0.0
     index: int | None = None
     is_transposed: bool = False
+    is_part: bool = False
 
     @property
     def module(self) -> str:
@@ -56,7 +57,8 @@ class Arrival:
     @property
     def is_plain(self) -> bool:
         """Whether factors of the weight before loading are factors of the parameter, if that is all of it."""
-        return self.rows is None and self.index is None and self.factors is None and not self.added
+        changes = (self.rows, self.index, self.factors)
+        return not self.is_part and not self.added and all(change is None for change in changes)
 
     def same(self, other: Arrival) -> bool:
         """Whether the two say the same."""
@@ -200,6 +202,7 @@ def _pieces(
                         None if (factors == 1).all() else factors,
                         index=at,
                         is_transposed=is_transposed,
+                        is_part=len(rows) < len(matrices[0]),
                     ),
                 )
 
@@ -250,7 +253,7 @@ def _without_copies(name: str, places: Sequence[Arrival]) -> tuple[Arrival, ...]
     """`places` without a second one of the whole weight, as a tied head has it in some models."""
     if len(places) > 1 and all(one.is_plain for one in places):
         return tuple(one for one in places if one.path == name) or (places[0],)
-    return tuple(places)
+    return tuple(sorted(places, key=lambda one: (one.path, one.index or 0, one.start)))
 
 
 def _same(left: Sequence[Arrival], right: Sequence[Arrival]) -> bool:

@@ -11,26 +11,33 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-__all__ = ["RULES", "PathRule", "any_layer", "transformers_name"]
+__all__ = ["PathRule", "any_layer", "rules_of", "transformers_name"]
 
 
 @dataclass(frozen=True, slots=True)
 class PathRule:
-    """Pairs of a prefix in the transformers model and in what mlx-lm takes in; the first match holds."""
+    """Pairs of a prefix in the transformers model and in what mlx-lm takes in; the first match holds.
+
+    `parts` are pairs of what follows it, of which the first that is there is replaced.
+    """
 
     prefixes: tuple[tuple[str, str], ...]
+    parts: tuple[tuple[str, str], ...] = ()
 
     def to_mlx(self, path: str) -> str | None:
         """The name that mlx-lm takes in, or None where the rule says nothing."""
-        return _moved(path, self.prefixes)
+        moved = _moved(path, self.prefixes)
+        return None if moved is None else _replaced(moved, self.parts)
 
     def to_peft(self, path: str) -> str | None:
         """The path in the transformers model, or None where the rule says nothing."""
-        return _moved(path, tuple((mlx, peft) for peft, mlx in self.prefixes))
+        parts, prefixes = (tuple((mlx, peft) for peft, mlx in pairs) for pairs in (self.parts, self.prefixes))
+        return _moved(_replaced(path, parts), prefixes)
 
 
-RULES = (
-    PathRule((("", ""),)),
+_PLAIN = (("", ""),)
+_RULES = (
+    PathRule(_PLAIN),
     # transformers 5: the language model of a multimodal one, to mlx-lm's wrapper, or to its text model
     PathRule((("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head"))),
     PathRule((("model.language_model.", "model."), ("lm_head", "lm_head"))),
@@ -44,6 +51,43 @@ RULES = (
     # an adapter that was trained on the decoder alone
     PathRule((("", "model."),)),
 )
+
+
+# What transformers 5 calls otherwise than checkpoints do, by the model's type.
+_OWN_RULES = {
+    "bailing_hybrid": PathRule(
+        (("model.embed_tokens", "model.word_embeddings"), *_PLAIN),
+        (
+            (".self_attn.o_proj", ".attention.dense"),
+            (".self_attn.forget_gate.", ".attention."),
+            (".self_attn.", ".attention."),
+        ),
+    ),
+    "exaone": PathRule(
+        (("model.embed_tokens", "transformer.wte"), ("model.layers.", "transformer.h."), *_PLAIN),
+        (
+            (".self_attn.o_proj", ".attn.attention.out_proj"),
+            (".self_attn.", ".attn.attention."),
+            (".mlp.gate_proj", ".mlp.c_fc_0"),
+            (".mlp.up_proj", ".mlp.c_fc_1"),
+            (".mlp.down_proj", ".mlp.c_proj"),
+        ),
+    ),
+    "kimi_linear": PathRule(_PLAIN, ((".forget_gate.", "."),)),
+    "laguna": PathRule(_PLAIN, ((".shared_experts.", ".shared_expert."),)),
+    "minimax_m3_vl": PathRule(
+        (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")),
+        ((".mlp.shared_experts.", ".block_sparse_moe.shared_experts."),),
+    ),
+    "nemotron_h": PathRule((("model.", "backbone."), *_PLAIN)),
+    "phimoe": PathRule(_PLAIN, ((".mlp.router", ".block_sparse_moe.gate"),)),
+}
+
+
+def rules_of(model_type: str) -> tuple[PathRule, ...]:
+    """The rules that an adapter for a model of this type may follow, the plainest first."""
+    own = _OWN_RULES.get(model_type)
+    return _RULES if own is None else (_RULES[0], own, *_RULES[1:])
 
 
 # Prefixes in MLX models, and in transformers 5, where mlx-lm renames what checkpoints have.
@@ -62,6 +106,10 @@ def transformers_name(model_type: str, path: str) -> str:
 def any_layer(path: str) -> str:
     """`path` with a star for each number: what modules of the same kind in all layers have in common."""
     return re.sub(r"\.\d+\.", ".*.", path)
+
+
+def _replaced(path: str, parts: Collection[tuple[str, str]]) -> str:
+    return next((path.replace(old, new, 1) for old, new in parts if old in path), path)
 
 
 def _moved(path: str, prefixes: Collection[tuple[str, str]]) -> str | None:

@@ -18,7 +18,7 @@ from ...layers.targets import named_base_modules
 from .arrivals import Arrival, Arrivals, arrivals
 from .experts import switch_block
 from .factors import Shape
-from .paths import RULES, PathRule, any_layer
+from .paths import PathRule, any_layer, rules_of
 from .routers import router_place
 
 __all__ = ["Places"]
@@ -86,8 +86,9 @@ class Places:
 
     def _best_rule(self) -> tuple[PathRule, Arrivals]:
         """The rule under which most modules have a place; the plainest of equals."""
-        best = -1, RULES[0], Arrivals()
-        for rule in RULES:
+        rules = rules_of(str(getattr(self._model, "model_type", "")))
+        best = -1, rules[0], Arrivals()
+        for rule in rules:
             found = self._arrivals_under(rule)
             hits = sum(
                 bool(self._placed(name, rule, found)) or self._is_expert(name, rule) for name in self._rows

@@ -89,7 +89,9 @@ def _asked_for(name: object, markers: Weights, checkpoint: Weights) -> Weights:
     kin = [own for other, own in markers.items() if _NUMBER.sub("*", other) == _NUMBER.sub("*", name)]
     made = kin[0] if kin else mx.zeros((64, 64))
     layers = {found[0] for other in checkpoint if (found := _NUMBER.search(other)) is not None}
-    return {name: made} | {_NUMBER.sub(layer, name, count=1): made for layer in sorted(layers)}
+    # A `sanitize` that takes a module out where its weight is missing has done so in the model already.
+    made_for = {name: made, f"{name}.weight": made}
+    return made_for | {_NUMBER.sub(layer, name, count=1): made for layer in sorted(layers)}
 
 
 def _tree_of(node: Any) -> Any:
