@@ -113,6 +113,8 @@ def _limit(value: int) -> int:
 
 
 def _few_biases(value: Any) -> Any:
+    if value == []:  # llama.cpp's way to say none
+        return {}
     # Before the entries are looked at: a million wrong ones would be a million problems to report.
     if isinstance(value, dict) and len(value) > _MAX_BIASES:
         raise PydanticCustomError("too_many", "should have at most {limit} entries", {"limit": _MAX_BIASES})

@@ -8,12 +8,13 @@ from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from adapters_core.errors import InvalidAdapterError
 from server.adapters.errors import AdapterExistsError, AdapterNotFoundError, InvalidAdapterIdError
 from server.errors import ApiError
 from server.json_body import JsonRoute
+from server.routes.bodies import Body
 from server.routes.dependencies import Adapters
 
 __all__ = ["router"]
@@ -23,18 +24,24 @@ router = APIRouter(prefix="/v1", tags=["vLLM"], route_class=JsonRoute)
 Text = Annotated[str, Field(max_length=4096, strict=True)]
 
 
-class LoadLoraBody(BaseModel):
+class LoadLoraBody(Body):
     """What vLLM asks for; a field that is missing gets vLLM's own answer."""
 
     lora_name: Text = ""
     lora_path: Text = ""
-    load_inplace: Annotated[bool, Field(strict=True)] = False
+    load_inplace: bool = False
+    pinned: bool | None = None
+    """SGLang's: keep it loaded when memory is needed."""
+    base_model_name: Text | None = None
+    """A label in vLLM; here there is one base."""
 
 
-class UnloadLoraBody(BaseModel):
+class UnloadLoraBody(Body):
     """What vLLM asks for; a field that is missing gets vLLM's own answer."""
 
     lora_name: Text = ""
+    lora_int_id: int | None = None
+    """vLLM's own number of it, which it does not read either."""
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse)
@@ -43,7 +50,7 @@ async def load_lora_adapter(body: LoadLoraBody, service: Adapters) -> PlainTextR
     if not body.lora_name or not body.lora_path:
         raise _invalid("Both 'lora_name' and 'lora_path' must be provided.")
     with _vllm_errors(body.lora_name):
-        await service.load(body.lora_name, body.lora_path, replace=body.load_inplace)
+        await service.load(body.lora_name, body.lora_path, pinned=body.pinned, replace=body.load_inplace)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 

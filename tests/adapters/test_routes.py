@@ -410,6 +410,10 @@ async def test_vllms_names(tiny_site: Site) -> None:
         await tiny_site.call("POST", load_path, in_place) == "Success: LoRA adapter 'x' added successfully."
     )
     assert (await tiny_site.call("GET", "/v1/adapters/x"))["version"] == 2
+    pinned = {"lora_name": "kept", "lora_path": "a", "pinned": True}
+    assert (await tiny_site.call("POST", load_path, pinned)).startswith("Success")
+    assert (await tiny_site.call("GET", "/v1/adapters/kept"))["pinned"]
+    await tiny_site.call("POST", unload_path, {"lora_name": "kept"})
     for wrong, status, kind in (
         ({}, 400, "InvalidUserInput"),
         ({"lora_name": "y"}, 400, "InvalidUserInput"),
@@ -420,6 +424,7 @@ async def test_vllms_names(tiny_site: Site) -> None:
         ({"lora_name": "y", "lora_path": "/etc"}, 403, "permission_error"),
         ({"lora_name": "y", "lora_path": "../x"}, 403, "permission_error"),
         ({"lora_name": 7, "lora_path": "a"}, 400, "invalid_request_error"),
+        ({"lora_name": "y", "lora_path": "a", "load_in_place": True}, 400, "invalid_request_error"),
     ):
         error = (await tiny_site.call("POST", load_path, wrong, status=status))["error"]
         assert error["type"] == kind, wrong

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from server.engine.model import LoadedModel
-from tests.api.parrot import TEXTS, load_parrot
+from tests.api.parrot import TEMPLATE, TEXTS, load_parrot
 from tests.api.serving import CHAT, Service, serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -210,3 +211,85 @@ async def test_an_unknown_name_is_404_with_what_is_served(service: Service) -> N
     assert reply.status_code == 404
     assert reply.json()["error"]["code"] == "model_not_found"
     assert "parrot" in reply.json()["error"]["message"]
+
+
+# What a conversation may look like
+
+ONE_SYSTEM_MESSAGE = (
+    "{% for message in messages %}{% if loop.first or message.role != 'system' %}{{ message.content }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def conversation(*messages: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+async def prompt_tokens(service: Service, messages: list[dict[str, Any]], **fields: Any) -> int:
+    reply = await service.client.post(CHAT, json={"messages": messages, "max_tokens": 1, **fields})
+    assert reply.status_code == 200, reply.text
+    return reply.json()["usage"]["prompt_tokens"]
+
+
+async def test_an_assistant_may_have_said_nothing(service: Service) -> None:
+    for said in ({"content": None}, {}, {"content": ""}, {"content": []}):
+        messages = [{"role": "assistant", **said}, *HELLO]
+        assert await prompt_tokens(service, messages) == 1
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, ONE_SYSTEM_MESSAGE], ids=["refuses", "leaves out"])
+async def test_first_system_messages_are_joined_where_the_template_takes_one(template: str) -> None:
+    async with serving(load_parrot(template)) as service:
+        joined = conversation(("system", "Be brief.\n\nBe kind."), ("user", "hello"))
+        apart = conversation(("system", "Be brief."), ("developer", "Be kind."), ("user", "hello"))
+        assert await prompt_tokens(service, apart) == await prompt_tokens(service, joined)
+        late = conversation(("system", "Be brief."), ("user", "hello"), ("system", "Be kind."))
+        reply = await service.client.post(CHAT, json={"messages": late})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["code"] == "chat_template_error"
+
+
+async def test_system_messages_stay_apart_where_the_template_takes_several() -> None:
+    async with serving(
+        load_parrot("{% for message in messages %}[{{ message.content }}]{% endfor %}")
+    ) as service:
+        messages = conversation(("system", "a"), ("system", "b"), ("user", "hello"))
+        assert await prompt_tokens(service, messages) == len("[a][b][") + 1 + len("]")
+
+
+ENDS = (
+    "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}> {% endif %}"
+)
+
+
+async def test_the_last_message_goes_on() -> None:
+    async with serving(load_parrot(ENDS)) as service:
+        messages = conversation(("user", "x"), ("assistant", "greek"))
+        assert await prompt_tokens(service, messages) == len("x\n_\n> ")
+        assert await prompt_tokens(service, messages, add_generation_prompt=False) == len("x\n_\n")
+        assert await prompt_tokens(service, messages, continue_final_message=True) == len("x\n_")
+        for fields in ({}, {"add_generation_prompt": False}):
+            body = {"messages": messages, "continue_final_message": True, **fields}
+            reply = await service.client.post(CHAT, json=body)
+            assert reply.json()["choices"][0]["message"]["content"] == TEXTS["greek"]
+        streamed = await service.events(CHAT, messages=messages, continue_final_message=True)
+        deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in streamed[:-1]]
+        assert "".join(deltas) == TEXTS["greek"]
+
+
+async def test_the_space_after_a_message_that_goes_on_is_kept(service: Service) -> None:
+    messages = conversation(("user", "x"), ("assistant", "country"))
+    for continues, text in ((True, " Paris."), (False, "Paris.")):
+        reply = await service.client.post(
+            CHAT, json={"messages": messages, "continue_final_message": continues}
+        )
+        assert reply.json()["choices"][0]["message"]["content"] == text
+
+
+async def test_a_message_that_the_template_does_not_show_cannot_go_on() -> None:
+    async with serving(load_parrot("{{ messages[0].content }}")) as service:
+        messages = conversation(("user", "hello"), ("assistant", "Hi"))
+        reply = await service.client.post(CHAT, json={"messages": messages, "continue_final_message": True})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == "continue_final_message"

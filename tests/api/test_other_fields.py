@@ -135,7 +135,14 @@ async def test_what_pages_and_clients_always_send_is_accepted(service: Service) 
         "timings_per_token": True, "cache_prompt": True, "reasoning_control": True,
         "chat_template_kwargs": {"enable_thinking": False},
     }  # fmt: skip
-    lm_studio = {"ttl": 300, "draft_model": "", "repeat_penalty": 1.0, "seed": -1, "max_tokens": -1}
+    lm_studio = {
+        "logit_bias": [],
+        "ttl": 300,
+        "draft_model": "",
+        "repeat_penalty": 1.0,
+        "seed": -1,
+        "max_tokens": -1,
+    }
     vllm = {
         "best_of": 1, "use_beam_search": False, "length_penalty": 1.0, "ignore_eos": False, "min_tokens": 0,
         "skip_special_tokens": True, "spaces_between_special_tokens": True, "echo": False, "priority": 0,

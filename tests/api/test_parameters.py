@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import mlx_lm.server
 import pytest
 import pytest_asyncio
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionStreamOptionsParam,
+    ChatCompletionUserMessageParam,
+)
+from openai.types.chat import completion_create_params as chat_params
 
 from server.openai.fields import AdapterWeight, Wire
 from server.openai.parameters import Parameter, vocabulary
@@ -60,6 +70,25 @@ async def test_parameters_have_sources_and_depend_on_known_ones() -> None:
         for name, parameter in known.items():
             assert parameter.sources, name
             assert {*parameter.only_with, parameter.same_as} - {None} <= known.keys(), name
+
+
+async def test_parameters_hold_all_of_the_installed_openai_library() -> None:
+    for params, models in ((chat_params, "request"), (completion_params, "request")):
+        names = params.CompletionCreateParamsBase.__annotations__.keys()
+        assert names <= vocabulary(models).parameters.keys()
+    assert (
+        ChatCompletionStreamOptionsParam.__annotations__.keys()
+        <= vocabulary("stream_options").parameters.keys()
+    )
+    for message in (ChatCompletionAssistantMessageParam, ChatCompletionUserMessageParam):
+        assert message.__annotations__.keys() <= vocabulary("message").parameters.keys()
+
+
+async def test_parameters_hold_all_that_the_installed_mlx_lm_server_reads() -> None:
+    source = inspect.getsource(mlx_lm.server)
+    names = set(re.findall(r'self\.body(?:\.get\(|\[)"(\w+)"', source))
+    assert {"adapters", "xtc_threshold", "prompt"} <= names
+    assert names <= vocabulary("request").parameters.keys()
 
 
 # Served: with each value, something is other than without it
