@@ -12,11 +12,21 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+)
 
+from .config_history import LAYERS_BEFORE, MAX_SCALE, is_mlx, read_today
 from .errors import InvalidAdapterError, named
 from .files import replacing
 from .open_folder import OpenFolder, opened
+from .starts import told_by_start
 
 __all__ = [
     "CONFIG_FILE",
@@ -32,9 +42,12 @@ __all__ = [
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 4096
-_MAX_SCALE = 1e6
 _MAX_LAYERS = 100_000
 _MAX_NESTING = 64
+
+_BASE_FIELDS = ("model", "base_model_name_or_path")
+_HEEDED = (LAYERS_BEFORE, "use_dora", "peft_type")
+_VLM_FIELDS = frozenset({"rank", "alpha"})
 
 _Key = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=512)]
 
@@ -44,7 +57,7 @@ _EXPECTED = {
     "num_layers": f"a whole number up to {_MAX_LAYERS} (-1 for all layers)",
     "lora_parameters": "an object with rank, scale, dropout and keys",
     "lora_parameters.rank": f"a whole number from 1 to {MAX_RANK}",
-    "lora_parameters.scale": f"a finite number between -{_MAX_SCALE:g} and {_MAX_SCALE:g}",
+    "lora_parameters.scale": f"a finite number between -{MAX_SCALE:g} and {MAX_SCALE:g}",
     "lora_parameters.dropout": "a number from 0 to below 1",
     "lora_parameters.keys": "null, or a list with at least one module path",
     "lora_parameters.keys.[]": "a module path (a string of 1 to 512 characters)",
@@ -67,7 +80,7 @@ class LoRAParameters(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     rank: int = Field(default=8, ge=1, le=MAX_RANK, strict=True)
-    scale: float = Field(default=10.0, ge=-_MAX_SCALE, le=_MAX_SCALE, allow_inf_nan=False, strict=True)
+    scale: float = Field(default=10.0, ge=-MAX_SCALE, le=MAX_SCALE, allow_inf_nan=False, strict=True)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False, strict=True)
     keys: list[_Key] | None = Field(default=None, min_length=1)
 
@@ -84,18 +97,31 @@ class AdapterConfig(BaseModel):
     fine_tune_type: FineTuneType = FineTuneType.LORA
     num_layers: int = Field(default=16, ge=-_MAX_LAYERS, le=_MAX_LAYERS, strict=True)
     lora_parameters: LoRAParameters = Field(default_factory=LoRAParameters)
+    _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def base_name(self) -> str | None:
-        """The base that it was trained on, which mlx-lm's trainer writes as `model`."""
-        named = (self.model_extra or {}).get("model")
-        return named if isinstance(named, str) and named else None
+        """The base that it was trained on: `model`, as mlx-lm's trainer has it, else as Unsloth's."""
+        extra = self.model_extra or {}
+        named = (extra.get(name) for name in _BASE_FIELDS)
+        return next((name for name in named if isinstance(name, str) and name), None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What may have been meant otherwise, a sentence each, for the load report."""
+        return self._notes
+
+    @property
+    def has_todays_layers(self) -> bool:
+        """Whether `num_layers` was written under this name."""
+        return LAYERS_BEFORE not in (self.model_extra or {})
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
         """Fields with a value that do not change what the adapter computes: those of its training."""
         extra = dict(self.model_extra or {})
-        extra.pop("model", None)
+        for name in (*_BASE_FIELDS, *_HEEDED):
+            extra.pop(name, None)
         extra["lora_parameters.dropout"] = self.lora_parameters.dropout
         for name, value in (self.lora_parameters.model_extra or {}).items():
             extra[f"lora_parameters.{name}"] = value
@@ -125,17 +151,23 @@ class AdapterConfig(BaseModel):
         return cls.from_values(values, path.name)
 
     @classmethod
-    def from_values(cls, values: object, source: str) -> Self:
-        """Check `values`, as JSON gives them.
+    def from_values(cls, values: object, source: str, scale: float | None = None) -> Self:
+        """Check `values`, as JSON gives them and as any version of mlx-lm wrote them.
+
+        `scale` stands in place of `lora_parameters.scale`.
 
         Raises:
             InvalidAdapterError: naming `source` and every problem.
         """
         if not isinstance(values, dict):
             raise InvalidAdapterError(source, [f"{CONFIG_FILE}: expected a JSON object, got {_kind(values)}"])
-        if "peft_type" in values:
+        if not is_mlx(values):
             raise InvalidAdapterError(source, [_PEFT_ADVICE])
-        problems = _advice(values)
+        if values.keys() >= _VLM_FIELDS and "lora_parameters" not in values:
+            raise InvalidAdapterError(source, [_VLM_ADVICE])
+        reading = read_today(values, scale)
+        values = reading.values
+        problems = [f"{CONFIG_FILE}: {problem}" for problem in reading.problems] + _advice(values)
         try:
             config = cls.model_validate(values)
         except ValidationError as error:
@@ -148,6 +180,7 @@ class AdapterConfig(BaseModel):
             raise InvalidAdapterError(source, problems) from None
         if problems:
             raise InvalidAdapterError(source, problems)
+        config._notes = tuple(f"{CONFIG_FILE}: {note}" for note in reading.notes)
         return config
 
     def to_values(self) -> dict[str, JsonValue]:
@@ -177,11 +210,17 @@ _PEFT_ADVICE = (
 )
 _FULL_ADVICE = (
     f'{CONFIG_FILE}: fine_tune_type is "full": these are weights of a whole model, not an adapter. '
-    "Serve the folder as a model instead"
+    "Serve the folder as a model instead: `mlx_lm.fuse --model BASE --adapter-path FOLDER --save-path MODEL` "
+    "makes one"
 )
 _ALPHA_ADVICE = (
     f"{CONFIG_FILE}: lora_parameters has alpha but no scale; expected scale, the factor of the update "
-    "itself (alpha / rank in other tools)"
+    "itself (alpha / rank in other tools). Write it into the file, or load the adapter with a scale"
+)
+_VLM_ADVICE = (
+    f"{CONFIG_FILE}: this is the config of an adapter of an older mlx-vlm (rank, alpha and dropout, and no "
+    "lora_parameters), whose tensors have other names (A, B). Train it again with an mlx-vlm that writes "
+    "lora_parameters, or fuse it into its base with mlx-vlm and serve that"
 )
 
 
@@ -240,17 +279,21 @@ def read_values(folder: OpenFolder, file_name: str = CONFIG_FILE, source: str | 
         values = json.loads(content, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise refuse(f"expected at most {_MAX_NESTING} levels of nesting, there are far more") from None
-    except json.JSONDecodeError as error:
-        what = error.msg.partition(":")[0]  # what may follow is an excerpt of the file
-        place = f"line {error.lineno}, column {error.colno}"
-        raise refuse(f"expected JSON, got something else ({what}: {place})") from None
-    except UnicodeDecodeError:
-        raise refuse("expected JSON, got something else (it is no text in UTF-8)") from None
     except ValueError as error:
-        raise refuse(f"expected JSON, got something else ({error})") from None
+        raise refuse(f"expected JSON, got something else ({_no_json(content, error)})") from None
     if _nests_deeper(values, _MAX_NESTING):
         raise refuse(f"expected at most {_MAX_NESTING} levels of nesting, there are more")
     return values
+
+
+def _no_json(content: bytes, error: ValueError) -> str:
+    """Why `content` cannot be read, without an excerpt of it."""
+    if (is_other := told_by_start(content)) is not None:
+        return is_other
+    if isinstance(error, json.JSONDecodeError):
+        # What may follow is an excerpt of the file.
+        return f"{error.msg.partition(':')[0]}: line {error.lineno}, column {error.colno}"
+    return "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def _no_constant(name: str) -> float:

@@ -63,17 +63,23 @@ class AdapterContainer:
         self._loaded: _Loaded | None = None
 
     @classmethod
-    def from_directory(cls, directory: str | Path | OpenFolder, weights_file: str | None = None) -> Self:
+    def from_directory(
+        cls,
+        directory: str | Path | OpenFolder,
+        weights_file: str | None = None,
+        scale: float | None = None,
+    ) -> Self:
         """Read a folder as mlx-lm or PEFT writes it; adapter_config.json says which of them did.
 
         `weights_file` names a file in it to be read in the place of the adapter's own, such as a checkpoint.
+        `scale` stands in place of the one in a config in mlx-lm's format, whose meaning changed over time.
 
         Raises:
             InvalidAdapterError: naming the folder and every problem of both files.
             FolderChangedError, OutsideRootError: as `OpenFolder.read`.
         """
         with opened(directory) as folder:
-            content, digest = read_adapter(folder, weights_file)
+            content, digest = read_adapter(folder, weights_file, scale)
             return cls(content, folder.name, digest)
 
     @classmethod
@@ -187,7 +193,7 @@ class AdapterContainer:
         _require_no_adapter(model)
         mapped = self._current.on(model)
         if mapped.problems:
-            raise InvalidAdapterError(self._source, mapped.problems)
+            raise InvalidAdapterError(self._source, mapped.problems, mapped.causes)
         return mapped
 
     def load(self, into: nn.Module) -> None:

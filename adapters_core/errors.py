@@ -12,6 +12,7 @@ AdapterError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 __all__ = [
@@ -23,11 +24,15 @@ __all__ = [
     "InvalidBlendError",
     "OutsideRootError",
     "UnsupportedModelError",
+    "grouped",
     "named",
     "quoted",
 ]
 
 _SHOWN_CHARS = 80
+_SHOWN_OF_A_KIND = 3
+# What differs between problems of one kind: the names of modules and tensors, and numbers.
+_OWN = re.compile(r"[\w-]*(?:\.[\w*-]+)+|\d+")
 
 
 def quoted(text: str) -> str:
@@ -40,6 +45,22 @@ def named(text: str) -> str:
     return text if text.isprintable() and len(text) <= _SHOWN_CHARS else quoted(text)
 
 
+def grouped(problems: Sequence[str]) -> list[str]:
+    """The first three of each kind of `problems`, and how many more there are, in their order.
+
+    A kind is a sentence without the names and numbers in it.
+    """
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_OWN.sub("#", problem), []).append(problem)
+    told: list[str] = []
+    for kind in kinds.values():
+        told += kind[:_SHOWN_OF_A_KIND]
+        if (more := len(kind) - _SHOWN_OF_A_KIND) > 0:
+            told[-1] += f" (and {more} more like this)"
+    return told
+
+
 class AdapterError(Exception):
     """Anything that this package raises on purpose."""
 
@@ -48,14 +69,26 @@ class InvalidAdapterError(AdapterError):
     """An adapter that cannot be used, with everything that is wrong with it.
 
     `source` names the folder, file or model it came from (no absolute path); `problems` holds one
-    sentence each, never empty.
+    sentence each, never empty, and `causes` what is behind many of them, if that can be told. The message
+    has the causes and the first problems of each kind (`grouped`).
     """
 
-    def __init__(self, source: str, problems: Sequence[str]) -> None:
+    def __init__(self, source: str, problems: Sequence[str], causes: Sequence[str] = ()) -> None:
         self.source = source
         self.problems = tuple(problems)
-        shown = "; ".join(self.problems)
+        self.causes = tuple(causes)
+        shown = "; ".join(self.told)
         super().__init__(f"adapter {source!r} cannot be used ({len(self.problems)} problem(s)): {shown}")
+
+    @property
+    def told(self) -> list[str]:
+        """What a person reads."""
+        return [*self.causes, *grouped(self.problems)]
+
+    @property
+    def details(self) -> list[str]:
+        """All that is known."""
+        return [*self.causes, *self.problems]
 
 
 class FolderChangedError(AdapterError):
@@ -82,7 +115,7 @@ class UnsupportedModelError(AdapterError):
 
     def __init__(self, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
-        super().__init__("; ".join(self.reasons))
+        super().__init__("; ".join(grouped(self.reasons)))
 
 
 class ContainerStateError(AdapterError):
@@ -101,4 +134,4 @@ class InvalidBlendError(BlendError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        super().__init__("; ".join(self.problems))
+        super().__init__("; ".join(grouped(self.problems)))

@@ -129,7 +129,7 @@ def _make_adapters(settings: Settings, engine: Engine, info: ModelInfo, metrics:
         watched_dir=root if settings.watch else None,
         settle_seconds=settings.watch_settle_seconds,
     )
-    folders = AdapterFolders(root, configured_folders(settings.adapters, root))
+    folders = AdapterFolders(root, configured_folders(settings.adapters, root), settings.adapter_scales)
     base = settings.served_model_name or info.model_id
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
 

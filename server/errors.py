@@ -207,7 +207,7 @@ class InternalError(ApiError):
 
 
 def _from_invalid_adapter(error: InvalidAdapterError) -> ApiError:
-    return ApiError(422, str(error), code="adapter_invalid", details=list(error.problems), headers=_NO_RETRY)
+    return ApiError(422, str(error), code="adapter_invalid", details=error.details, headers=_NO_RETRY)
 
 
 def _from_invalid_blend(error: InvalidBlendError) -> ApiError:

@@ -65,6 +65,22 @@ def _split_pairs(value: object) -> object:
     return pairs
 
 
+def _split_scales(value: object) -> object:
+    """A string or a list of strings is pairs ID=NUMBER; a table stays as it is."""
+    parts = _split_list(value)
+    if not isinstance(parts, list | tuple):
+        return parts
+    pairs: dict[str, str] = {}
+    for part in parts:
+        name, _, number = str(part).partition("=")
+        if not (name and number):
+            raise ValueError(f"expected ID=NUMBER, such as pirate=20, but got {part!r}")
+        if name in pairs:
+            raise ValueError(f"expected each adapter id once, but {name!r} is given twice")
+        pairs[name] = number
+    return pairs
+
+
 def _check_folders(folders: dict[str, str], info: ValidationInfo) -> dict[str, str]:
     expanded = {name: os.path.expanduser(path) for name, path in folders.items()}
     root = info.data.get("adapters_dir")
@@ -103,6 +119,7 @@ def _default_allowed_hosts(validated: dict[str, Any]) -> list[str]:
     return ["localhost", "127.0.0.1", "[::1]"] if is_loopback(host) else ["*"]
 
 
+AdapterScale = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 Words = Annotated[list[str], NoDecode, BeforeValidator(_split_list)]
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Folder = Annotated[DirectoryPath, BeforeValidator(_expand_home)]
@@ -152,6 +169,12 @@ class Settings(BaseSettings):
         json_schema_extra=_group("Adapters") | {"flag": "--adapter", "metavar": "ID=PATH"},
     )
     """Adapter to load at the start, as ID=PATH: a folder anywhere, or under the adapters root. Repeatable."""
+
+    adapter_scales: Annotated[dict[str, AdapterScale], NoDecode, BeforeValidator(_split_scales)] = Field(
+        default_factory=dict,
+        json_schema_extra=_group("Adapters") | {"flag": "--adapter-scale", "metavar": "ID=NUMBER"},
+    )
+    """Scale of an adapter, as ID=NUMBER, in place of the one in its config in mlx-lm's format. Repeatable."""
 
     models_dir: Folder | None = Field(default=None, json_schema_extra=_group("Adapters"))
     """Models root: the folder in which a fused model may be saved; saving is refused when unset."""

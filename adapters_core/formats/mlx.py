@@ -6,7 +6,7 @@ changes no model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,7 +16,10 @@ from pydantic import JsonValue
 from ..config import CONFIG_FILE, AdapterConfig, FineTuneType
 from ..layers.module_weights import ModuleWeights
 from ..layers.modules import factor_shapes
-from ..layers.targets import find_targets, named_modules
+from ..layers.targets import named_base_modules, named_modules
+from .causes import causes_of_names
+from .misfits import Placed, causes_on
+from .mlx_targets import find_adapted
 from .protocol import FormatName, Mapped
 from .tensor_names import LEAVES, is_leaf, split_name, tensors_of, weights_of
 
@@ -25,11 +28,12 @@ __all__ = ["MlxFormat"]
 
 @dataclass(frozen=True, slots=True)
 class MlxFormat:
-    """An adapter as mlx-lm's files say it is."""
+    """An adapter as mlx-lm's files say it is; `notes` are on how its tensors were read."""
 
     config: AdapterConfig
     tensors: Mapping[str, mx.array]
     name: FormatName = "mlx"
+    notes: tuple[str, ...] = ()
 
     @property
     def type(self) -> FineTuneType:
@@ -65,7 +69,8 @@ class MlxFormat:
 
     def on(self, model: nn.Module) -> Mapped:
         """Every target needs its tensors, and every tensor a target."""
-        targets, problems = find_targets(model, self.config)
+        adapted = find_adapted(model, self.config, {split_name(name)[0] for name in self.tensors})
+        targets, problems = adapted.targets, adapted.problems
         rank = self.config.lora_parameters.rank
         is_dora = self.type is FineTuneType.DORA
         shapes = {path: factor_shapes(module, rank, is_dora) for path, module in targets.items()}
@@ -82,14 +87,39 @@ class MlxFormat:
             known = {path for path, _ in named_modules(model)}
             problems += [_left_over(name, known, shapes, self.config) for name in left_over]
         if problems:
-            return Mapped({}, problems)
+            causes = [adapted.cause] if adapted.cause else self._causes(model)
+            return Mapped({}, problems, causes=tuple(causes))
         scale = self.config.lora_parameters.scale
         leaves = {path: {leaf: self.tensors[f"{path}.{leaf}"] for leaf in shapes[path]} for path in shapes}
-        return Mapped({path: weights_of(leaves[path], scale) for path in leaves}, [])
+        weights = {path: weights_of(leaves[path], scale) for path in leaves}
+        return Mapped(weights, [], (*self.config.notes, *adapted.notes, *self.notes))
+
+    def _causes(self, model: nn.Module) -> Sequence[str]:
+        """What may be behind problems on `model`."""
+        if causes := causes_of_names(self.tensors.keys(), is_peft=False):
+            return causes
+        modules = dict(named_base_modules(model))
+        found = [_placed(path, self.tensors, path in modules) for path in _paths(self.tensors)]
+        rank = self.config.lora_parameters.rank
+        return causes_on(modules, found, rank=rank, base_name=self.base_name)
 
     def with_weights(self, weights: Mapping[str, ModuleWeights]) -> MlxFormat:
         """The same config with other values."""
         return MlxFormat(self.config, tensors_of(weights))
+
+
+def _paths(tensors: Mapping[str, mx.array]) -> list[str]:
+    """The modules that `tensors` name."""
+    return list(dict.fromkeys(path for path, leaf in map(split_name, tensors) if path and is_leaf(leaf)))
+
+
+def _placed(path: str, tensors: Mapping[str, mx.array], is_there: bool) -> Placed:
+    """A module as the file has it, with its sizes where a plain pair of factors says them."""
+    place = path if is_there else None
+    a, b = tensors.get(f"{path}.lora_a"), tensors.get(f"{path}.lora_b")
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2:
+        return Placed(path, place)
+    return Placed(path, place, a.shape[0], b.shape[1], a.shape[1] if a.shape[1] == b.shape[0] else None)
 
 
 def _left_over(

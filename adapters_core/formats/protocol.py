@@ -30,12 +30,14 @@ FormatName = Literal["mlx", "peft"]
 class Mapped:
     """An adapter on one model: its weights by path in the model, and every reason why they do not fit.
 
-    `warnings` are for what fits and may not be what the file's author had in mind.
+    `warnings` are for what fits and may not be what the file's author had in mind, `causes` for what may be
+    behind the problems.
     """
 
     weights: dict[str, ModuleWeights]
     problems: list[str]
     warnings: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
 
 
 class AdapterFormat(Protocol):

@@ -3,7 +3,8 @@
     PATH.lora_a, PATH.lora_b, PATH.m      of a module; m with DoRA
     PATH.lora_a.0, PATH.lora_b.0, …       of a split layer, a pair for each of its outputs
 
-A bias of the adapter's own, which mlx-lm lacks, is called `lora_bias` here. Knows no model. Pure.
+A bias of the adapter's own, which mlx-lm lacks, is called `lora_bias` here. Up to 0.28.1, mlx-lm wrote A of
+experts as (experts * r, in). Knows no model. Pure.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ import mlx.core as mx
 
 from ..layers.module_weights import ModuleWeights
 
-__all__ = ["LEAVES", "is_leaf", "part_problems", "split_name", "tensors_of", "weights_of"]
+__all__ = [
+    "LEAVES",
+    "is_leaf",
+    "part_problems",
+    "split_name",
+    "tensors_of",
+    "weights_of",
+    "with_todays_shapes",
+]
 
 LEAVES = ("lora_a", "lora_b", "m")
 _FACTORS = LEAVES[:2]
@@ -45,6 +54,20 @@ def is_leaf(leaf: str) -> bool:
     """Whether an adapter's tensor can be called so in its module."""
     factor, _, index = leaf.partition(".")
     return leaf in LEAVES or (factor in _FACTORS and index.isdecimal())
+
+
+def with_todays_shapes(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """`tensors` with A of experts as (experts, r, in), evaluated where they are."""
+    today = dict(tensors)
+    for name, a in tensors.items():
+        b = tensors.get(f"{name.removesuffix('lora_a')}lora_b") if name.endswith(".lora_a") else None
+        if b is None or (a.ndim, b.ndim) != (2, 3):
+            continue
+        experts, _, rank = b.shape
+        if a.shape[0] == experts * rank:
+            today[name] = a.reshape(experts, rank, a.shape[1])
+            mx.eval(today[name])
+    return today
 
 
 def weights_of(leaves: Mapping[str, mx.array], scale: float) -> ModuleWeights:

@@ -20,6 +20,7 @@ from ..errors import InvalidAdapterError
 from ..layers.module_weights import ModuleWeights
 from ..open_folder import OpenFolder, opened
 from ..report import Part, parts_of
+from .causes import causes_of_names
 from .peft.config import PeftConfig
 from .peft.factors import Factors, sort_tensors
 from .peft.module_factors import has_embedding_factors, left_out, module_weights
@@ -28,7 +29,7 @@ from .peft.parameters import target_weight
 from .peft.targets import rank_and_scale
 from .peft.ties import targets_are_tied
 from .reading import read_files
-from .tensor_names import LEAVES, is_leaf, part_problems, split_name, weights_of
+from .tensor_names import LEAVES, is_leaf, part_problems, split_name, weights_of, with_todays_shapes
 
 __all__ = ["Unplaced", "read_unplaced"]
 
@@ -42,7 +43,7 @@ class Unplaced:
     """An adapter as its files alone describe it.
 
     `weights` are the modules whose every tensor has a sure meaning, by the file's path; `open` says of each
-    of the others why a model is needed; `parts` are both.
+    of the others why a model is needed; `parts` are both. `warnings` are sentences for the report.
     """
 
     format: str
@@ -54,6 +55,7 @@ class Unplaced:
     weights: dict[str, ModuleWeights] = field(default_factory=dict)
     open: dict[str, str] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def digest(self) -> None:
@@ -61,19 +63,20 @@ class Unplaced:
         return None
 
 
-def read_unplaced(directory: str | Path | OpenFolder) -> Unplaced:
-    """Read the folder `directory`.
+def read_unplaced(directory: str | Path | OpenFolder, scale: float | None = None) -> Unplaced:
+    """Read the folder `directory`; `scale` stands in place of that in a config in mlx-lm's format.
 
     Raises:
         InvalidAdapterError: naming the folder and every problem that can be seen without a model.
         FolderChangedError: somebody wrote it meanwhile.
     """
     with opened(directory) as folder:
-        config, weights = read_files(folder)
+        config, weights = read_files(folder, scale=scale)
     is_peft = isinstance(config, PeftConfig)
     found = _from_peft(config, weights.tensors) if is_peft else _from_mlx(config, weights.tensors)
     if found.problems:
-        raise InvalidAdapterError(folder.name, found.problems)
+        causes = causes_of_names(weights.tensors.keys(), is_peft=is_peft)
+        raise InvalidAdapterError(folder.name, found.problems, causes)
     return Unplaced(
         format="peft" if is_peft else "mlx",
         type=config.type if is_peft else config.fine_tune_type,
@@ -84,6 +87,7 @@ def read_unplaced(directory: str | Path | OpenFolder) -> Unplaced:
         weights=found.sure,
         open=found.open,
         parts=parts_of(found.sure) | found.parts,
+        warnings=(*config.notes, *weights.notes),
     )
 
 
@@ -108,7 +112,7 @@ class _Found:
 def _from_mlx(config: AdapterConfig, tensors: Mapping[str, mx.array]) -> _Found:
     found = _Found()
     modules: dict[str, dict[str, mx.array]] = defaultdict(dict)
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(with_todays_shapes(tensors).items()):
         path, leaf = split_name(name)
         if is_leaf(leaf):
             modules[path][leaf] = tensor

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, deserialize
 from ..errors import InvalidAdapterError, quoted
 from ..files import replacing
 from ..open_folder import OpenFolder, opened
+from ..starts import START_BYTES, told_by_start
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -43,17 +44,23 @@ MAX_NAME_CHARS = 512
 """Of a tensor: messages quote names, so that these are bounded and drive no terminal."""
 # Where each expert is a module of its own, the names alone take more: 40,000 tensors in 5 MB.
 _MAX_PEFT_HEADER_BYTES = 1 << 24
-_FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+# float64 is narrowed: MLX computes it on a CPU alone, and PEFT loads it into float32 as well.
+_FLOATS = {"F64": mx.float32, "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _EXPONENT_BF16 = 0x7F80  # all ones: infinite or not a number
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """Evaluated tensors by name; `digest` ("sha256:…") covers names, dtypes, shapes and bytes."""
+    """Evaluated tensors by name; `digest` ("sha256:…") covers names, dtypes, shapes and bytes.
+
+    `notes` say how they differ from what is in the file, a sentence each.
+    """
 
     tensors: dict[str, mx.array]
     digest: str
     size_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def read_weights(directory: str | Path | OpenFolder, file_name: str = WEIGHTS_FILE) -> AdapterWeights:
@@ -61,8 +68,8 @@ def read_weights(directory: str | Path | OpenFolder, file_name: str = WEIGHTS_FI
 
     Raises:
         InvalidAdapterError: the file is missing, not whole, not safetensors, has a header over 1 MiB (in
-            PEFT's files 16 MiB), or holds tensors that are not float32, float16 or bfloat16, or values that
-            are not finite; because of an OSError, if it cannot be read.
+            PEFT's files 16 MiB), or holds tensors that are empty or no floats of 16 to 64 bits, or values
+            that are not finite (in float32 for float64); because of an OSError, if it cannot be read.
         FolderChangedError, OutsideRootError: as `OpenFolder.read`; or it was written meanwhile.
     """
     with opened(directory) as folder:
@@ -71,11 +78,12 @@ def read_weights(directory: str | Path | OpenFolder, file_name: str = WEIGHTS_FI
     if problems:
         raise InvalidAdapterError(folder.name, [f"{file_name}: {problem}" for problem in problems])
     digest = _digest((tensor.name, tensor.dtype, tensor.shape, tensor.values) for tensor in found)
+    notes = _notes(file_name, found)
     tensors: dict[str, mx.array] = {}
     for tensor in _one_by_one(found):
         tensors[tensor.name] = tensor.to_array()
     mx.eval(tensors)
-    return AdapterWeights(tensors, digest, sum(tensor.nbytes for tensor in tensors.values()))
+    return AdapterWeights(tensors, digest, sum(tensor.nbytes for tensor in tensors.values()), notes)
 
 
 def least_file_bytes(folder: OpenFolder, file_name: str, copies_bytes: int = 0) -> int:
@@ -118,12 +126,16 @@ def digest_of(tensors: Mapping[str, mx.array]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of a file; `values` (n,) are its values, bfloat16 ones as uint16 with the same bits."""
+    """A tensor of a file; `values` (n,) are its values, bfloat16 ones as uint16 with the same bits.
+
+    `narrowing` is None unless they were float64; then, whether any is another one in float32.
+    """
 
     name: str
     dtype: mx.Dtype
     shape: tuple[int, ...]
     values: np.ndarray
+    narrowing: bool | None = None
 
     def to_array(self) -> mx.array:
         array = mx.array(self.values.reshape(self.shape))
@@ -169,16 +181,20 @@ def _factor_bytes(file: BinaryIO) -> int:
 def _read(folder: OpenFolder, name: str, max_header_bytes: int) -> tuple[list[_Tensor], list[str]]:
     """The file's tensors, or why it cannot be parsed. The file's own bytes are let go of."""
     try:
-        prefix = folder.file(name).read(8)
+        file = folder.file(name)
+        prefix = file.read(8)
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) == 8 and header_bytes <= max_header_bytes:
             return _parse(folder.read(name))
+        start = prefix + file.read(START_BYTES)
     except FileNotFoundError:
         return [], ["expected a file of this name, there is none"]
     except OSError as error:
         raise InvalidAdapterError(folder.name, [f"{name}: cannot be read: {error.strerror}"]) from error
     if len(prefix) < 8:
         return [], [f"expected a safetensors file, got {len(prefix)} byte(s)"]
+    if (is_other := told_by_start(start)) is not None:
+        return [], [f"expected a safetensors file, got another: {is_other}"]
     problem = (
         f"expected a safetensors header of at most {max_header_bytes} bytes, got {header_bytes}; "
         "the file is damaged or not safetensors"
@@ -201,23 +217,53 @@ def _parse(content: bytes) -> tuple[list[_Tensor], list[str]]:
         shown = ", ".join(quoted(name) for name in unusual[:3])
         expected = f"expected names of at most {MAX_NAME_CHARS} printable characters"
         return [], [f"{expected}, {len(unusual)} of {len(parsed)} tensors have others, such as {shown}"]
+    if empty := [name for name, tensor in parsed if tensor["shape"] == [0]]:
+        return [], [_EMPTY.format(count=len(empty), all=len(parsed), name=empty[0])]
     problems = [
-        f"tensor {name}: expected dtype float32, float16 or bfloat16, got {tensor['dtype']}"
+        f"tensor {name}: expected dtype float32, float16, bfloat16 or float64, got {dtype}{_advice(dtype)}"
         for name, tensor in parsed
-        if tensor["dtype"] not in _FLOATS
+        if (dtype := tensor["dtype"]) not in _FLOATS
     ]
     return [] if problems else [_tensor(name, **tensor) for name, tensor in parsed], problems
 
 
+_EMPTY = (
+    "{count} of {all} tensors are empty, such as {name} of shape (0,): they were saved while DeepSpeed's "
+    "ZeRO-3 (or FSDP) had them in parts on several devices. Save again with "
+    '"stage3_gather_16bit_weights_on_model_save": true in DeepSpeed\'s config, or make the whole tensors '
+    "from the checkpoint with its `python zero_to_fp32.py CHECKPOINT OUTPUT`"
+)
+
+
+def _advice(dtype: str) -> str:
+    """What to do about a dtype that no factor has here."""
+    if dtype.startswith("F8") or dtype in ("I8", "U8", "I4", "U4", "F4"):
+        return ", whose scales are elsewhere; save the factors before they are quantised, in bfloat16"
+    return ", which no factor is; leave it out, or save the factors in bfloat16"
+
+
 def _tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> _Tensor:
-    kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[dtype]
-    return _Tensor(name, _FLOATS[dtype], tuple(shape), np.frombuffer(data, dtype=kind))
+    values = np.frombuffer(data, dtype=_NUMPY[dtype])
+    if dtype != "F64":
+        return _Tensor(name, _FLOATS[dtype], tuple(shape), values)
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    return _Tensor(name, _FLOATS[dtype], tuple(shape), narrow, not np.array_equal(narrow, values))
+
+
+def _notes(file_name: str, tensors: Iterable[_Tensor]) -> tuple[str, ...]:
+    narrowed = [tensor.narrowing for tensor in tensors if tensor.narrowing is not None]
+    if not narrowed:
+        return ()
+    how = "each value rounded once" if any(narrowed) else "which changes no value"
+    return (f"{file_name} has {len(narrowed)} tensor(s) in float64; they are served in float32, {how}.",)
 
 
 def _not_finite(tensors: list[_Tensor]) -> list[str]:
     counts = [(tensor, tensor.count_not_finite()) for tensor in tensors]
     return [
         f"tensor {tensor.name}: expected finite values, {count} of {tensor.values.size} are NaN or infinite"
+        f"{'' if tensor.narrowing is None else ' in float32'}"
         for tensor, count in counts
         if count
     ]

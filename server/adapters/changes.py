@@ -66,11 +66,13 @@ class Changes:
         self._returner = returner
         self._journal = journal
 
-    async def load(self, adapter_id: str, path: str | None, wishes: Wishes) -> Loaded:
+    async def load(
+        self, adapter_id: str, path: str | None, wishes: Wishes, scale: float | None = None
+    ) -> Loaded:
         """Load what a folder holds. Raises as `AdapterService.load`."""
         async with self._tasks.lock(adapter_id):
             entry = self._replaceable(adapter_id, wishes)
-            folder = await asyncio.to_thread(self._folders.find, adapter_id, path)
+            folder = await asyncio.to_thread(self._folders.find, adapter_id, path, scale)
             try:
                 version = await self._placer.load_in_turn(Wish(adapter_id, folder, entry))
             except InvalidAdapterError as error:
@@ -119,4 +121,4 @@ def _with_checkpoints(
         return error
     names = some_of([f"{adapter_id}@step-{step}" for step in reversed(steps)])
     more = f"the folder holds checkpoints, which have names of their own: {names}"
-    return InvalidAdapterError(error.source, [*error.problems, more])
+    return InvalidAdapterError(error.source, error.problems, [*error.causes, more])

@@ -39,6 +39,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
+from adapters_core.errors import grouped
+
 __all__ = [
     "AdapterBusyError",
     "AdapterChangedError",
@@ -306,7 +308,7 @@ class AdapterNotWritableError(LifeCycleError):
     def __init__(self, adapter_id: str, to: str, problems: Sequence[str]) -> None:
         super().__init__(
             f"Adapter {quoted(adapter_id)} cannot be written as {to}, for {len(problems)} reason(s): "
-            f"{'; '.join(problems)}. Try the other format, {'peft' if to == 'mlx' else 'mlx'}."
+            f"{'; '.join(grouped(problems))}. Try the other format, {'peft' if to == 'mlx' else 'mlx'}."
         )
         self.details = list(problems)
 

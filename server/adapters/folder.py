@@ -80,12 +80,14 @@ class AdapterFolder:
 
     It and its files lie in `root`; None: the operator named it, so that it may lie anywhere. `weights_file`
     is the name of the file that is read in the place of the adapter's own: a checkpoint beside it.
+    `scale` was given by whoever asked, and stands in place of the one in a config in mlx-lm's format.
     """
 
     path: Path
     shown: str
     root: Path | None = None
     weights_file: str | None = None
+    scale: float | None = None
 
     @property
     def file_names(self) -> tuple[str, ...]:
@@ -113,20 +115,38 @@ class AdapterFolder:
 
 
 class AdapterFolders:
-    """The folders under `root` (None: there are none), and those in `configured`, by id, anywhere."""
+    """The folders under `root` (None: there are none), and those in `configured`, by id, anywhere.
 
-    def __init__(self, root: Path | None, configured: Mapping[str, Path] | None = None) -> None:
+    `scales` are what the operator gave by id, for folders that are not named by a path.
+    """
+
+    def __init__(
+        self,
+        root: Path | None,
+        configured: Mapping[str, Path] | None = None,
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
+        self._scales = dict(scales or {})
         self._root = None if root is None else Path(os.path.realpath(root))
         self._configured = {name: Path(os.path.realpath(path)) for name, path in (configured or {}).items()}
 
-    def find(self, adapter_id: str, path: str | None = None) -> AdapterFolder:
+    def find(self, adapter_id: str, path: str | None = None, scale: float | None = None) -> AdapterFolder:
         """The folder at `path` in the root; without it the configured one, or the one named as the id.
+
+        `scale` is that of the adapter in it; without one, what the operator gave for the id.
 
         Raises:
             PathNotAllowedError: the path, or a file in the folder, lies outside the root.
             AdapterNotFoundError: there is no such folder.
             FolderChangedError: a link on the way was exchanged meanwhile.
         """
+        found = self._found(adapter_id, path)
+        if scale is None and path in (None, adapter_id):
+            scale = self._scales.get(adapter_id)
+        return replace(found, scale=scale)
+
+    def _found(self, adapter_id: str, path: str | None) -> AdapterFolder:
+        """As `find`, without a scale."""
         if path is None and adapter_id in self._configured:
             folder = self._configured[adapter_id]
             return self._existing(folder, self._shown(folder), None)
@@ -146,7 +166,8 @@ class AdapterFolders:
         if folder.root is None:
             found = self._existing(folder.path, folder.shown, None)
         else:
-            found = self.find(folder.shown, folder.shown)
+            found = self._found(folder.shown, folder.shown)
+        found = replace(found, scale=folder.scale)
         return found if folder.weights_file is None else self._checkpoint_file(found, folder.weights_file)
 
     def on_demand(self, adapter_id: str) -> AdapterFolder | None:

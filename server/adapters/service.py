@@ -216,11 +216,14 @@ class AdapterService:
         adapter_id: str,
         path: str | None = None,
         *,
+        scale: float | None = None,
         pinned: bool | None = None,
         activate: bool = False,
         replace: bool = False,
     ) -> Loaded:
         """Load an adapter, or with `replace` a new version of it; on failure everything is as before.
+
+        `scale` stands in place of the one in a config in mlx-lm's format.
 
         Raises:
             InvalidAdapterIdError, PathNotAllowedError, AdapterNotFoundError, AdapterExistsError,
@@ -228,7 +231,7 @@ class AdapterService:
         """
         check_id(adapter_id, self.registry.base)
         wishes = Wishes(pinned, activate, replace)
-        return await self._change(self._changes.load(adapter_id, path, wishes))
+        return await self._change(self._changes.load(adapter_id, path, wishes, scale))
 
     async def load_made(
         self,

@@ -47,4 +47,4 @@ def read_folder(folder: AdapterFolder) -> AdapterContainer:
         AdapterNotFoundError, OutsideRootError, FolderChangedError: as `AdapterFolder.open`.
     """
     with folder.open() as files:
-        return AdapterContainer.from_directory(files, folder.weights_file)
+        return AdapterContainer.from_directory(files, folder.weights_file, folder.scale)

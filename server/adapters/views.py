@@ -27,6 +27,8 @@ def adapter_object(entry: Entry, registry: Registry, shown: Version | None = Non
     """
     version = entry.current if shown is None else shown
     resident, is_current = version.resident, version is entry.current
+    scale = None if isinstance(version.source, Made) else version.source.scale
+    given = {} if scale is None else {"scale_given": scale}
     return {
         "id": _name(entry, shown),
         "object": "adapter",
@@ -38,6 +40,7 @@ def adapter_object(entry: Entry, registry: Registry, shown: Version | None = Non
         "type": resident.type,
         "rank": resident.rank,
         "scale": resident.scale,
+        **given,
         "modules": resident.modules,
         "bytes": resident.size_bytes,
         "digest": resident.digest,

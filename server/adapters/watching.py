@@ -167,7 +167,7 @@ class Watcher:
             seen.is_done = False
         except InvalidAdapterError as error:
             if await asyncio.to_thread(look_at, folder) == seen.look:
-                _log.warning("adapter_folder_broken", adapter=adapter_id, problems=error.problems)
+                _log.warning("adapter_folder_broken", adapter=adapter_id, problems=error.told)
         except (LifeCycleError, OutsideRootError) as error:  # no room for it, or an adapter was just fused
             _log.warning("adapter_folder_not_loaded", adapter=adapter_id, reason=str(error))
             seen.is_done, seen.not_before = False, time.monotonic() + PAUSE_SECONDS

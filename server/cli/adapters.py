@@ -16,6 +16,7 @@ from server.cli.calls import DEFAULT_URL, Id, Json, run_call
 from server.cli.client import ApiKey, ApiKeyFile, Url, adapter_path
 from server.cli.fusing import call_with_bar, weighted
 from server.cli.inspect import inspect
+from server.cli.models import Scale
 from server.cli.output import (
     adapter_sentence,
     adapters_table,
@@ -80,6 +81,7 @@ def load(
             "--path", help="Folder under the adapters root; the ID when left out.", metavar="FOLDER"
         ),
     ] = None,
+    scale: Scale = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it loaded when memory is needed.")] = False,
     activate: Annotated[bool, typer.Option("--activate", help="Make it the active adapter.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Load a new version if it is loaded.")] = False,
@@ -92,6 +94,8 @@ def load(
     body: dict[str, Any] = {"id": id}
     if path is not None:
         body["path"] = path
+    if scale is not None:
+        body["scale"] = scale
     body |= {name: True for name, on in (("pinned", pin), ("activate", activate), ("replace", replace)) if on}
 
     def tell(adapter: Mapping[str, Any]) -> None:

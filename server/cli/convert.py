@@ -7,7 +7,7 @@ lie elsewhere in MLX models.
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.models import ModelFolder, lazy_model, require_mlx
-from server.cli.output import fail, say
+from server.cli.models import ModelFolder, Scale, lazy_model, require_mlx
+from server.cli.output import fail, say, warn
 from server.descriptors import import_mlx_lm
 
 if TYPE_CHECKING:
@@ -34,13 +34,14 @@ class _Form(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What was read, by path in the model."""
+    """What was read, by path in the model; `warnings` are those of the load report."""
 
     form: str
     weights: Mapping[str, ModuleWeights]
     base_name: str | None
     dropout: float
     model: nn.Module | None
+    warnings: Sequence[str]
 
 
 def convert(
@@ -53,28 +54,30 @@ def convert(
     ],
     to: Annotated[_Form, typer.Option("--to", help="Format to write.", show_default=False)],
     model: ModelFolder = None,
+    scale: Scale = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
     """Write an adapter in mlx-lm's or PEFT's format. Needs no server."""
     require_mlx()
     import_mlx_lm()
-    from adapters_core.errors import InvalidAdapterError, UnsupportedModelError
+    from adapters_core.errors import InvalidAdapterError, UnsupportedModelError, grouped
     from adapters_core.formats.notes import writing_notes
     from adapters_core.formats.writing import write_adapter
 
     if not source.is_dir():
         fail(f"there is no folder {str(source)!r}.", code=2)
     try:
-        read = _alone(source) if model is None else _on_model(source, model)
+        read = _alone(source, scale) if model is None else _on_model(source, model, scale)
         if read.form == to:
             fail(f"{source.name} is in the format {to} already; copy the folder.")
         write_adapter(
             target, read.weights, to.value, read.model, base_name=read.base_name, dropout=read.dropout
         )
     except InvalidAdapterError as error:
-        fail(f"{source.name} cannot be converted, for {len(error.problems)} reason(s):", *error.problems)
+        fail(f"{source.name} cannot be converted, for {len(error.problems)} reason(s):", *error.told)
     except UnsupportedModelError as error:
-        fail(f"{source.name} cannot be converted, for {len(error.reasons)} reason(s):", *error.reasons)
+        reasons = error.reasons
+        fail(f"{source.name} cannot be converted, for {len(reasons)} reason(s):", *grouped(reasons))
     except FileExistsError:
         fail(f"there is a {target.name!r} already; nothing was written. Choose another name.")
     except OSError as error:
@@ -82,8 +85,11 @@ def convert(
     notes = writing_notes(read.weights, to.value)
     if json:
         done = {"target": target.name, "format": to.value, "modules": len(read.weights), "notes": notes}
-        typer.echo(json_format.dumps(done | {"checked": model is not None}))
+        warnings = {"warnings": list(read.warnings)} if read.warnings else {}
+        typer.echo(json_format.dumps(done | {"checked": model is not None} | warnings))
         return
+    for warning in read.warnings:
+        warn(f"warning: {warning}")
     say(f"Wrote {target.name} in the format {to}: {len(read.weights)} modules.")
     for note in notes:
         say(note)
@@ -91,21 +97,22 @@ def convert(
         say("It was not compared with a model; --model does that.")
 
 
-def _alone(source: Path) -> _Source:
+def _alone(source: Path, scale: float | None) -> _Source:
     from adapters_core.errors import InvalidAdapterError
     from adapters_core.formats.unplaced import read_unplaced
 
-    found = read_unplaced(source)
+    found = read_unplaced(source, scale)
     if found.open:
         problems = [f"{name}: {reason}; name the model with --model" for name, reason in found.open.items()]
         raise InvalidAdapterError(source.name, problems)
-    return _Source(found.format, found.weights, found.base_name, found.dropout, None)
+    return _Source(found.format, found.weights, found.base_name, found.dropout, None, found.warnings)
 
 
-def _on_model(source: Path, folder: Path) -> _Source:
+def _on_model(source: Path, folder: Path, scale: float | None) -> _Source:
     from adapters_core.container import AdapterContainer
 
-    container = AdapterContainer.from_directory(source)
+    container = AdapterContainer.from_directory(source, scale=scale)
     model = lazy_model(folder)
-    weights = container.check(model)
-    return _Source(container.format, weights, container.base_name, container.dropout, model)
+    mapped = container.place(model)
+    base_name, dropout = container.base_name, container.dropout
+    return _Source(container.format, mapped.weights, base_name, dropout, model, mapped.warnings)

@@ -16,12 +16,23 @@ from server.descriptors import import_mlx_lm
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-__all__ = ["ModelFolder", "lazy_model", "require_mlx"]
+__all__ = ["ModelFolder", "Scale", "lazy_model", "require_mlx"]
 
 ModelFolder = Annotated[
     Path | None,
     typer.Option(
         "--model", help="Folder of the base model in MLX's format.", metavar="FOLDER", show_default=False
+    ),
+]
+
+
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        "--scale",
+        help="Factor of the adapter's change, in place of the one in its config in mlx-lm's format.",
+        metavar="NUMBER",
+        show_default=False,
     ),
 ]
 

@@ -12,7 +12,7 @@ from server.adapters.errors import AdapterNotFoundError, UnknownVersionError
 from server.adapters.views import adapter_in_full, adapter_object
 from server.json_body import JsonRoute
 from server.routes.blending import BlendFields
-from server.routes.bodies import Body, Text
+from server.routes.bodies import Body, Scale, Text
 from server.routes.dependencies import Adapters, blender
 
 __all__ = ["router"]
@@ -29,6 +29,8 @@ class LoadBody(BlendFields):
     """Name under which requests use it: letters, digits, '.', '_', '-'; not the base's name."""
     path: Text | None = None
     """Folder, relative to the adapters root; the id when left out."""
+    scale: Scale | None = None
+    """Factor of its change, in place of the one in its config in mlx-lm's format."""
     pinned: bool | None = None
     """Keep it loaded when memory is needed."""
     activate: bool = False
@@ -76,7 +78,7 @@ async def load_adapter(
     """Load an adapter from its folder, or blend one of others; or a new version of one."""
     wishes: Any = {"pinned": body.pinned, "activate": body.activate, "replace": body.replace}
     if body.blend is None:
-        loaded = await service.load(body.id, body.path, **wishes)
+        loaded = await service.load(body.id, body.path, scale=body.scale, **wishes)
     else:
         loaded = await blends.blend(body.id, body.terms, body.options, **wishes)
     response.status_code = 201 if loaded.created else 200

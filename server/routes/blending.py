@@ -13,6 +13,7 @@ from server.routes.bodies import Body
 __all__ = ["BlendFields", "BlendTerm"]
 
 _OPTIONS = ("method", "density", "rank", "seed")
+_OF_FOLDERS = ("path", "scale")
 
 
 class BlendTerm(Body):
@@ -44,8 +45,8 @@ class BlendFields(Body):
             for name in _OPTIONS:
                 if getattr(self, name) is not None:
                     raise _problem(name, "is allowed only together with 'blend'")
-        elif getattr(self, "path", None) is not None:
-            raise _problem("path", "cannot be given together with 'blend'")
+        elif given := next((name for name in _OF_FOLDERS if getattr(self, name, None) is not None), None):
+            raise _problem(given, "cannot be given together with 'blend'")
         elif len({term.id for term in self.blend}) < len(self.blend):
             raise _problem("blend", "should name each adapter once")
         return self

@@ -10,8 +10,9 @@ from pydantic_core import PydanticCustomError
 from server.near import named, nearest
 from server.validation import UNKNOWN
 
-__all__ = ["Body", "Text"]
+__all__ = ["Body", "Scale", "Text"]
 
+Scale = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
 

@@ -14,7 +14,7 @@ from adapters_core.errors import InvalidAdapterError
 from server.adapters.errors import AdapterExistsError, AdapterNotFoundError, InvalidAdapterIdError
 from server.errors import ApiError
 from server.json_body import JsonRoute
-from server.routes.bodies import Body
+from server.routes.bodies import Body, Scale
 from server.routes.dependencies import Adapters
 
 __all__ = ["router"]
@@ -34,6 +34,8 @@ class LoadLoraBody(Body):
     """SGLang's: keep it loaded when memory is needed."""
     base_model_name: Text | None = None
     """A label in vLLM; here there is one base."""
+    scale: Scale | None = None
+    """Nobody else's: as `POST /v1/adapters` has it."""
 
 
 class UnloadLoraBody(Body):
@@ -50,7 +52,13 @@ async def load_lora_adapter(body: LoadLoraBody, service: Adapters) -> PlainTextR
     if not body.lora_name or not body.lora_path:
         raise _invalid("Both 'lora_name' and 'lora_path' must be provided.")
     with _vllm_errors(body.lora_name):
-        await service.load(body.lora_name, body.lora_path, pinned=body.pinned, replace=body.load_inplace)
+        await service.load(
+            body.lora_name,
+            body.lora_path,
+            scale=body.scale,
+            pinned=body.pinned,
+            replace=body.load_inplace,
+        )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -80,7 +88,7 @@ def _vllm_errors(name: str) -> Iterator[None]:
     except InvalidAdapterIdError as error:
         raise _invalid(str(error)) from error
     except InvalidAdapterError as error:
-        raise _invalid(str(error), list(error.problems)) from error
+        raise _invalid(str(error), error.details) from error
 
 
 def _invalid(message: str, details: list[str] | None = None) -> ApiError:

@@ -35,17 +35,21 @@ def test_with_a_model_it_says_whether_it_fits(command: Program) -> None:
     assert done.out.endswith("It fits llama.\n")
 
 
-def test_another_model_is_the_whole_list_of_problems(command: Program) -> None:
+def test_another_model_is_one_cause_and_a_few_problems(command: Program) -> None:
     path, other = str(adapter("rslora")), str(model_folder("gpt2"))
     done = command("adapters", "inspect", path, "--model", other)
     assert (done.code, done.out) == (1, "")
-    heading, *problems = done.err.splitlines()
-    assert heading == f"error: rslora cannot be used, for {len(problems)} reason(s):"
-    assert len(problems) == 8
+    heading, cause, *problems = done.err.splitlines()
+    assert heading == "error: rslora cannot be used, for 8 reason(s):"
+    assert cause.startswith("error: the adapter is for another architecture: none of its 4 modules, such as")
+    assert cause.endswith("adapter_config.json names the base 'llama'.")
+    assert len(problems) == 3
+    assert problems[-1].endswith("(and 5 more like this)")
     as_json = command("adapters", "inspect", path, "--model", other, "--json")
     assert (as_json.code, as_json.err) == (1, "")
     body = json.loads(as_json.out)
-    assert (body["fits"], [f"error: {problem}" for problem in body["problems"]]) == (False, problems)
+    assert (body["fits"], len(body["problems"])) == (False, 1 + 8)
+    assert [f"error: {problem}" for problem in body["problems"][:3]] == [cause, *problems[:2]]
 
 
 def test_json_is_the_report(command: Program) -> None:

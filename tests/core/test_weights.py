@@ -91,6 +91,7 @@ def test_the_digest_covers_names_dtypes_shapes_and_values(
 
 
 _F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+_F64 = {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,21 @@ _F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (_with_header({"a": _F32}, bytes(7)), "damaged"),
         (_with_header({"a": _F32}, bytes(9)), "damaged"),
         (_with_header({"a": {**_F32, "dtype": "I32"}}, bytes(8)), "tensor a: expected dtype float32"),
-        (_with_header({"a": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8)), "got F64"),
+        (
+            _with_header({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}, b"0"),
+            "got F8_E4M3, whose",
+        ),
+        (_with_header({"a": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}}, b"0"), "leave it out"),
+        (_with_header({"a": _F64}, struct.pack("<d", 1e300)), "1 of 1 are NaN or infinite in float32"),
+        (
+            _with_header({"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
+            "1 of 1 tensors are empty",
+        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"PK\x03\x04" + bytes(60), "as torch.save and numpy write them"),
+        (b"\x80\x02}q\x00X" + bytes(60), "a pickle"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(60), "llama.cpp"),
+        (b"<!DOCTYPE html><html>" + bytes(60), "a web page"),
         (_with_header({"a": _F32}, struct.pack("<2f", 1.0, float("nan"))), "1 of 2 are NaN or infinite"),
         (_with_header({"a": _F32}, struct.pack("<2f", float("-inf"), float("inf"))), "2 of 2"),
     ],

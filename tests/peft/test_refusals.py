@@ -68,7 +68,7 @@ def _problems(folder: Path, model: str | None = None) -> list[str]:
         ("target_modules", [], "the names of the adapted modules"),
         ("target_modules", None, "the names of the adapted modules"),
         ("target_modules", "*q_proj", "a regular expression"),
-        ("target_modules", "(?!k)._proj", "look-around"),
+        ("target_modules", r"(.)\1_proj", "backreference"),
         ("exclude_modules", r"(.)\1.*", "backreference"),
         ("rank_pattern", {"q_proj": 0}, "ranks from 1"),
         ("rank_pattern", {"(q_proj": 2}, "a regular expression"),

@@ -9,7 +9,7 @@ Runs on any thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 
 from ...config import CONFIG_FILE, MAX_RANK, FineTuneType, shown
 from ...errors import InvalidAdapterError, named
-from .patterns import KeyPatterns, Pattern, PatternError, compiled
+from .names import unwrapped, unwrapped_pattern
+from .patterns import KeyPatterns, LookAroundError, Pattern, PatternError, compiled
 
 __all__ = ["MAX_ALPHA", "PeftConfig", "PeftFields"]
 
@@ -111,6 +112,22 @@ _REFUSED = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 
+_EXPRESSIONS = (
+    ("target_modules", "target_pattern"),
+    ("exclude_modules", "excluded_pattern"),
+    ("layers_pattern", "layer_patterns"),
+)
+# Fields with names of modules, or with expressions for them.
+_NAMING = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+)
+
 _KINDS_ADVICE = "only LoRA adapters (DoRA among them) can be served"
 
 
@@ -139,6 +156,10 @@ class PeftFields(BaseModel):
     ensure_weight_tying: bool | None = Field(default=None, strict=True)
     base_model_name_or_path: Annotated[str, StringConstraints(strict=True)] | None = None
     peft_version: Annotated[str, StringConstraints(strict=True, max_length=128)] | None = None
+
+    def with_values(self, **values: Any) -> Self:
+        """With others of some fields."""
+        return type(self).model_validate(self.model_dump() | values)
 
     @cached_property
     def target_names(self) -> frozenset[str]:
@@ -186,11 +207,17 @@ class PeftFields(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """What PEFT's adapter_config.json says: its fields, and the names of those that were ignored."""
+    """What PEFT's adapter_config.json says: its fields, and the names of those that were ignored.
+
+    `unmatched` are fields with expressions that only a file's tensors can stand in for
+    (`targets.named_by_tensors`); `fields` lacks them. `notes` are for the load report.
+    """
 
     fields: PeftFields
     values: dict[str, JsonValue]
     ignored: tuple[str, ...]
+    unmatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_values(cls, values: Mapping[str, JsonValue], source: str) -> Self:
@@ -205,16 +232,19 @@ class PeftConfig:
                 source, [f"{CONFIG_FILE}: peft_type: {_KINDS_ADVICE}, got {shown(kind)}. {_MERGE}"]
             )
         problems = _refused(values)
-        fields = None
+        fields, unmatched = None, ()
         try:
-            fields = PeftFields.model_validate(dict(values))
+            fields = PeftFields.model_validate(_unwrapped(values))
         except ValidationError as error:
             problems += _wrong(error, values)
         if fields is not None:
-            problems += [f"{CONFIG_FILE}: {problem}" for problem in _contradictions(fields)]
+            unmatched = _with_look_around(fields)
+            problems += [f"{CONFIG_FILE}: {problem}" for problem in _contradictions(fields, unmatched)]
         if fields is None or problems:
             raise InvalidAdapterError(source, problems)
-        return cls(fields, dict(values), _ignored(values))
+        if unmatched:
+            fields = fields.with_values(target_modules=None, exclude_modules=None)
+        return cls(fields, dict(values), _ignored(values), unmatched)
 
     @property
     def type(self) -> FineTuneType:
@@ -265,7 +295,39 @@ def _refused_initialisation(value: JsonValue) -> list[str]:
     ]
 
 
-def _contradictions(fields: PeftFields) -> list[str]:
+def _unwrapped(values: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """`values` with names of modules as they are without what the model was wrapped in."""
+    found = dict(values)
+    for name in _NAMING:
+        value = found.get(name)
+        if isinstance(value, list):
+            found[name] = [unwrapped(each) if isinstance(each, str) else each for each in value]
+        elif isinstance(value, dict):
+            rename = unwrapped_pattern if name.endswith("_pattern") else unwrapped
+            renamed: dict[str, JsonValue] = {}
+            for key, inner in value.items():
+                renamed.setdefault(rename(key), inner)
+            found[name] = renamed
+        elif isinstance(value, str):
+            found[name] = unwrapped_pattern(value)
+    return found
+
+
+def _with_look_around(fields: PeftFields) -> tuple[str, ...]:
+    """The fields whose expression cannot be matched, but be replaced by what it matched in training."""
+    found = []
+    for name, compiled_name in _EXPRESSIONS[:2]:
+        try:
+            getattr(fields, compiled_name)
+        except LookAroundError:
+            found.append(name)
+        except PatternError:
+            return ()
+    # With it, PEFT asks whether an expression matches a name that no tensor has.
+    return () if fields.ensure_weight_tying else tuple(found)
+
+
+def _contradictions(fields: PeftFields, unmatched: Collection[str]) -> list[str]:
     """What PEFT refuses too, regular expressions that cannot be used, and targets that are missing."""
     problems = []
     modules, parameters = fields.target_modules, fields.target_parameters
@@ -289,17 +351,15 @@ def _contradictions(fields: PeftFields) -> list[str]:
         for name in ("use_dora", "lora_bias"):
             if getattr(fields, name):
                 problems.append(f"{name}: true cannot be used with target_parameters, in PEFT either")
-    return problems + _unusable_patterns(fields)
+    return problems + _unusable_patterns(fields, unmatched)
 
 
-def _unusable_patterns(fields: PeftFields) -> list[str]:
+def _unusable_patterns(fields: PeftFields, unmatched: Collection[str]) -> list[str]:
     problems = [f"rank_pattern: {problem}" for problem in fields.ranks.problems]
     problems += [f"alpha_pattern: {problem}" for problem in fields.alphas.problems]
-    for name, compiled_name in (
-        ("target_modules", "target_pattern"),
-        ("exclude_modules", "excluded_pattern"),
-        ("layers_pattern", "layer_patterns"),
-    ):
+    for name, compiled_name in _EXPRESSIONS:
+        if name in unmatched:
+            continue
         try:
             getattr(fields, compiled_name)
         except PatternError as error:

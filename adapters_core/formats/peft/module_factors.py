@@ -15,7 +15,7 @@ from .factors import Factors, Shape
 from .names import Leaf, is_head
 from .targets import is_target, rank_and_scale
 
-__all__ = ["has_embedding_factors", "left_out", "module_weights"]
+__all__ = ["factor_sizes", "has_embedding_factors", "left_out", "module_weights"]
 
 _EMBEDDING = (Leaf.EMBEDDING_A, Leaf.EMBEDDING_B)
 _LINEAR = (Leaf.A, Leaf.B)
@@ -33,6 +33,14 @@ _MAX_SHOWN = 200
 def has_embedding_factors(factors: Factors) -> bool:
     """Whether the file has these factors as an embedding's."""
     return not factors.tensors.keys().isdisjoint(_EMBEDDING)
+
+
+def factor_sizes(factors: Factors) -> tuple[int | None, int | None, int | None]:
+    """Inputs, outputs and rank of a plain pair of factors; None where they do not say."""
+    a, b = (factors.tensors.get(leaf) for leaf in _LINEAR)
+    if factors.depth or a is None or b is None or a.ndim != 2 or b.ndim != 2:
+        return None, None, None
+    return a.shape[1], b.shape[0], a.shape[0] if a.shape[0] == b.shape[1] else None
 
 
 def left_out(config: PeftConfig, factors: Factors, *, is_linear: bool) -> list[str]:

@@ -4,7 +4,8 @@
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight      with an adapter's name
     base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight        a nested parameter
 
-PEFT drops the adapter's name when it saves; files that were written in other ways keep it. Paths are those
+PEFT drops the adapter's name when it saves; files that were written in other ways keep it, or parts of what a
+model was wrapped in (torch.compile, DDP, FSDP, activation checkpoints), which name nothing. Paths are those
 of the transformers model; `paths` finds their places in an MLX model. Knows no tensors.
 """
 
@@ -24,6 +25,8 @@ __all__ = [
     "is_training_buffer",
     "not_a_factor",
     "parse_name",
+    "unwrapped",
+    "unwrapped_pattern",
     "whole_name",
 ]
 
@@ -39,6 +42,18 @@ _INPUT_EMBEDDINGS = (
 )
 
 _PREFIX = "base_model.model."
+_WRAPPERS = frozenset(
+    {
+        "_orig_mod",
+        "_fsdp_wrapped_module",
+        "_fpw_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",
+        "_offload_wrapped_module",
+    }
+)
+_OUTER_WRAPPER = "module"  # DDP's and DeepSpeed's, around the whole model
+_OUTER_PATTERN = re.compile(rf"^(\^?)(?:{_OUTER_WRAPPER}\\?\.)+")
 _NAME = re.compile(
     r"(?P<path>.+?)"
     r"\.(?:(?P<factor>lora_[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)"
@@ -88,6 +103,26 @@ class WholeName:
     is_original: bool = False
 
 
+def unwrapped(name: str) -> str:
+    """`name`, of a tensor or a module, without the parts of what the model was wrapped in."""
+    if not any(part in name for part in (*_WRAPPERS, f"{_OUTER_WRAPPER}.")):
+        return name
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[0] == _OUTER_WRAPPER and len(parts) > 1:
+        del parts[0]
+    if parts[:2] == _PREFIX.split(".")[:2]:
+        while parts[2:3] == [_OUTER_WRAPPER]:
+            del parts[2]
+    return ".".join(parts)
+
+
+def unwrapped_pattern(pattern: str) -> str:
+    """A regular expression for names, for those that `unwrapped` gives."""
+    for part in _WRAPPERS:
+        pattern = pattern.replace(rf"{part}\.", "").replace(f"{part}.", "")
+    return _OUTER_PATTERN.sub(r"\1", pattern)
+
+
 def is_head(path: str) -> bool:
     """Whether the module at `path` is named as a model's head is."""
     return path.rpartition(".")[2] in HEADS
@@ -100,7 +135,7 @@ def is_input_embedding(path: str) -> bool:
 
 def parse_name(name: str) -> TensorName | None:
     """What the tensor `name` is, or None if it is no factor of an adapter."""
-    found = _NAME.fullmatch(name.removeprefix(_PREFIX))
+    found = _NAME.fullmatch(_bare(name))
     if found is None:
         return None
     if found["kind"] == "bias" and found["factor"] == "lora_A":
@@ -124,10 +159,14 @@ def whole_name(name: str) -> WholeName | None:
 
     PEFT saves targeted embeddings with their base, and modules that were trained whole (modules_to_save).
     """
-    found = _WHOLE.fullmatch(name.removeprefix(_PREFIX))
+    found = _WHOLE.fullmatch(_bare(name))
     if found is None or "lora_" in name:
         return None
     return WholeName(found["path"], found["parameter"], found["original"] is not None)
+
+
+def _bare(name: str) -> str:
+    return unwrapped(name).removeprefix(_PREFIX)
 
 
 def not_a_factor(name: str) -> str:

@@ -1,7 +1,8 @@
 """Regular expressions from outside: matched by RE2, in time linear in the text whatever the expression is.
 
 Python's `re` backtracks, holds the interpreter while it does, and cannot be stopped. PEFT uses `re`: an
-expression that RE2 lacks (look-around, backreferences), or reads in another way, is refused. Any thread.
+expression that RE2 lacks (look-around, backreferences), or reads in another way, is refused. Which modules
+one with look-around chooses is told by a file's tensors (`targets.named_by_tensors`). Any thread.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any, Protocol, cast
 
 import re2
 
-__all__ = ["MAX_KEYS", "KeyPatterns", "Pattern", "PatternError", "compiled"]
+__all__ = ["MAX_KEYS", "KeyPatterns", "LookAroundError", "Pattern", "PatternError", "compiled"]
 
 _MAX_LENGTH = 4096
 MAX_KEYS = 2048
 _MAX_MEMORY_BYTES = 1 << 17  # of one expression; the program of the longest one fits
 # What both accept and read in different ways: an omitted minimum, and POSIX classes.
 _AMBIGUOUS = re.compile(r"\{,\d*\}|\[:")
+_LOOK_AROUND = re.compile(r"(?<!\\)(?:\\\\)*\(\?(?:[=!]|<[=!])")
 _LITERAL = string.ascii_letters + string.digits + "_"
 
 
@@ -40,11 +42,15 @@ class PatternError(ValueError):
     """An expression that cannot be used; the message says why."""
 
 
+class LookAroundError(PatternError):
+    """An expression with look-around, which is all that is wrong with it."""
+
+
 def compiled(pattern: str, frame: str = "{}", *, captures: bool = False) -> Pattern:
     """`pattern`, put into `frame` at {}. Without `captures`, a match has no groups and takes less time.
 
     Raises:
-        PatternError: it is none, is too long, or RE2 does not have what it uses.
+        PatternError: it is none, is too long, or RE2 does not have what it uses; LookAroundError for that.
     """
     if len(pattern) > _MAX_LENGTH:
         raise PatternError(f"expected a regular expression of at most {_MAX_LENGTH} characters")
@@ -64,7 +70,8 @@ def compiled(pattern: str, frame: str = "{}", *, captures: bool = False) -> Patt
     try:
         return cast(Pattern, re2.compile(framed, options))
     except re2.error as error:
-        raise PatternError(
+        kind = LookAroundError if _LOOK_AROUND.search(pattern) else PatternError
+        raise kind(
             f"the regular expression {pattern[:80]!r} uses what RE2 does not have, such as look-around, a "
             f"backreference or a thousand repetitions ({_text(error)}), so that it takes linear time"
         ) from None

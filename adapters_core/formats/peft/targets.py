@@ -7,15 +7,42 @@ As in PEFT 0.21: `check_target_module_exists` (peft/tuners/tuners_utils.py) and 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+from ...config import CONFIG_FILE
 from .config import PeftConfig, PeftFields
+from .names import Leaf, parse_name
 from .patterns import KeyPatterns
 
-__all__ = ["all_linear", "is_saved_whole", "is_target", "is_target_parameter", "rank_and_scale"]
+__all__ = [
+    "all_linear",
+    "is_saved_whole",
+    "is_target",
+    "is_target_parameter",
+    "named_by_tensors",
+    "rank_and_scale",
+]
 
 _ALL_LINEAR = "all-linear"
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+
+
+def named_by_tensors(config: PeftConfig, tensors: Iterable[str]) -> PeftConfig:
+    """`config` with the modules that a file's `tensors` name, where its expressions cannot be matched.
+
+    A training leaves factors of every module that it adapted, and of no other.
+    """
+    if not config.unmatched:
+        return config
+    found = (parse_name(name) for name in tensors)
+    paths = sorted({one.path for one in found if one is not None and one.leaf is not Leaf.TOKENS})
+    note = (
+        f"{CONFIG_FILE}: {' and '.join(config.unmatched)} cannot be matched in linear time (look-around), so "
+        f"that the file's tensors say which modules are adapted: {len(paths)}."
+    )
+    fields = config.fields.with_values(target_modules=paths or None)
+    return replace(config, fields=fields, unmatched=(), notes=(*config.notes, note))
 
 
 def all_linear(fields: PeftFields) -> bool:
