@@ -23,6 +23,9 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from server.demo.model import default_cache_dir, demo_model  # noqa: E402 (MLX may be imported only from here on)
 
+# They need packages of their own; scripts/test-clients runs them.
+collect_ignore = ["clients"]
+
 # How long a draw takes depends on the machine, and on what else runs there.
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 BASE = "SmolLM2-135M-Instruct"
 """The name under which the demo's model is served."""
 DEMO_ADAPTERS = ROOT / "config" / "demo" / "adapters"
+PYTHON = os.environ.get("SERVER_PYTHON", sys.executable)
+"""The interpreter that runs the server: of another environment where the tests have one without MLX."""
 START_SECONDS = 180
 STOP_SECONDS = 60
 
@@ -88,8 +90,8 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def command(*arguments: str) -> list[str]:
-    """`mlx-graft` with these arguments, by this interpreter and from this checkout."""
-    return [sys.executable, "-m", "server", *arguments]
+    """`mlx-graft` with these arguments, from this checkout."""
+    return [PYTHON, "-m", "server", *arguments]
 
 
 def run(*arguments: str, url: str | None = None, stdin: str = "", timeout_seconds: float = 120) -> Done:
