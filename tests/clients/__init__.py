@@ -1,1 +1,1 @@
-"""Other projects' clients against a real server; run by scripts/test-clients, in an environment of their own."""
+"""Other projects' clients against a real server; scripts/test-clients runs them, in their own environment."""

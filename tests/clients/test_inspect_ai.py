@@ -1,4 +1,4 @@
-"""inspect_ai's provider for vLLM, pointed to a server that runs: adapters by name, by path, by owner and name."""
+"""inspect_ai's provider for vLLM, on a server that runs: adapters by name, by path, by owner and name."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def test_the_contexts_length_is_found_out(url: str) -> None:
 
 
 def test_what_an_evaluation_may_wish(url: str) -> None:
-    said = answer(model(url, "pirate"), logprobs=True, top_logprobs=3, num_choices=2, seed=1, stop_seqs=["matey"])
+    said = answer(
+        model(url, "pirate"), logprobs=True, top_logprobs=3, num_choices=2, seed=1, stop_seqs=["matey"]
+    )
     assert len(said.choices) == 2
     for choice in said.choices:
         assert "matey" not in choice.message.text

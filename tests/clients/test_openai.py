@@ -1,4 +1,4 @@
-"""OpenAI's client: every model that is listed answers, by the very name; what belongs to texts, and errors."""
+"""OpenAI's client: every model that is listed answers, by the very name; scores, and errors."""
 
 from __future__ import annotations
 
