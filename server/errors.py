@@ -48,6 +48,7 @@ from server.adapters.errors import (
     VersionUnreadableError,
 )
 from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
+from server.engine.messages import FailureKind
 from server.resources import is_exhaustion
 from server.urls import allowed_methods, meant_url
 from server.validation import describe_problems
@@ -193,11 +194,14 @@ class ServerStoppingError(OverloadedError):
 
 
 class GenerationFailedError(ApiError):
-    """`message` is the engine's, which names nothing of the inside."""
+    """`message` is the engine's, which names nothing of the inside. Logits that are not finite come again."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, kind: FailureKind = "engine") -> None:
         message = f"The request was not finished: {message}."
-        super().__init__(500, message, type="server_error", code="generation_failed")
+        code, headers = (
+            ("logits_not_finite", _NO_RETRY) if kind == "not_finite" else ("generation_failed", {})
+        )
+        super().__init__(500, message, type="server_error", code=code, headers=headers)
 
 
 class InternalError(ApiError):

@@ -31,7 +31,8 @@ def drop(delta: np.ndarray, density: float, rng: np.random.Generator) -> np.ndar
     if density >= 1.0:
         return delta
     kept = rng.random(delta.shape, dtype=np.float32) < np.float32(density)
-    return delta * kept / np.float32(density)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a density that float32 takes for 0
+        return np.where(kept, delta / np.float32(density), np.float32(0))
 
 
 class WeightedSum:

@@ -9,6 +9,7 @@ that is being served, give it a copy. Runs on any thread that may compute with t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import InvalidAdapterError
 from ..layers.adapted import AdaptedLayer
 from ..layers.surgery import replace_modules
 from .dense import dequantizing
@@ -93,11 +95,16 @@ def compare_activations(
     modules: Mapping[str, nn.Module],
     rows: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    source: str = "adapter",
 ) -> ActivationReport:
     """Compare `model` with `layers` in it and with `modules` in their places; both by path.
 
     `rows` are prompts, each at least one token; one is computed at a time. `progress` is told how many of
     how many are done. The model is as before when this returns or raises.
+
+    Raises:
+        InvalidAdapterError: outputs or logits, adapted or fused, are not finite, so that neither could be
+            served; `source` is what the adapter is called.
     """
     others = dequantizing(model, layers)
     observed = {path: _Observed(layer, modules[path]) for path, layer in layers.items()}
@@ -115,8 +122,13 @@ def compare_activations(
                 size[path] += more_size
         with _in_place(model, {**others, **modules}):
             actual = _log_probabilities(model(tokens))
+        broken = [path for path in observed if not math.isfinite(lost[path] + size[path])]
+        if problems := _not_finite(broken, expected, actual):
+            raise InvalidAdapterError(source, problems)
         agrees = mx.argmax(expected, axis=-1) == mx.argmax(actual, axis=-1)
-        kl = mx.sum(mx.exp(expected) * (expected - actual), axis=-1)
+        # A token that the model rules out, by -inf, adds nothing.
+        terms = mx.where(expected == -mx.inf, 0, mx.exp(expected) * (expected - actual))
+        kl = mx.sum(terms, axis=-1)
         same += cast(list[bool], agrees.tolist())
         # Rounding may leave a divergence of nothing a little below it.
         divergences += cast(list[float], mx.maximum(kl, 0.0).tolist())
@@ -133,6 +145,20 @@ def compare_activations(
         kl_mean=sum(divergences) / len(divergences),
         kl_max=max(divergences),
     )
+
+
+def _not_finite(broken: Sequence[str], expected: mx.array, actual: mx.array) -> list[str]:
+    """What is wrong with outputs of these layers, or with the log-probabilities of both models."""
+    problems = []
+    if broken:
+        first, more = broken[0], f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        problems.append(f"{first}{more}: expected finite outputs on the prompts to compare, got others")
+    for name, found in (("adapted", expected), ("fused", actual)):
+        if mx.any(mx.isnan(found)).item():
+            problems.append(f"the {name} model: expected finite logits on the prompts to compare, got others")
+    if not problems and mx.any((expected > -mx.inf) & (actual == -mx.inf)).item():
+        problems.append("the fused model: expected finite logits where the adapted one's are, got -inf")
+    return problems
 
 
 def _log_probabilities(logits: mx.array) -> mx.array:

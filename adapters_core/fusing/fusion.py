@@ -143,8 +143,12 @@ def _fuse(layer: AdaptedLayer, precision: Precision, threshold: float) -> _Fused
     size = mx.linalg.norm(change)
     # One module at a time, so that the float32 weights of a whole model never exist at once.
     mx.eval(before, after, change, size)
+    bias = layer.fused_bias()
+    finite = [mx.isfinite(size), *([] if bias is None else [mx.all(mx.isfinite(bias))])]
+    if not mx.all(mx.stack(finite)).item():
+        return _Fused(beside(layer), "unmerged", math.nan)
     if precision == "keep":
-        return _Fused(beside(layer), "unmerged", 0.0 if mx.isfinite(size).item() else math.nan)
+        return _Fused(beside(layer), "unmerged", 0.0)
     found: list[_Fused] = []
     is_changed = size.item() != 0.0
     for form, module in merged_forms(
@@ -159,6 +163,9 @@ def _fuse(layer: AdaptedLayer, precision: Precision, threshold: float) -> _Fused
 def _error(module: nn.Module, before: mx.array, change: mx.array, size: mx.array) -> float:
     """‖(W' - W) - Δ‖ / ‖Δ‖, which is 0 where there is neither a change nor a loss. Evaluates `module`."""
     lost = mx.linalg.norm((dense_weight(module).astype(mx.float32) - before) - change)
+    bias = module.get("bias")
+    if bias is not None:
+        lost = mx.where(mx.all(mx.isfinite(bias)), lost, mx.nan)
     mx.eval(module.parameters(), lost)
     if size.item() == 0.0 and lost.item() == 0.0:
         return 0.0

@@ -8,8 +8,10 @@ adapted layers of that forward. Runs on the thread that owns the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, Self, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,8 +23,10 @@ from .residents import ResidentAdapter, RowAdapters
 
 __all__ = [
     "AdapterRows",
+    "LogitSums",
     "RoutedModel",
     "Routing",
+    "RowWatch",
 ]
 
 
@@ -41,15 +45,58 @@ class Routing:
         self.generation = 0
 
 
+class LogitSums:
+    """log Σ exp of the last logits of each row of one forward, as (B,) in `lazy`.
+
+    It is finite exactly where no logit is NaN or +inf and not all are -inf, which rules single tokens out.
+    """
+
+    def __init__(self, logits: mx.array) -> None:
+        self.lazy = mx.logsumexp(logits[:, -1, :], axis=-1)
+
+    @cached_property
+    def finite(self) -> list[bool]:
+        """Whether it is, for each row; evaluates."""
+        return [math.isfinite(value) for value in cast("list[float]", self.lazy.tolist())]
+
+
+class RowWatch:
+    """The last two forwards of one row that read one token each.
+
+    A batch generator starts a forward before it tells the token that the one before it made, so that what is
+    asked for with a token is `before`, and what is to be evaluated with the forward under way is `last`.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[LogitSums, int] | None = None
+        self._last: tuple[LogitSums, int] | None = None
+
+    @property
+    def last(self) -> LogitSums | None:
+        """Of the last forward."""
+        return None if self._last is None else self._last[0]
+
+    @property
+    def was_finite(self) -> bool:
+        """Whether the row's logits were, in the forward before the last."""
+        return self._before is None or self._before[0].finite[self._before[1]]
+
+    def note(self, sums: LogitSums, row: int) -> None:
+        """There was one more forward, in which this was row number `row`."""
+        self._before, self._last = self._last, (sums, row)
+
+
 class AdapterRows:
     """The adapters of each row of a batch, in the guise of one more KV cache of mlx-lm.
 
     Follows the cache protocol of `mlx_lm.models.cache`, so that a batch generator moves it with the KV
-    rows. It holds no arrays and no positions; what it holds is shared, never copied.
+    rows. It holds no arrays and no positions; what it holds is shared, never copied. `watches` hear of each
+    forward's logits; None for rows that nobody watches.
     """
 
-    def __init__(self, rows: Sequence[RowAdapters]) -> None:
+    def __init__(self, rows: Sequence[RowAdapters], watches: Sequence[RowWatch | None] = ()) -> None:
         self.rows: tuple[RowAdapters, ...] = tuple(rows)
+        self.watches = tuple(watches) or (None,) * len(self.rows)
         self._plan: BatchPlan | None = None
         self._generation = -1
 
@@ -66,7 +113,16 @@ class AdapterRows:
             self._generation = routing.generation
         return self._plan
 
-    def _set(self, rows: tuple[RowAdapters, ...]) -> None:
+    def note(self, logits: mx.array) -> None:
+        """Tell those who watch of the logits (B, L, vocabulary) of these rows."""
+        if any(self.watches):
+            sums = LogitSums(logits)
+            for row, watch in enumerate(self.watches):
+                if watch is not None:
+                    watch.note(sums, row)
+
+    def _set(self, rows: tuple[RowAdapters, ...], watches: tuple[RowWatch | None, ...]) -> None:
+        self.watches = watches
         if rows != self.rows:
             self.rows = rows
             self._plan = None
@@ -74,19 +130,21 @@ class AdapterRows:
     @classmethod
     def merge(cls, caches: Sequence[AdapterRows]) -> Self:
         """One entry for the rows of all `caches`, in their order."""
-        return cls([row for cache in caches for row in cache.rows])
+        rows = [row for cache in caches for row in cache.rows]
+        return cls(rows, [watch for cache in caches for watch in cache.watches])
 
     def extend(self, other: AdapterRows) -> None:
         """Append the rows of `other`."""
-        self._set(self.rows + other.rows)
+        self._set(self.rows + other.rows, self.watches + other.watches)
 
     def filter(self, batch_indices: Iterable[int] | mx.array) -> None:
         """Keep the rows at `batch_indices`, in that order."""
-        self._set(tuple(self.rows[int(index)] for index in batch_indices))
+        kept = [int(index) for index in batch_indices]
+        self._set(tuple(self.rows[at] for at in kept), tuple(self.watches[at] for at in kept))
 
     def extract(self, index: int) -> AdapterRows:
         """The entry of one row alone."""
-        return AdapterRows([self.rows[index]])
+        return AdapterRows([self.rows[index]], [self.watches[index]])
 
     def prepare(self, **_: Any) -> None:
         """Padding concerns positions; there are none here."""
@@ -121,7 +179,7 @@ class AdapterRows:
         return not self.rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterRows:
-        return AdapterRows(self.rows)
+        return AdapterRows(self.rows, self.watches)
 
 
 class RoutedModel:
@@ -144,20 +202,23 @@ class RoutedModel:
         if plan is not None:
             plan.length = inputs.shape[1]
         try:
-            return self.model(inputs, cache=kv_caches)
+            logits = self.model(inputs, cache=kv_caches)
         finally:
             self._routing.plan = None
             if plan is not None:
                 plan.memo.clear()
+        if inputs.shape[1] == 1:
+            rows.note(logits)
+        return logits
 
-    def new_cache(self, row: RowAdapters) -> list[Any]:
+    def new_cache(self, row: RowAdapters, watch: RowWatch | None = None) -> list[Any]:
         """An empty prompt cache for one request that computes with `row`."""
-        return self.with_row(make_prompt_cache(self.model), row)
+        return self.with_row(make_prompt_cache(self.model), row, watch)
 
     @staticmethod
-    def with_row(kv_caches: Sequence[Any], row: RowAdapters) -> list[Any]:
-        """A prompt cache for one request: its KV caches, then what it computes with."""
-        return [*kv_caches, AdapterRows([row])]
+    def with_row(kv_caches: Sequence[Any], row: RowAdapters, watch: RowWatch | None = None) -> list[Any]:
+        """A prompt cache for one request: its KV caches, then what it computes with, and who watches it."""
+        return [*kv_caches, AdapterRows([row], [watch])]
 
     @staticmethod
     def strip(cache: Sequence[Any]) -> list[Any]:

@@ -8,10 +8,12 @@ generation thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
+
+from adapters_core.mixed.routing import RowWatch
 
 from .cache_kinds import bears_padding, serves_anywhere
 from .context import ModelContext
@@ -21,6 +23,14 @@ from .sampling import make_processors, make_sampler, read_logprobs
 from .scheduler import LoopOptions, Scheduler, StepWork
 
 __all__ = ["Decoder"]
+
+
+class _Row(NamedTuple):
+    """A row of the generator's."""
+
+    request: Request
+    choice: int
+    watch: RowWatch
 
 
 class Decoder:
@@ -48,7 +58,7 @@ class Decoder:
         self._scheduler = scheduler
         self._emit = emit
         self._clock = clock
-        self._rows: dict[int, tuple[Request, int]] = {}  # by the generator's uid: request, choice
+        self._rows: dict[int, _Row] = {}  # by the generator's uid
         self._stream = mx.default_stream(mx.default_device())
         self._generator = self._new_generator()
 
@@ -105,9 +115,12 @@ class Decoder:
         submit, routed = request.generated, self._context.routed
         prompt_tokens, last = len(submit.prompt_tokens), submit.prompt_tokens[-1]
         stop = StopSequences([[token] for token in submit.stop_token_ids])
+        watches = [RowWatch() for _ in choices]
         caches = [
-            routed.new_cache(submit.row) if kv_caches is None else routed.with_row(kv_caches, submit.row)
-            for _ in choices
+            routed.new_cache(submit.row, watch)
+            if kv_caches is None
+            else routed.with_row(kv_caches, submit.row, watch)
+            for watch in watches
         ]
         uids = self._generator.insert_segments(
             segments=[[*segments, [last]] for _ in choices],
@@ -118,9 +131,10 @@ class Decoder:
             logits_processors=[make_processors(submit.sampling, prompt_tokens) for _ in choices],
             stop_sequences=[stop for _ in choices],
         )
-        for uid, choice in zip(uids, choices, strict=True):  # before all that may raise: these rows are there
+        # Before all that may raise: these rows are there.
+        for uid, choice, watch in zip(uids, choices, watches, strict=True):
             request.uids[choice] = uid
-            self._rows[uid] = (request, choice)
+            self._rows[uid] = _Row(request, choice, watch)
         if segments:
             for uid in uids:
                 self._scheduler.reading[uid] = Reading(
@@ -134,10 +148,11 @@ class Decoder:
 
     # Forward
 
-    def step(self, work: StepWork) -> None:
+    def step(self, work: StepWork) -> list[Request]:
         """One step of the batch: its rows decode a token, then some of the prompts' tokens are read.
 
-        Adds to the `work` that the step has done.
+        Adds to the `work` that the step has done. Returns the requests whose logits are not finite, which
+        the caller ends: of their tokens nothing is told.
         """
         scheduler = self._scheduler
         decoding = scheduler.decoding_rows
@@ -145,12 +160,14 @@ class Decoder:
         lengths = [min(reading.left_tokens, step_tokens) for reading in scheduler.reading.values()]
         started = self._clock()
         prompts, responses = self._generator.next()
+        # With the forward that is under way, so that the next step finds them without a wait of their own.
+        mx.async_eval([sums.lazy for sums in {row.watch.last for row in self._rows.values()} if sums])
         seconds = self._clock() - started
         read_tokens = len(lengths) * max(lengths, default=0)
         if decoding == len(responses):  # rows that begin to decode in a step take time of their own
             work.seconds, work.decoded_rows, work.read_tokens = seconds, decoding, read_tokens
         self._process_prompts(prompts, step_tokens)
-        self._process_tokens(responses)
+        return self._process_tokens(responses)
 
     def _process_prompts(self, prompts: Iterable[Any], step_tokens: int) -> None:
         """Note how far prompts have been read; keep their caches, and start choices, that waited for that."""
@@ -161,7 +178,7 @@ class Decoder:
             ended = reading.advance(min(reading.left_tokens, step_tokens))
             if not reading.segments:
                 del self._scheduler.reading[response.uid]
-            request, reader = self._rows[response.uid]
+            request, reader, _ = self._rows[response.uid]
             starts = not reading.segments and bool(request.pending)
             if not (starts or self._worth_keeping(reading, ended)):
                 continue
@@ -185,11 +202,16 @@ class Decoder:
         read_tokens = reading.position - reading.request.cached_tokens
         return ended and read_tokens >= self._options.keep_prompt_tokens
 
-    def _process_tokens(self, responses: list[Any]) -> None:
+    def _process_tokens(self, responses: list[Any]) -> list[Request]:
         self.completion_tokens += len(responses)
+        broken = [self._rows[r.uid].request for r in responses if not self._rows[r.uid].watch.was_finite]
         logprobs = self._read_logprobs(responses)
         for response in responses:
-            request, choice = self._rows[response.uid]
+            request, choice, _ = self._rows[response.uid]
+            if request in broken:
+                if response.finish_reason is not None:
+                    self._forget_row(request, choice)  # the generator has done so
+                continue
             request.completion_tokens[choice] = request.completion_tokens.get(choice, 0) + 1
             self._scheduler.waiting.charge_output(request.share, 1)
             if response.finish_reason != "stop":
@@ -199,11 +221,12 @@ class Decoder:
                 self._store(request, response.all_tokens, response.prompt_cache)
                 self._forget_row(request, choice)
                 self._finish(request, choice, response.finish_reason)
+        return list(dict.fromkeys(broken))
 
     def _read_logprobs(self, responses: list[Any]) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
         wanted = []
         for response in responses:
-            k = self._rows[response.uid][0].generated.sampling.top_logprobs
+            k = self._rows[response.uid].request.generated.sampling.top_logprobs
             if k is not None and response.finish_reason != "stop":
                 wanted.append((response.uid, (response.logprobs, response.token, k)))
         if not wanted:
@@ -266,7 +289,7 @@ class Decoder:
 
     def close(self) -> None:
         """Drop all rows; nothing can be computed any more."""
-        for request, _ in self._rows.values():
+        for request, _, _ in self._rows.values():
             request.uids.clear()
         self._rows.clear()
         self._scheduler.reading.clear()

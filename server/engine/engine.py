@@ -21,7 +21,18 @@ from .container import ModelContainer
 from .ends import RecentEnds
 from .errors import EngineError, EngineOverloadedError, EngineStoppedError, InvalidSubmitError
 from .loop import LoopOptions, LoopStats
-from .messages import Cancel, Event, Failed, Finished, Message, Scoring, Stop, Submit, Update
+from .messages import (
+    SMALLEST_REPETITION_PENALTY,
+    Cancel,
+    Event,
+    Failed,
+    Finished,
+    Message,
+    Scoring,
+    Stop,
+    Submit,
+    Update,
+)
 from .model import LoadedModel, ModelInfo
 from .worker import STOPPED, GenerationThread
 
@@ -305,7 +316,7 @@ class Engine:
                 message.future.set_exception(EngineStoppedError("the generation thread has ended"))
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.put(Failed(STOPPED, stopped=True))
+            stream.put(Failed(STOPPED, "stopped"))
         self._stats = LoopStats()
 
 
@@ -335,8 +346,9 @@ def check_submit(submit: Submit, vocabulary_tokens: int) -> None:
         (sampling.temperature >= 0, f"temperature must not be negative, got {sampling.temperature}"),
         (0 <= sampling.min_p <= 1, f"min_p must be from 0 to 1, got {sampling.min_p}"),
         (
-            0 < sampling.repetition_penalty < math.inf,
-            f"repetition_penalty must be above 0, got {sampling.repetition_penalty}",
+            SMALLEST_REPETITION_PENALTY <= sampling.repetition_penalty < math.inf,
+            f"repetition_penalty must be at least {SMALLEST_REPETITION_PENALTY}, "
+            f"got {sampling.repetition_penalty}",
         ),
         (
             sampling.top_logprobs is None or sampling.top_logprobs >= 0,

@@ -19,7 +19,7 @@ import structlog
 from .context import ModelContext
 from .decoding import Decoder
 from .errors import InvalidSubmitError
-from .messages import Cancel, Event, Failed, Scoring, Submit, Update
+from .messages import Cancel, Event, Failed, FailureKind, Scoring, Submit, Update
 from .prompt_cache import PromptCacheStats, PromptMatch
 from .requests import Request
 from .sampling import draw_seed
@@ -133,7 +133,7 @@ class GenerationLoop:
         while self._updates:
             self._updates.popleft().future.set_exception(error)
         self._decoder.close()
-        self._fail([*self._scheduler.running.values(), *self._scheduler.waiting], message, stopped=True)
+        self._fail([*self._scheduler.running.values(), *self._scheduler.waiting], message, "stopped")
         return self._take_events()
 
     # One turn
@@ -145,12 +145,12 @@ class GenerationLoop:
         work = StepWork()
         if self._decoder:
             try:
-                self._decoder.step(work)
+                self._break_off(self._decoder.step(work))
             except Exception:
                 self._recover()
         if self._scorer:
             try:
-                self._scorer.step(work)
+                self._break_off(self._scorer.step(work))
             except Exception:
                 self._recover_scoring()
         self._scheduler.observe(work)
@@ -218,9 +218,35 @@ class GenerationLoop:
         self._fail(requests, _FAILED)
         self._context.prompt_cache.clear()
 
-    def _fail(self, requests: list[Request], message: str, *, stopped: bool = False) -> None:
+    def _break_off(self, requests: list[Request]) -> None:
+        """End requests whose logits are not finite; the others of the batch go on.
+
+        Nothing is kept of what was computed with the same adapters: it may hold such numbers, too.
+        """
+        for request in requests:
+            submit = request.submit
+            step = max(request.completion_tokens.values(), default=0) + 1
+            _log.error(
+                "logits are not finite",
+                request_id=request.request_id,
+                model=submit.model,
+                adapters=[(adapter.digest, weight) for adapter, weight in submit.row],
+                step=step,
+            )
+            self._fail([request], _not_finite(submit.model, step), "not_finite")
+            self._context.prompt_cache.drop(lambda key, of=request.key: key == of)
+
+    def _fail(self, requests: list[Request], message: str, kind: FailureKind = "engine") -> None:
         self._failures += len(requests)
         for request in requests:
             self._side_of(request).forget(request)
             self._scheduler.end(request)
-            self._emit(request, Failed(message, stopped))
+            self._emit(request, Failed(message, kind))
+
+
+def _not_finite(model: str, step: int) -> str:
+    return (
+        f"the logits of {model or 'the model'!r} at token {step} are NaN or infinite, so that no token "
+        "follows. Its numbers are too large for the dtype that the base is computed in; a smaller weight or "
+        "scale of the adapter, or a base served with --dtype float32 or bfloat16, avoids that"
+    )

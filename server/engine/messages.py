@@ -17,10 +17,12 @@ from adapters_core.mixed.residents import RowAdapters
 from .context import ModelContext
 
 __all__ = [
+    "SMALLEST_REPETITION_PENALTY",
     "Cancel",
     "ChoiceFinished",
     "Event",
     "Failed",
+    "FailureKind",
     "FinishReason",
     "Finished",
     "Message",
@@ -33,7 +35,13 @@ __all__ = [
     "Update",
 ]
 
+SMALLEST_REPETITION_PENALTY = 0.01
+"""Logits are divided by it; what is smaller means nothing more, and ends in infinities."""
+
 FinishReason = Literal["stop", "length"]
+
+FailureKind = Literal["engine", "stopped", "not_finite"]
+"""Why a request failed: by an error of the engine, as it stopped, or because its own logits were not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,8 @@ class SamplingParams:
 class Submit:
     """One request: `choices` continuations of one prompt, computed with one row of adapters.
 
-    It shares prompt caches with requests of the same `cache_owner` alone.
+    It shares prompt caches with requests of the same `cache_owner` alone. `model` is what logs and errors
+    call what it computes with.
     """
 
     request_id: str
@@ -73,6 +82,7 @@ class Submit:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     choices: int = 1
     cache_owner: str = ""
+    model: str = ""
 
     @property
     def most_events(self) -> int:
@@ -85,7 +95,7 @@ class Scoring:
     """One request to say how likely each of `answers` is after one prompt, under one row of adapters.
 
     The prompt and each answer have at least one token. An answer takes a row, as a choice does. It shares
-    prompt caches with requests of the same `cache_owner` alone.
+    prompt caches with requests of the same `cache_owner` alone. `model` is as in `Submit`.
     """
 
     request_id: str
@@ -93,6 +103,7 @@ class Scoring:
     prompt_tokens: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     cache_owner: str = ""
+    model: str = ""
 
     @property
     def choices(self) -> int:
@@ -182,10 +193,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request ended by an error of the engine, or as it `stopped`; nothing more is computed for it."""
+    """The request ended for what `kind` says; nothing more is computed for it."""
 
     message: str
-    stopped: bool = False
+    kind: FailureKind = "engine"
 
 
 Event = Token | ChoiceFinished | Scored | Finished | Failed

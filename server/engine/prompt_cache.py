@@ -16,9 +16,10 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, can_trim_prompt_cache, trim_prompt_cache
 
 from .cache_kinds import parts
@@ -60,6 +61,7 @@ class _Entry:
     cache: list[Any]
     size_bytes: int
     trimmable: bool
+    finite: mx.array
 
     @property
     def name(self) -> tuple[Hashable, TokenText, bool]:
@@ -137,13 +139,21 @@ class PromptCache:
         closest, length = shelf.trimmable.closest(wanted)
         fixed = shelf.fixed.longest_beginning(wanted)
         if fixed is not None and fixed.tokens > length:
-            return self._entries[key, fixed, False], fixed.tokens
-        return (None, 0) if closest is None else (self._entries[key, closest, True], length)
+            entry, length = self._entries[key, fixed, False], fixed.tokens
+        elif closest is not None:
+            entry = self._entries[key, closest, True]
+        else:
+            return None, 0
+        if not entry.finite.item():  # evaluated since it was stored, when nobody waited for it
+            self._drop(entry.name)
+            return self._find(key, wanted)
+        return entry, length
 
     def store(self, key: Hashable, tokens: Sequence[int] | TokenText, cache: list[Any]) -> None:
         """Keep `cache`, the KV caches of one row that hold exactly `tokens`; they become this object's own.
 
-        Starts their evaluation, so that they do not hold on to the batch that they were taken from.
+        Starts their evaluation, so that they do not hold on to the batch that they were taken from. Caches
+        with NaN or infinite numbers are never given out.
         """
         size_bytes = sum(part.nbytes for part in cache)
         if not (self.enabled and tokens) or size_bytes > self._max_bytes:
@@ -160,9 +170,10 @@ class PromptCache:
             if shorter is not None:
                 self._drop((key, shorter, True))
         _own_arrays(cache)
-        mx.async_eval([part.state for part in cache])
+        finite = _finite(cache)
+        mx.async_eval([part.state for part in cache], finite)
         self._make_room(size_bytes)
-        entry = _Entry(key, text, cache, size_bytes, trimmable)
+        entry = _Entry(key, text, cache, size_bytes, trimmable, finite)
         self._shelves.setdefault(key, _Shelf()).of(trimmable).add(text)
         self._entries[entry.name] = entry
         self._bytes_held += size_bytes
@@ -202,6 +213,13 @@ def _wanted(tokens: Sequence[int] | TokenText) -> TokenText:
     """All but the last token, which has to be computed in any case."""
     text = _text(tokens)
     return text.first(max(text.tokens - 1, 0))
+
+
+def _finite(cache: Sequence[Any]) -> mx.array:
+    """Whether the last layer's numbers are finite, which those of a layer before it would spoil; lazy."""
+    arrays = cast("list[tuple[str, Any]]", tree_flatten(cache[-1].state if cache else []))
+    floats = [one for _, one in arrays if isinstance(one, mx.array) and mx.issubdtype(one.dtype, mx.floating)]
+    return mx.all(mx.stack([mx.array(True), *(mx.all(mx.isfinite(one)) for one in floats)]))
 
 
 def _own_arrays(cache: Iterable[Any]) -> None:

@@ -27,6 +27,8 @@ RowSampler = Callable[[mx.array], mx.array]
 
 # Below this a temperature only overflows; the draw is the most likely token anyway.
 _SMALLEST_TEMPERATURE = 1e-5
+# Below this only the most likely token is left, whose share is at least one of all tokens.
+_SMALLEST_TOP_P = 1e-7
 # More than any row is long, so that the penalties look back over all of it.
 _WHOLE_ROW_TOKENS = 1 << 30
 
@@ -41,7 +43,7 @@ def make_sampler(params: SamplingParams, seed: int, choice: int) -> RowSampler:
 
     All greedy rows get one and the same object, which lets the batch generator sample them in one call.
     """
-    if params.temperature < _SMALLEST_TEMPERATURE or params.top_p <= 0.0:
+    if params.temperature < _SMALLEST_TEMPERATURE or params.top_p <= _SMALLEST_TOP_P:
         return greedy_sampler
     return _SeededSampler(params, seed, choice)
 
@@ -90,7 +92,7 @@ def make_processors(params: SamplingParams, prompt_tokens: int) -> list[LogitsPr
     counts a token once, frequency every time.
     """
     repetition = params.repetition_penalty
-    processors = make_logits_processors(
+    on_all = make_logits_processors(
         logit_bias=dict(params.logit_bias),
         repetition_penalty=None if repetition == 1.0 else repetition,
         repetition_context_size=_WHOLE_ROW_TOKENS,
@@ -101,7 +103,20 @@ def make_processors(params: SamplingParams, prompt_tokens: int) -> list[LogitsPr
         frequency_penalty=params.frequency_penalty,
         frequency_context_size=_WHOLE_ROW_TOKENS,
     )
-    return [*processors, *(_past(prompt_tokens, processor) for processor in on_completion)]
+    processors = [*on_all, *(_past(prompt_tokens, processor) for processor in on_completion)]
+    return [_in_float32(processors)] if processors else []
+
+
+def _in_float32(processors: Sequence[LogitsProcessor]) -> LogitsProcessor:
+    """All of `processors` in turn, in whose range float16 need not have room; what is too large is cut."""
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        found = logits.astype(mx.float32)
+        for processor in processors:
+            found = processor(tokens, found)
+        return mx.minimum(found, mx.finfo(logits.dtype).max).astype(logits.dtype)
+
+    return process
 
 
 def _past(prompt_tokens: int, processor: LogitsProcessor) -> LogitsProcessor:

@@ -6,6 +6,7 @@ thread.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from .context import ModelContext
@@ -51,8 +52,11 @@ class Scorer:
         self.scored_tokens += answer_tokens
         self._batch.start(request, kv_caches, cached)
 
-    def step(self, work: StepWork) -> None:
-        """One forward, beside the `work` that the step has done; adds to it."""
+    def step(self, work: StepWork) -> list[Request]:
+        """One forward, beside the `work` that the step has done; adds to it.
+
+        Returns the requests whose logits are not finite, which the caller ends.
+        """
         # Without the time of the decoding beside it, its own cannot be told.
         is_known = work.seconds > 0 or not self._scheduler.decoding_rows
         started = self._clock()
@@ -61,9 +65,13 @@ class Scorer:
         work.scored_tokens = step.read_tokens
         for prompt in step.prompts:
             self._keep(prompt)
+        broken = {one.request: None for one in step.answers if any(map(math.isnan, one.logprobs))}
         for answer in step.answers:
+            if answer.request in broken:
+                continue
             self._emit(answer.request, Scored(answer.answer, answer.logprobs))
             self._finish(answer.request, {answer.answer})
+        return list(broken)
 
     def cancel(self, request: Request, answers: set[int]) -> None:
         """Give these answers up; without any that is open, the request ends."""

@@ -29,7 +29,10 @@ _MIN_SHARE_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class ScoredAnswer:
-    """The natural log-probabilities of one answer's tokens, each given all before it."""
+    """The natural log-probabilities of one answer's tokens, each given all before it.
+
+    NaN where the logits are not finite.
+    """
 
     request: Request
     answer: int
@@ -225,8 +228,10 @@ def _fill(into: np.ndarray, tokens: Sequence[int], start: int) -> None:
 def _logprobs_of(logits: mx.array, targets: mx.array) -> mx.array:
     """The log-softmax of `logits` (B, L, vocabulary) at `targets` (B, L); (B, L), float32.
 
-    Nothing scales or filters the logits before: temperature, penalties and biases are about choosing.
+    NaN where logits are NaN or +inf, or all are -inf; -inf where the target is ruled out. Nothing scales or
+    filters the logits before: temperature, penalties and biases are about choosing.
     """
     logits = logits.astype(mx.float32)
     chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    return chosen - mx.logsumexp(logits, axis=-1)
+    sums = mx.logsumexp(logits, axis=-1)
+    return mx.where(mx.isfinite(sums), chosen - sums, mx.nan)

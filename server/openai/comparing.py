@@ -101,7 +101,7 @@ class ComparisonService:
     ) -> Run:
         """Submit every model's answer, or none."""
         sampling = self._sampling(request)
-        submits = [self._texts.submit(request, prompt, pin.row, sampling, "messages") for pin in pins]
+        submits = [self._texts.submit(request, prompt, pin, sampling, "messages") for pin in pins]
         streams = self._texts.decoder.streams(
             len(pins), request.stop, continues=request.continue_final_message
         )

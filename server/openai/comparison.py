@@ -123,7 +123,14 @@ class Comparison:
     def _submit(self, answers: Sequence[tuple[int, ...]]) -> None:
         """One request to score for each model: they share forwards, and start from what answering kept."""
         for pin in self._pins:
-            scoring = Scoring(uuid.uuid4().hex, pin.row, self._prompt, tuple(answers), self._cache_owner)
+            scoring = Scoring(
+                uuid.uuid4().hex,
+                pin.row,
+                self._prompt,
+                tuple(answers),
+                self._cache_owner,
+                pin.served_name,
+            )
             self._scorings.append(
                 pin.lend(lambda release, scoring=scoring: self._engine.score(scoring, release))
             )

@@ -73,7 +73,9 @@ class Events:
                 yield None
                 continue
             if isinstance(event, Failed):
-                raise ServerStoppingError if event.stopped else GenerationFailedError(event.message)
+                if event.kind == "stopped":
+                    raise ServerStoppingError
+                raise GenerationFailedError(event.message, event.kind)
             running -= isinstance(event, Finished)
             yield index, event
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters_core.mixed.residents import RowAdapters
 from server.adapters.errors import AdaptersWithModelError, LifeCycleError
 from server.adapters.pins import Terms
 from server.engine.messages import SamplingParams, Submit
@@ -131,9 +130,7 @@ class TextService:
     ) -> Run:
         """Submit every prompt, or none: if the engine refuses one, those before it are cancelled."""
         sampling = sampling_params(request, self.info.vocabulary_tokens)
-        submits = [
-            self.submit(request, prompt, pin.row, sampling, prompt_param, request.n) for prompt in prompts
-        ]
+        submits = [self.submit(request, prompt, pin, sampling, prompt_param, request.n) for prompt in prompts]
         streams = self.decoder.streams(len(prompts) * request.n, request.stop, continues=continues)
         choices = [Choice(index, stream) for index, stream in enumerate(streams)]
         generations: list[EventSource] = []
@@ -152,7 +149,7 @@ class TextService:
         self,
         request: SampledRequest,
         prompt: tuple[int, ...],
-        row: RowAdapters,
+        pin: SharedPin,
         sampling: SamplingParams,
         prompt_param: str,
         choices: int = 1,
@@ -170,13 +167,14 @@ class TextService:
         )
         return Submit(
             request_id=uuid.uuid4().hex,
-            row=row,
+            row=pin.row,
             prompt_tokens=prompt,
             max_tokens=max_tokens,
             stop_token_ids=frozenset(self.info.tokenizer.eos_token_ids),
             sampling=sampling,
             choices=choices,
             cache_owner=request.cache_salt or "",
+            model=pin.served_name,
         )
 
     def head(self, prefix: str, served_name: str) -> Head:

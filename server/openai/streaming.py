@@ -97,4 +97,5 @@ async def _events(run: Pieces[_P], reply: Chunks[_P], keepalive_seconds: float) 
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return format_sse_event(data_str=text)

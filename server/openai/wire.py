@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from server.engine.messages import SMALLEST_REPETITION_PENALTY
 from server.openai.fields import (
     AdapterName,
     Limit,
@@ -86,7 +87,7 @@ class SampledRequest(Wire):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     """-1 as if there were none."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=SMALLEST_REPETITION_PENALTY, le=2)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: LogitBias = Field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -23,12 +23,15 @@ __all__ = ["router"]
 router = APIRouter(prefix="/v1/adapters", tags=["Adapters"], route_class=JsonRoute)
 
 
+Weight = Annotated[float, Field(ge=-100, le=100)]
+
+
 class WeightedAdapter(Body):
     """One more adapter of a sum."""
 
     id: Text
     """A loaded adapter."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """What its change is multiplied with."""
 
 
@@ -39,7 +42,7 @@ class FuseBody(Body):
     """How adapted layers are stored: `requantize` quantises them again, as the base is; `dequantize` makes
     them dense; `keep` leaves them and puts the adapter beside them; `auto` takes the smallest plain form that
     keeps the adapter."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """What the adapter's change is multiplied with."""
     adapters: list[WeightedAdapter] = Field(default=[], max_length=64)
     """Others that are fused with it: the sum of all their changes, each times its weight."""

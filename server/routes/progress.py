@@ -91,4 +91,5 @@ def _progress(step: FuseProgress) -> dict[str, Any]:
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return format_sse_event(data_str=text)

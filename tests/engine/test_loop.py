@@ -330,7 +330,7 @@ def test_fail_all_ends_everything_and_nothing_more_is_said() -> None:
     future: Future[Any] = Future()
     loop.update(Update(lambda context: None, future, drain=True))
     transcript.add(loop.fail_all("gone", EngineStoppedError("gone")))
-    assert transcript.end("running") == transcript.end("waiting") == Failed("gone", stopped=True)
+    assert transcript.end("running") == transcript.end("waiting") == Failed("gone", "stopped")
     assert isinstance(future.exception(timeout=0), EngineStoppedError)
     assert loop.idle
 

@@ -234,7 +234,7 @@ def test_fail_all_ends_it_too() -> None:
     transcript = Transcript()
     transcript.add(loop.step())
     transcript.add(loop.fail_all("gone", EngineStoppedError("gone")))
-    assert transcript.end("running") == transcript.end("waiting") == Failed("gone")
+    assert transcript.end("running") == transcript.end("waiting") == Failed("gone", "stopped")
     assert loop.idle
 
 

@@ -61,5 +61,6 @@ def merge(
         modules,
         rows,
         progress=lambda done, total: tell(FuseProgress("comparing", done, total)),
+        source=source,
     )
     return Merged(modules, report, activations)
