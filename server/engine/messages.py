@@ -41,7 +41,7 @@ SMALLEST_REPETITION_PENALTY = 0.01
 FinishReason = Literal["stop", "length"]
 
 FailureKind = Literal["engine", "stopped", "not_finite"]
-"""Why a request failed: by an error of the engine, as it stopped, or because its own logits were not finite."""
+"""Why a request failed: an error of the engine, its stop, or the request's own logits, NaN or infinite."""
 
 
 @dataclass(frozen=True, slots=True)
