@@ -25,7 +25,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     if len(name) > _MAX_CHARS:
         return None
     given, best, best_ratio = _letters(name), None, 0.0
-    for candidate in known:
+    for candidate in sorted(known):
         ratio = _likeness(given, _letters(candidate))
         if ratio > best_ratio:
             best, best_ratio = candidate, ratio

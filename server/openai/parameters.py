@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ __all__ = ["ANYTHING", "Parameter", "Problems", "Vocabulary", "vocabulary"]
 Call = Literal["chat", "completions"]
 
 # More unknown fields than any client sends; each is compared with every known name.
-_MAX_UNKNOWN = 64
+_MAX_UNKNOWN = 32
 # Short names of other servers' parameters are near to too many words.
 _LEAST_CHARS_OF_OTHERS = 8
 _SHOWN = 8
@@ -59,6 +59,8 @@ class Vocabulary:
 
     parameters: Mapping[str, Parameter]
     is_closed: bool = False
+    names: frozenset[str] = frozenset()
+    """Those that a misspelt one may stand for."""
 
     def problems(self, given: Mapping[str, Any], fields: Collection[str]) -> Problems | None:
         """What is wrong with `given`, an object without nulls, for a model with `fields`; None: nothing."""
@@ -96,11 +98,7 @@ class Vocabulary:
         return name not in self.parameters and (self.is_closed or not speaks_of_adapters(name))
 
     def _mistake(self, name: str, fields: Collection[str]) -> tuple[str, str] | None:
-        meant = nearest(name, fields)
-        if meant is None and len(name) >= _LEAST_CHARS_OF_OTHERS:
-            meant = nearest(
-                name, (each for each, known in self.parameters.items() if known.treatment != "free")
-            )
+        meant = _meant(name, frozenset(fields), self.names)
         if meant is not None:
             return name, f"{named(name)} is not a field of this call. Did you mean {named(meant)}?"
         return (name, f"{named(name)} is not a field of this call.") if self.is_closed else None
@@ -127,7 +125,15 @@ ANYTHING = Vocabulary({})
 def vocabulary(kind: str, call: Call | None = None, *, is_closed: bool = False) -> Vocabulary:
     """The parameters of objects of `kind`, a section of parameters.toml, as `call` has them."""
     entries = _tables()[kind]
-    return Vocabulary({name: _parameter(entry, call) for name, entry in entries.items()}, is_closed)
+    parameters = {name: _parameter(entry, call) for name, entry in entries.items()}
+    names = frozenset(name for name, parameter in parameters.items() if parameter.treatment != "free")
+    return Vocabulary(parameters, is_closed, names)
+
+
+@lru_cache(maxsize=1024)  # a client sends the same fields with each request
+def _meant(name: str, fields: frozenset[str], others: frozenset[str]) -> str | None:
+    meant = nearest(name, fields)
+    return nearest(name, others) if meant is None and len(name) >= _LEAST_CHARS_OF_OTHERS else meant
 
 
 @cache
