@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import time
 import uuid
@@ -28,6 +29,9 @@ _log = structlog.get_logger(__name__)
 
 REFUSALS = ("too_many_connections", "idle_cut", "head_timeout", "not_http")
 """Why a connection is refused or cut: there are too many, also of others; it is too slow; it is no HTTP."""
+
+LOGGER = "uvicorn.connections"
+"""Its warnings are a line for each request that is no HTTP, of which `Connections` tells in fewer."""
 
 MAX_HEAD_BYTES = 32 * 1024
 
@@ -147,6 +151,7 @@ class Connection(H11Protocol):
 
     def __init__(self, connections: Connections, **given: Any) -> None:
         super().__init__(**given)
+        self.logger = logging.getLogger(LOGGER)
         self.conn: Parser = Parser(h11.SERVER, MAX_HEAD_BYTES)
         self._all = connections
         self._head_timer: asyncio.TimerHandle | None = None
@@ -235,7 +240,7 @@ class Connection(H11Protocol):
                 "content-length": str(len(body)),
                 "connection": "close",
                 "x-request-id": f"req_{uuid.uuid4().hex}",
-                **error.headers,
+                **{name.lower(): value for name, value in error.headers.items()},
             }
             for event in (
                 h11.Response(

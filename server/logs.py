@@ -32,6 +32,9 @@ _TALKATIVE = (
     "watchfiles",
 )
 
+# Its warnings, a line for each request that is no HTTP, are told by `server.connections` in fewer.
+_FLOODED = "uvicorn.connections"
+
 # Its lines repeat, without the request's id, those of the application's own access log.
 _REPEATING = "uvicorn.access"
 
@@ -69,6 +72,7 @@ def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
     }
     talkative_level = {"debug": "INFO", "info": "WARNING"}.get(level, level.upper())
     loggers: dict[str, dict[str, object]] = {name: {"level": talkative_level} for name in _TALKATIVE}
+    loggers[_FLOODED] = {"level": "ERROR"}
     loggers[_REPEATING] = {"handlers": [], "propagate": False}
     logging.config.dictConfig(
         {

@@ -64,6 +64,19 @@ def test_the_table(error: Exception, status: int, kind: str, code: str | None) -
     assert "secret" not in body["message"]
 
 
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        (EngineOverloadedError(2, 1), "1"),
+        (EngineOverloadedError(2, 1, retry_seconds=12.1), "13"),
+        (EngineStoppedError("no"), "5"),
+        (AdapterMemoryBusyError.in_vain(30.0), "1"),
+    ],
+)
+def test_what_may_be_tried_again_says_when(error: Exception, seconds: str) -> None:
+    assert error_response(error).headers["retry-after"] == seconds
+
+
 def subclasses(kind: type[Any]) -> set[type[Any]]:
     return {kind}.union(*(subclasses(child) for child in kind.__subclasses__()))
 

@@ -180,6 +180,21 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
     assert (demo_model("4bit", tmp_path, silent) / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("room_bytes", [100_000, 20_000_000])
+def test_a_disk_too_small_is_an_error_of_the_system(tmp_path: Path, room_bytes: int) -> None:
+    """The smaller one has no room for the tokenizer, the larger one none for the weights."""
+    code = (
+        "import resource, sys; from pathlib import Path; from server.demo.model import demo_model\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
+        "try: demo_model('4bit', Path(sys.argv[1]), lambda message: None)\n"
+        "except OSError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(room_bytes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip(), done.stderr
+    assert list((tmp_path / "demo").iterdir()) == []
+
+
 def test_without_the_package_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
