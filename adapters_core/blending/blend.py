@@ -218,8 +218,11 @@ def _problems_of_module(path: str, terms: Sequence[_Term], options: BlendOptions
     shapes = {_outer_shape(term.module) for term in terms}
     if len(shapes) > 1:
         return [f"{path}: the adapters are not for one model: its shapes are {sorted(shapes)}"]
-    if len({term.module.lookup_only for term in terms}) > 1:
-        return [f"{path}: some of the adapters change the head that is tied to it, others do not: no one can"]
+    if len({(term.module.lookup_only, term.module.head_only) for term in terms}) > 1:
+        return [
+            f"{path}: some of the adapters change the head that is tied to it, others do not, or not the "
+            "look-up: no one can"
+        ]
     rank = sum(term.module.file_rank for term in terms)
     if options.method == "linear" and rank > MAX_RANK:
         return [f"{path}: linear would have rank {rank}, of {MAX_RANK} allowed; svd cuts the sum to a rank"]

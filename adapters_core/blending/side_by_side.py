@@ -21,7 +21,7 @@ __all__ = ["side_by_side"]
 def side_by_side(terms: Sequence[tuple[ModuleWeights, float]]) -> ModuleWeights:
     """The sum of (module, weight) terms, evaluated and float32.
 
-    The modules have the same outer shapes, no magnitudes, and the same `lookup_only`.
+    The modules have the same outer shapes, no magnitudes, and the same `lookup_only` and `head_only`.
     """
     factors = [weight * module.scale for module, weight in terms]
     biases = [
@@ -36,7 +36,8 @@ def side_by_side(terms: Sequence[tuple[ModuleWeights, float]]) -> ModuleWeights:
         whole = ModuleWeights.of_parts([_joined(pairs, factors) for pairs in by_output], 1.0, bias)
     else:
         a, b = _joined([(module.lora_a, module.lora_b) for module in modules], factors)
-        whole = ModuleWeights(a, b, None, 1.0, bias, modules[0].lookup_only)
+        first = modules[0]
+        whole = ModuleWeights(a, b, None, 1.0, bias, lookup_only=first.lookup_only, head_only=first.head_only)
     mx.eval(whole.lora_a, whole.lora_b, [array for array in whole.arrays if array is not None])
     return whole
 

@@ -86,6 +86,12 @@ def _problems(weights: Mapping[str, ModuleWeights]) -> list[str]:
         if module.lookup_only
     ]
     problems += [
+        f"module {path}: the head that is tied to it is adapted and its look-up is not, which mlx-lm's "
+        "format cannot say. Write it in PEFT's format"
+        for path, module in weights.items()
+        if module.head_only
+    ]
+    problems += [
         f"module {path}: its DoRA has a magnitude for each feature of the embedding, as PEFT's has; mlx-lm's "
         "has one for each token. Write it in PEFT's format"
         for path, module in weights.items()

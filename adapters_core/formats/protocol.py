@@ -118,7 +118,9 @@ class ModulesFormat:
         scales: dict[str, JsonValue] = {path: self.weights[path].scale for path in sorted(self.weights)}
         apart: list[JsonValue] = [path for path in sorted(self.weights) if self.weights[path].lookup_only]
         by_feature: list[JsonValue] = [path for path in sorted(self.weights) if self.weights[path].by_feature]
-        return ["modules", scales, apart, *([by_feature] if by_feature else [])]
+        heads: list[JsonValue] = [path for path in sorted(self.weights) if self.weights[path].head_only]
+        rest: list[JsonValue] = [{"head_only": heads}] if heads else []
+        return ["modules", scales, apart, *([by_feature] if by_feature else []), *rest]
 
     def on(self, model: nn.Module) -> Mapped:
         """Every module has to exist and to have the shapes of its weights."""
@@ -179,6 +181,8 @@ def _unfit(module: nn.Module, weights: ModuleWeights) -> list[str]:
         problems.append(f"magnitudes by feature are for embeddings, {got}")
     if weights.lookup_only and kind is not ModuleKind.EMBEDDING:
         problems.append(f"factors for look-ups alone (lookup_only) are for embeddings, {got}")
+    if weights.head_only and kind is not ModuleKind.EMBEDDING:
+        problems.append(f"factors for a tied head alone (head_only) are for embeddings, {got}")
     if weights.bias is not None and kind not in (ModuleKind.LINEAR, ModuleKind.SPLIT):
         problems.append(f"a bias of the adapter's own is for linear layers, {got}")
     if weights.bias is not None and weights.magnitude is not None:

@@ -103,15 +103,8 @@ def fuse_layers(
     """
     if precision not in get_args(Precision):
         raise ValueError(f"expected precision to be one of {get_args(Precision)}, got {precision!r}")
-    if precision != "keep" and (apart := [path for path, layer in layers.items() if layer.lookup_only]):
-        raise InvalidAdapterError(
-            source,
-            [
-                f"{path}: the look-up is adapted and the head that is tied to it is not; one weight cannot "
-                'hold both. Only precision "keep" can fuse it'
-                for path in apart
-            ],
-        )
+    if precision != "keep" and (problems := _problems_of_halves(layers)):
+        raise InvalidAdapterError(source, problems)
     fused: dict[str, _Fused] = {}
     for path, layer in layers.items():
         fused[path] = _fuse(layer, precision, threshold)
@@ -134,6 +127,23 @@ def fuse_layers(
         bytes_after=sum(size_bytes(result.module) for result in fused.values()),
     )
     return {path: result.module for path, result in fused.items()}, report
+
+
+def _problems_of_halves(layers: Mapping[str, AdaptedLayer]) -> list[str]:
+    """Why embeddings of which not both uses are adapted, for look-ups and as the head, cannot be merged."""
+    why = 'one weight cannot hold both. Only precision "keep" can fuse it'
+    halves = {
+        path: "the look-up is adapted and the head that is tied to it is not"
+        for path, layer in layers.items()
+        if layer.lookup_only
+    }
+    halves |= {
+        path: "the head that is tied to it is adapted and the look-up is not, for which the model would need "
+        "a head of its own"
+        for path, layer in layers.items()
+        if layer.head_only
+    }
+    return [f"{path}: {half}; {why}" for path, half in halves.items()]
 
 
 def _fuse(layer: AdaptedLayer, precision: Precision, threshold: float) -> _Fused:

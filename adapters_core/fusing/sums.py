@@ -47,9 +47,10 @@ def summed(terms: Sequence[tuple[Mapping[str, ModuleWeights], float]]) -> dict[s
         for path, one in weights.items():
             if one.magnitude is not None:
                 raise BlendError("a DoRA adapter can only be fused alone and at weight 1: it is not linear")
-            if one.lookup_only:
+            if one.lookup_only or one.head_only:
+                part = "look-ups" if one.lookup_only else "its tied head"
                 raise BlendError(
-                    f"{path} is adapted for look-ups alone, which can only be fused alone and at weight 1"
+                    f"{path} is adapted for {part} alone, which can only be fused alone and at weight 1"
                 )
             parts.setdefault(path, []).append((one, weight))
     return {path: side_by_side(found) for path, found in parts.items()}

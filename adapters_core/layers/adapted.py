@@ -38,12 +38,21 @@ class AdaptedLayer(nn.Module):
         if weights.bias is not None:
             self.lora_bias = weights.bias
         self.lookup_only = weights.lookup_only
+        self.head_only = weights.head_only
 
     @property
     def weights(self) -> ModuleWeights:
         """The factors as they are now."""
         bias = self.get("lora_bias")
-        return ModuleWeights(self.lora_a, self.lora_b, self.get("m"), self.scale, bias, self.lookup_only)
+        return ModuleWeights(
+            self.lora_a,
+            self.lora_b,
+            self.get("m"),
+            self.scale,
+            bias,
+            lookup_only=self.lookup_only,
+            head_only=self.head_only,
+        )
 
     def reverted(self) -> nn.Module:
         """The base module, the very one that was adapted."""

@@ -57,6 +57,8 @@ class LoRAEmbedding(_AdaptedEmbedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.embedding(x)
+        if self.head_only:
+            return y
         z = self.dropout(self.lora_a[x] @ self.lora_b)
         return y + (self.scale * z).astype(y.dtype)
 
@@ -71,6 +73,8 @@ class DoRAEmbedding(_AdaptedEmbedding, DoRALayer):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.embedding(x)
+        if self.head_only:
+            return y
         z = self.scale * (self.lora_a[x] @ self.lora_b)
         factor = self._settled_factor()
         if factor is not None:

@@ -25,6 +25,7 @@ class ModuleWeights:
 
     `magnitude` is there for DoRA. `bias` (out,) adds to B A x before the scale, where the adapter has one.
     `lookup_only` is for embeddings: a head that is tied to it stays the base's, as PEFT leaves it. So is
+    `head_only`: the head has the factors, and look-ups stay the base's. So is
     `by_feature`: `magnitude` is (dims,), one for each column of the weight, as PEFT has it. `parts` are what
     the factors were made of, if each output of a split layer has its own: (in, r) and (r, outᵢ).
     """
@@ -37,6 +38,7 @@ class ModuleWeights:
     lookup_only: bool = False
     by_feature: bool = False
     parts: tuple[tuple[mx.array, mx.array], ...] = ()
+    head_only: bool = False
 
     @classmethod
     def of_parts(

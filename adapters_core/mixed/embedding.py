@@ -84,7 +84,7 @@ class MixedEmbedding(nn.Module):
         y = self.embedding(tokens)
         if plan is None:
             return y
-        steps = self._group.work(plan).steps
+        steps = self._group.work(plan).lookups
         if steps and (tokens.ndim != 2 or tokens.shape[0] != plan.batch_size):
             raise UnsupportedModelError(
                 [

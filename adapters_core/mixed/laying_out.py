@@ -106,6 +106,7 @@ def _group_layout(
         has_bias=any(weights[path].bias is not None for path in paths),
         lookup_only=any(weights[path].lookup_only for path in paths),
         by_feature=any(weights[path].by_feature for path in paths),
+        head_only=any(weights[path].head_only for path in paths),
     )
 
 

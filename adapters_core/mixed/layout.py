@@ -70,7 +70,8 @@ class GroupLayout:
     """The row of a group: its projections in order, and the dtype of all its numbers.
 
     `experts` is how many there are, each with factors of its own; None for layers that have none. With
-    `lookup_only`, an embedding's factors are for look-ups and not for the head that is tied to it. With
+    `lookup_only`, an embedding's factors are for look-ups and not for the head that is tied to it, with
+    `head_only` the other way round. With
     `by_feature`, its DoRA's factor is (in,), one for each feature.
     """
 
@@ -81,6 +82,7 @@ class GroupLayout:
     has_bias: bool = False
     lookup_only: bool = False
     by_feature: bool = False
+    head_only: bool = False
 
     @property
     def in_size(self) -> int:

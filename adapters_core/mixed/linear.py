@@ -98,11 +98,13 @@ class ProjectionGroup:
 class Work:
     """What one group does for one batch: laid out once, used in every forward until the batch changes.
 
-    `products` are the `steps` that linear layers take, which are all but those for look-ups alone.
+    `products` are the `steps` that linear layers take, which are all but those for look-ups alone;
+    `lookups` are those of embeddings, all but those for a tied head alone.
     """
 
     def __init__(self, steps: tuple[tuple[Pass, Stack], ...]) -> None:
         self.steps = steps
+        self.lookups = tuple(step for step in steps if not step[1].layout.head_only)
         self.products = tuple(step for step in steps if not step[1].layout.lookup_only)
         self._calls: dict[mx.Dtype, tuple[Call, ...] | None] = {}
 

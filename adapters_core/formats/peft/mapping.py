@@ -31,6 +31,7 @@ from .paths import any_layer
 from .places import Places
 from .routers import router_name
 from .targets import all_linear, is_target, rank_and_scale
+from .tied_heads import as_head
 from .ties import TIED_NAMES, targets_are_tied
 from .tokens import token_indices, token_weights
 from .whole import WholeMapping
@@ -59,6 +60,7 @@ class _Mapping:
     """One adapter and one model; `weights` and `problems` grow as its modules are taken one by one."""
 
     def __init__(self, model: nn.Module, config: PeftConfig, contents: Contents, tensors: Tensors) -> None:
+        self._model = model
         self._config = config
         self._contents = contents
         self._tensors = tensors
@@ -216,7 +218,10 @@ class _Mapping:
         return rank_and_scale(self._config, HEADS[0]) != rank_and_scale(self._config, embedding)
 
     def _take_tied_head(self, factors: Factors) -> None:
-        """With ensure_weight_tying, the head's factors are the embedding's own, transposed."""
+        """With ensure_weight_tying, the head's factors are the embedding's own, transposed.
+
+        Else it may be adapted alone.
+        """
         factors_of_all = self._contents.factors.values()
         embeddings = [one for one in factors_of_all if self._places.path_of(one.path) == self._tied]
         is_tied = targets_are_tied(self._config.fields)
@@ -224,11 +229,16 @@ class _Mapping:
         own = rank_and_scale(self._config, factors.path)
         if any(rank_and_scale(self._config, one.path) != own for one in shared):
             self._problems += factors.refused(_UNLIKE_HEAD)
+        elif self._tied is not None and not is_tied and not embeddings and Leaf.A in factors.tensors:
+            weights, problems = as_head(self._model, self._tied, self._config, factors)
+            self._problems += problems
+            self._weights |= {} if weights is None else {self._tied: weights}
         elif not shared:
             self._problems += factors.refused(
-                "the model's head is tied to its embedding, so that it cannot have factors or rows of its "
-                "own; train both with ensure_weight_tying, which PEFT heeds where target_modules name "
-                f"{' or '.join(TIED_NAMES)}, or merge the adapter into its base"
+                "the model's head is tied to its embedding, so that it cannot have rows of its own, or "
+                "factors beside others of the embedding; train both with ensure_weight_tying, which PEFT "
+                f"heeds where target_modules name {' or '.join(TIED_NAMES)}, or merge the adapter into its "
+                "base"
             )
 
     def _map_wholes(self) -> Sequence[str]:

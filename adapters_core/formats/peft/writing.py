@@ -26,6 +26,7 @@ from .config import MAX_ALPHA
 from .expert_writing import expert_parameters, router_parameter
 from .names import HEADS, is_head, is_input_embedding
 from .patterns import MAX_KEYS
+from .tied_heads import heads_apart
 from .ties import TIED_NAMES
 
 __all__ = ["peft_files"]
@@ -54,7 +55,7 @@ def peft_files(
     Raises:
         InvalidAdapterError: naming `source` and everything that the format cannot say.
     """
-    weights = in_order(weights)
+    weights, embeddings = heads_apart(in_order(weights), embeddings)
     experts = {path: module for path, module in weights.items() if module.lora_b.ndim == 3}
     modules = {path: module for path, module in weights.items() if path not in experts}
     parameters, problems = expert_parameters(experts, model_type)
