@@ -44,7 +44,8 @@ def _folder(directory: Path, **fields: Any) -> Path:
     directory.mkdir(parents=True)
     values = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["lm_head"]} | fields
     (directory / "adapter_config.json").write_text(json.dumps(values))
-    copy = {"base_model.model.model.embed_tokens.weight": fixtures.model("qwen3").model.embed_tokens.weight}
+    model: Any = fixtures.model("qwen3")
+    copy = {"base_model.model.model.embed_tokens.weight": model.model.embed_tokens.weight}
     tensors = _tensors(bool(fields.get("use_dora"))) | copy
     mx.save_safetensors(str(directory / "adapter_model.safetensors"), tensors)
     return directory
