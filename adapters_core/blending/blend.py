@@ -235,9 +235,16 @@ def _merge(path: str, terms: Sequence[_Term], options: BlendOptions, rank: int) 
         if options.method == "linear":
             return _Merged(whole, 0.0)
         found = [truncate_product(left, right, rank) for left, right in _scaled_factors(whole)]
-        return _Merged(_with_factors(whole, found), _relative_error(found))
+        return _cut(whole, found)
     found = [truncate_matrix(delta, rank) for delta in _merged_deltas(path, terms, options)]
-    return _Merged(_with_factors(terms[0].module, found), _relative_error(found))
+    return _cut(terms[0].module, found)
+
+
+def _cut(module: ModuleWeights, found: Sequence[LowRank]) -> _Merged:
+    """`module` with these factors; not finite as soon as one of its matrices is not."""
+    if not all(math.isfinite(each.size) for each in found):
+        return _Merged(module, math.nan)
+    return _Merged(_with_factors(module, found), _relative_error(found))
 
 
 def _merged_deltas(path: str, terms: Sequence[_Term], options: BlendOptions) -> Iterator[np.ndarray]:

@@ -123,6 +123,35 @@ async def test_the_smallest_repetition_penalties_are_refused_by_name(service: Se
     assert (await service.chat("hello", repetition_penalty=0.01, logprobs=True))["choices"]
 
 
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("mild/fuse", {"weight": NAN}, None),
+        ("mild/fuse", {"weight": 1e300}, "weight"),
+        ("mild/fuse", {"adapters": [{"id": "huge", "weight": -INFINITY}]}, None),
+        ("", {"id": "b", "blend": [{"id": "mild", "weight": 1e300}]}, "blend[0].weight"),
+        ("", {"id": "b", "blend": [{"id": "mild", "weight": NAN}]}, None),
+        ("", {"id": "b", "blend": [{"id": "mild"}], "method": "ties", "density": INFINITY}, None),
+        ("", {"id": "b", "blend": [{"id": "mild"}], "method": "ties", "density": -1e300}, "density"),
+    ],
+)
+async def test_management_refuses_numbers_out_of_range_by_name(
+    service: Service, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    reply = await service.client.post(  # NaN and Infinity are no JSON, and so no field is at fault
+        f"/v1/adapters/{path}".rstrip("/"),
+        content=json.dumps(body),
+        headers={"content-type": "application/json"},
+    )
+    error = strictly(reply.text)["error"]
+    assert (reply.status_code, error["param"]) == (400, param)
+    assert (await service.client.get("/v1/adapters/b")).status_code == 404
+
+
 def signed(values: list[float]) -> st.SearchStrategy[float]:
     return st.one_of(st.sampled_from([0.0, *values, *(-value for value in values)]), st.floats())
 

@@ -13,12 +13,13 @@ from mlx_lm.models import mixtral
 
 from adapters_core.config import AdapterConfig
 from adapters_core.container import AdapterContainer
+from adapters_core.errors import InvalidAdapterError
 from adapters_core.fusing.activations import ActivationReport, compare_activations
 from adapters_core.fusing.dense import dequantizing
 from adapters_core.fusing.fusion import Precision, fuse_layers
 from adapters_core.layers.kinds import AdaptedLayer, with_weights
 from adapters_core.layers.module_weights import ModuleWeights
-from adapters_core.layers.modules import is_quantized
+from adapters_core.layers.modules import is_quantized, weight_shape
 from adapters_core.layers.surgery import replace_modules
 from adapters_core.layers.targets import module_at, named_modules
 from tests.models import (
@@ -209,3 +210,65 @@ def test_stand_ins_compute_what_the_quantised_modules_do(bits: int, tied: bool) 
     # What stands in a wrapper's place is the wrapper's business.
     model.layers[1].mlp.up_proj = _random_layer(model.layers[1].mlp.up_proj, (64, 4), (4, 128))  # pyright: ignore[reportAttributeAccessIssue]
     assert not any("layers.1.mlp.up_proj" in path for path in dequantizing(model, []))
+
+
+class _Masked(nn.Module):
+    """A model that rules the last tokens of its vocabulary out, as padding, by -inf."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+
+    def __call__(self, inputs: mx.array) -> mx.array:
+        logits = self.inner(inputs)
+        return mx.where(mx.arange(logits.shape[-1]) < 80, logits, -mx.inf)
+
+
+def test_tokens_that_are_ruled_out_add_nothing_to_the_divergence(tmp_path: Path) -> None:
+    model = _Masked(tiny_llama(0, 4))
+    keys = [f"inner.model.layers.0.{key}" for key in QKV]
+    adapter = AdapterContainer.from_weights(
+        {path: _random_weights(module_at(model, path)) for path in keys}, "a"
+    )
+    layers = {
+        path: with_weights(module_at(model, path), one, AdapterConfig())
+        for path, one in adapter.check(model).items()
+    }
+    modules = fuse_layers(layers, "requantize", "a")[0]
+    report = compare_activations(model, layers, modules, ROWS)
+    assert np.isfinite([report.kl_mean, report.kl_max, report.error_mean]).all()
+    assert report.kl_max > 0
+
+
+def _random_weights(module: nn.Module) -> ModuleWeights:
+    out_size, in_size = weight_shape(module)
+    a = mx.random.normal((in_size, 4), key=mx.random.key(1)) * 0.1
+    return ModuleWeights(a, mx.random.normal((4, out_size), key=mx.random.key(2)) * 0.1, None, 1.0)
+
+
+@pytest.mark.parametrize("precision", ["auto", "keep"])
+def test_outputs_that_are_not_finite_are_refused_and_the_model_stays(
+    precision: Precision, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    # The weights are finite, and so is their norm; the squares of what they make are not.
+    _, layers, modules = _parts(tmp_path / "a", model, precision, size=3e8, scale=1.0, keys=["lm_head"])
+    before = snapshot(model)
+    with pytest.raises(InvalidAdapterError, match=r"'huge'.*lm_head: expected finite outputs") as found:
+        compare_activations(model, layers, modules, ROWS, source="huge")
+    assert len(found.value.problems) <= 3
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("precision", ["auto", "keep", "dequantize"])
+def test_a_bias_that_leaves_the_bases_range_is_refused(precision: Precision) -> None:
+    model = tiny_llama()
+    model.set_dtype(mx.float16)
+    path = "model.layers.1.self_attn.q_proj"
+    one = _random_weights(module_at(model, path))
+    weights = ModuleWeights(
+        one.lora_a, one.lora_b, None, 1e3 if precision != "keep" else 1e38, mx.full((64,), 1e3)
+    )
+    layers = {path: with_weights(module_at(model, path), weights, AdapterConfig())}
+    with pytest.raises(InvalidAdapterError, match="expected finite weights once fused"):
+        fuse_layers(layers, precision, "a")
