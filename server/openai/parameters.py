@@ -22,6 +22,7 @@ Call = Literal["chat", "completions"]
 
 # More unknown fields than any client sends; each is compared with every known name.
 _MAX_UNKNOWN = 32
+_MAX_DEPTH = 2
 # Short names of other servers' parameters are near to too many words.
 _LEAST_CHARS_OF_OTHERS = 8
 _SHOWN = 8
@@ -86,7 +87,7 @@ class Vocabulary:
             return False
         value, parameter = given[name], self.parameters.get(name)
         if parameter is None:
-            return speaks_of_adapters(name) and not (value is False or value in ("", [], {}))
+            return _names_adapter(name, value)
         if parameter.treatment == "free" or any(_is_same(value, each) for each in parameter.harmless):
             return False
         if parameter.same_as is not None:
@@ -150,6 +151,14 @@ def _parameter(entry: Mapping[str, Any], call: Call | None) -> Parameter:
         same_as=entry.get("same_as"),
         instead=entry.get("instead"),
     )
+
+
+def _names_adapter(name: str, value: Any, depth: int = 0) -> bool:
+    """Whether a field that nobody knows speaks of adapters and asks for something, or holds one that does."""
+    if value is None or value is False or value in ("", [], {}):
+        return False
+    held = list(value.items())[:_MAX_UNKNOWN] if isinstance(value, dict) and depth < _MAX_DEPTH else []
+    return speaks_of_adapters(name) or any(_names_adapter(*item, depth + 1) for item in held)
 
 
 def _is_same(value: Any, harmless: Any) -> bool:

@@ -13,11 +13,16 @@ from server.adapters.views import adapter_in_full, adapter_object
 from server.json_body import JsonRoute
 from server.routes.blending import BlendFields
 from server.routes.bodies import Body, Scale, Text
-from server.routes.dependencies import Adapters, blender
+from server.routes.dependencies import Adapters, blender, options_in_body
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/adapters", tags=["Adapters"], route_class=JsonRoute)
+router = APIRouter(
+    prefix="/v1/adapters",
+    tags=["Adapters"],
+    route_class=JsonRoute,
+    dependencies=[Depends(options_in_body)],
+)
 
 Blends = Annotated[Blender, Depends(blender)]
 

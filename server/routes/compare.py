@@ -12,7 +12,7 @@ from server.openai.comparing import ComparisonService
 from server.openai.streaming import ReplyStream
 from server.openai.wire import CompareRequest
 from server.routes.answering import ANSWERS
-from server.routes.dependencies import adapters_named_in_body, comparison_service
+from server.routes.dependencies import adapters_named_in_body, comparison_service, options_in_body
 
 __all__ = ["router"]
 
@@ -20,7 +20,7 @@ router = APIRouter(
     prefix="/v1",
     tags=["Comparison"],
     route_class=JsonRoute,
-    dependencies=[Depends(adapters_named_in_body)],
+    dependencies=[Depends(adapters_named_in_body), Depends(options_in_body)],
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
@@ -15,11 +15,13 @@ from server.adapters.errors import AdapterExistsError, AdapterNotFoundError, Inv
 from server.errors import ApiError
 from server.json_body import JsonRoute
 from server.routes.bodies import Body, Scale
-from server.routes.dependencies import Adapters
+from server.routes.dependencies import Adapters, options_in_body
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1", tags=["vLLM"], route_class=JsonRoute)
+router = APIRouter(
+    prefix="/v1", tags=["vLLM"], route_class=JsonRoute, dependencies=[Depends(options_in_body)]
+)
 
 Text = Annotated[str, Field(max_length=4096, strict=True)]
 

@@ -23,6 +23,7 @@ __all__ = [
     "blender",
     "comparison_service",
     "engine",
+    "options_in_body",
     "saver",
     "settings",
     "text_service",
@@ -50,6 +51,18 @@ async def adapters_named_in_body(request: Request) -> None:
                     f"The {place} {named(name)} is not supported: name the adapter in the body's 'model'."
                 )
                 raise InvalidRequestError(message, param=name[:64], code="unsupported_parameter")
+
+
+async def options_in_body(request: Request) -> None:
+    """What a POST or PUT is to do is said in its body: in the URL's query it would go unnoticed.
+
+    Raises:
+        InvalidRequestError: there is a query.
+    """
+    name = next(iter(request.query_params), None)
+    if name is not None and request.method in ("POST", "PUT"):
+        message = f"{named(name)} is not a query parameter of this call: what it takes is in the JSON body."
+        raise InvalidRequestError(message, param=name[:64], code="unknown_parameter")
 
 
 async def blender(request: Request) -> Blender:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
@@ -15,12 +15,17 @@ from server.adapters.fusing.progress import Tell, no_tell
 from server.adapters.views import adapter_object
 from server.json_body import JsonRoute
 from server.routes.bodies import Body, Text
-from server.routes.dependencies import Adapters
+from server.routes.dependencies import Adapters, options_in_body
 from server.routes.progress import with_progress
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/adapters", tags=["Adapters"], route_class=JsonRoute)
+router = APIRouter(
+    prefix="/v1/adapters",
+    tags=["Adapters"],
+    route_class=JsonRoute,
+    dependencies=[Depends(options_in_body)],
+)
 
 
 Weight = Annotated[float, Field(ge=-100, le=100)]

@@ -11,11 +11,16 @@ from adapters_core.formats.protocol import FormatName
 from server.adapters.saving.adapters import AdapterSaver
 from server.json_body import JsonRoute
 from server.routes.bodies import Body, Text
-from server.routes.dependencies import saver
+from server.routes.dependencies import options_in_body, saver
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/adapters", tags=["Adapters"], route_class=JsonRoute)
+router = APIRouter(
+    prefix="/v1/adapters",
+    tags=["Adapters"],
+    route_class=JsonRoute,
+    dependencies=[Depends(options_in_body)],
+)
 
 
 class SaveBody(Body):

@@ -25,9 +25,9 @@ from tests.api.test_compare import COMPARE, write_adapters
 
 CALLS: dict[str, type[Wire]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest, COMPARE: CompareRequest}
 BODIES: dict[str, dict[str, Any]] = {
-    CHAT: {"messages": [{"role": "user", "content": "greek"}]},
-    COMPLETIONS: {"prompt": "greek"},
-    COMPARE: {"messages": [{"role": "user", "content": "greek"}], "models": ["parrot", "echo"]},
+    CHAT: {"messages": [{"role": "user", "content": "greek"}], "seed": 1},
+    COMPLETIONS: {"prompt": "greek", "seed": 1},
+    COMPARE: {"messages": [{"role": "user", "content": "greek"}], "models": ["parrot", "echo"], "seed": 1},
 }
 # Shows all that it is told, before the last word.
 TEMPLATE = (

@@ -141,9 +141,9 @@ SERVED += [
     (
         "models",
         COMPARE,
-        {"models": ["echo", "loud"]},
+        {"models": ["echo", "parrot"]},
         lambda answer: [one["model"] for one in answer.reply.json()["answers"]],
-        ["echo", "loud"],
+        ["echo", "parrot"],
     ),
     ("adapters", CHAT, {"adapters": [{"id": "echo", "weight": 0.5}]}, weights, [0.5]),
     ("adapters by name", CHAT, {"adapters": "echo"}, weights, [1.0]),
