@@ -28,6 +28,7 @@ from server.bodies import BodyLimits, BodyMiddleware
 from server.connections import ConnectionLimits, Connections
 from server.engine.engine import Engine
 from server.engine.loop import LoopOptions
+from server.engine.memory_limits import headroom_bytes
 from server.engine.model import ModelInfo, load_model
 from server.errors import install
 from server.metrics import Metrics, MetricsMiddleware
@@ -111,13 +112,23 @@ def _make_engine(settings: Settings) -> Engine:
         options,
         prompt_cache_bytes=settings.prompt_cache_bytes,
         max_waiting=settings.max_waiting,
+        memory_limit=lambda: settings.kv_memory_bytes or _free_for_rows(settings),
     )
+
+
+def _free_for_rows(settings: Settings) -> int:
+    """Bytes that are left beside the base and the adapters, less a fifth for all that is not counted."""
+    return max(0, headroom_bytes() - _adapter_memory_bytes(settings)) * 4 // 5
+
+
+def _adapter_memory_bytes(settings: Settings) -> int:
+    return settings.adapter_memory_bytes or default_memory_bytes()
 
 
 def _make_adapters(settings: Settings, engine: Engine, info: ModelInfo, metrics: Metrics) -> AdapterService:
     root = settings.adapters_dir
     options = ServiceOptions(
-        memory_bytes=settings.adapter_memory_bytes or default_memory_bytes(),
+        memory_bytes=_adapter_memory_bytes(settings),
         wait_seconds=settings.adapter_wait_seconds,
         max_waiting=settings.max_batch_size + settings.max_waiting,  # all that the engine would take
         load_on_demand=settings.load_on_demand,

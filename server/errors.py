@@ -47,7 +47,12 @@ from server.adapters.errors import (
     LifeCycleError,
     VersionUnreadableError,
 )
-from server.engine.errors import EngineOverloadedError, EngineStoppedError, InvalidSubmitError
+from server.engine.errors import (
+    EngineMemoryError,
+    EngineOverloadedError,
+    EngineStoppedError,
+    InvalidSubmitError,
+)
 from server.engine.messages import FailureKind
 from server.resources import is_exhaustion
 from server.urls import allowed_methods, meant_url
@@ -270,6 +275,12 @@ def _from_unforeseen(error: Exception) -> ApiError:
     return InternalError()
 
 
+def _from_engine_memory(error: EngineMemoryError) -> ApiError:
+    mend = "Ask for fewer max_tokens or choices, shorten the prompt, or raise the server's kv_memory_bytes."
+    message = f"The request is too large for the server's memory: {error}. {mend}"
+    return ApiError(503, message, type="server_error", code="kv_memory_exceeded", headers=_NO_RETRY)
+
+
 # The nearest class in an error's ancestry decides.
 _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     ApiError: lambda error: error,
@@ -280,6 +291,7 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     InvalidBlendError: _from_invalid_blend,
     OutsideRootError: lambda error: ForbiddenError(f"{error}.", code="path_not_allowed", param="path"),
     UnsupportedModelError: _from_unsupported_model,
+    EngineMemoryError: _from_engine_memory,
     EngineOverloadedError: lambda error: OverloadedError(
         f"The server is busy: {error}.", retry_seconds=error.retry_seconds
     ),

@@ -251,6 +251,11 @@ class Settings(BaseSettings):
     prompt_cache_bytes: ByteSize = Field(default=ByteSize(2**30), ge=0, json_schema_extra=_group("Memory"))
     """Memory for the caches of earlier prompts, in bytes or with a unit such as 1GiB; 0 keeps none."""
 
+    kv_memory_bytes: ByteSize | None = Field(
+        default=None, ge=1, json_schema_extra=_group("Memory") | {"flag": "--kv-memory"}
+    )
+    """Memory for running requests and kept prompts together; what the base and adapters leave when unset."""
+
     adapter_memory_bytes: ByteSize | None = Field(
         default=None, ge=1, json_schema_extra=_group("Memory") | {"flag": "--adapter-memory"}
     )

@@ -19,7 +19,13 @@ import structlog
 
 from .container import ModelContainer
 from .ends import RecentEnds
-from .errors import EngineError, EngineOverloadedError, EngineStoppedError, InvalidSubmitError
+from .errors import (
+    EngineError,
+    EngineMemoryError,
+    EngineOverloadedError,
+    EngineStoppedError,
+    InvalidSubmitError,
+)
 from .loop import LoopOptions, LoopStats
 from .messages import (
     SMALLEST_REPETITION_PENALTY,
@@ -122,8 +128,9 @@ class Engine:
     """Serves one model from one thread.
 
     `load` runs on that thread. At most `max_waiting` requests wait for a place in the batch. A stop waits
-    `grace_seconds` longer than it was given, for the step that is under way. `container` runs functions on
-    the thread; it is usable from `start` to `stop`.
+    `grace_seconds` longer than it was given, for the step that is under way. `memory_limit`, asked on the
+    thread once the model is loaded, says how many bytes running requests and kept prompts may take (None:
+    any). `container` runs functions on the thread; it is usable from `start` to `stop`.
     """
 
     def __init__(
@@ -134,12 +141,14 @@ class Engine:
         prompt_cache_bytes: int,
         max_waiting: int,
         grace_seconds: float = 30.0,
+        memory_limit: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.container = ModelContainer(self._post_update)
         self._load = load
         self._options = options
         self._prompt_cache_bytes = prompt_cache_bytes
         self._max_waiting = max_waiting
+        self._memory_limit = memory_limit
         self._grace_seconds = grace_seconds
         self._thread: GenerationThread | None = None
         self._info: ModelInfo | None = None
@@ -157,7 +166,12 @@ class Engine:
         if self._thread is not None:
             raise EngineError("an engine can be started once; make a new one")
         thread = GenerationThread(
-            self._load, self._options, self._prompt_cache_bytes, self._on_report, self._on_ended
+            self._load,
+            self._options,
+            self._prompt_cache_bytes,
+            self._memory_limit,
+            self._on_report,
+            self._on_ended,
         )
         self._thread = thread
         thread.start()
@@ -251,11 +265,15 @@ class Engine:
         Raises:
             EngineStoppedError: not started, or stopping.
             EngineOverloadedError: too many requests wait.
+            EngineMemoryError: it needs more memory than all requests together may take.
             InvalidSubmitError: its numbers are out of range, or its id is in use.
         """
-        self._running_thread()
+        memory = self._running_thread().memory
         check_submit(submit, self.info.vocabulary_tokens)
         self._check_id(submit.request_id)
+        if not memory.fits(submit.choices, submit.most_tokens):
+            needed_bytes = memory.needed_bytes(submit.choices, submit.most_tokens)
+            raise EngineMemoryError(submit.choices, submit.most_tokens, needed_bytes, memory.rows_bytes or 0)
         self.check_room(submit.choices)
         return self._take(submit, on_end)
 

@@ -3,6 +3,7 @@
 EngineError
 ├── ModelLoadError         the model cannot be found, fetched, read or served
 ├── InvalidSubmitError     a request that the engine must not compute
+├── EngineMemoryError      a request that alone needs more memory than all may take
 ├── EngineOverloadedError  too many requests wait already
 └── EngineStoppedError     the generation thread is not there, or is stopping
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 __all__ = [
     "EngineError",
+    "EngineMemoryError",
     "EngineOverloadedError",
     "EngineStoppedError",
     "InvalidSubmitError",
@@ -28,6 +30,20 @@ class ModelLoadError(EngineError):
 
 class InvalidSubmitError(EngineError):
     """A request whose numbers would make the engine compute nonsense or read out of bounds."""
+
+
+class EngineMemoryError(EngineError):
+    """A request of `rows` rows of up to `tokens` tokens needs `needed_bytes` of `limit_bytes`."""
+
+    def __init__(self, rows: int, tokens: int, needed_bytes: int, limit_bytes: int) -> None:
+        self.rows = rows
+        self.tokens = tokens
+        self.needed_bytes = needed_bytes
+        self.limit_bytes = limit_bytes
+        super().__init__(
+            f"{rows} x {tokens} tokens, prompt and answer, may need {needed_bytes / 2**20:,.0f} MiB for "
+            f"their KV caches, and this server has {limit_bytes / 2**20:,.0f} MiB for them"
+        )
 
 
 class EngineOverloadedError(EngineError):

@@ -19,6 +19,7 @@ import structlog
 from .context import ModelContext
 from .decoding import Decoder
 from .errors import InvalidSubmitError
+from .kv_memory import KvMemory
 from .messages import Cancel, Event, Failed, FailureKind, Scoring, Submit, Update
 from .prompt_cache import PromptCacheStats, PromptMatch
 from .requests import Request
@@ -62,11 +63,15 @@ class GenerationLoop:
     """
 
     def __init__(
-        self, context: ModelContext, options: LoopOptions, clock: Callable[[], float] = time.perf_counter
+        self,
+        context: ModelContext,
+        options: LoopOptions,
+        clock: Callable[[], float] = time.perf_counter,
+        memory: KvMemory | None = None,
     ) -> None:
-        """`clock` tells seconds."""
+        """`clock` tells seconds; `memory` bounds what rows and kept prompts take (None: nothing does)."""
         self._context = context
-        self._scheduler = Scheduler(options)
+        self._scheduler = Scheduler(options, memory)
         self._decoder = Decoder(context, options, self._scheduler, self._emit, clock)
         self._scorer = Scorer(context, options, self._scheduler, self._emit, clock)
         self._updates: deque[Update] = deque()
@@ -142,6 +147,7 @@ class GenerationLoop:
         """One turn; returns (request id, event) in the order in which things happened."""
         self._run_updates()
         self._admit()
+        self._leave_room()
         work = StepWork()
         if self._decoder:
             try:
@@ -182,6 +188,14 @@ class GenerationLoop:
             except Exception:
                 _log.exception("a request could not start", request_id=request.request_id)
                 self._fail([request], _FAILED)
+
+    def _leave_room(self) -> None:
+        """Kept prompts yield to what the running requests may come to take."""
+        scheduler = self._scheduler
+        limit_bytes = scheduler.memory.limit_bytes
+        if limit_bytes is not None:
+            needed = scheduler.memory.needed_bytes(scheduler.taken_rows, scheduler.longest_tokens)
+            self._context.prompt_cache.leave_room(limit_bytes - needed)
 
     def _look_up(self, request: Request) -> PromptMatch:
         request.key = self._context.cache_key(request.submit.row, request.submit.cache_owner)

@@ -89,6 +89,11 @@ class Submit:
         """What it can be answered with at most."""
         return self.choices * (self.max_tokens + 1) + 1
 
+    @property
+    def most_tokens(self) -> int:
+        """How long its rows can get."""
+        return len(self.prompt_tokens) + self.max_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
@@ -114,6 +119,11 @@ class Scoring:
     def most_events(self) -> int:
         """What it can be answered with at most."""
         return len(self.answers) + 1
+
+    @property
+    def most_tokens(self) -> int:
+        """How long its rows can get."""
+        return len(self.prompt_tokens) + max(map(len, self.answers))
 
 
 @dataclass(frozen=True, slots=True)

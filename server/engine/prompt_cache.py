@@ -84,6 +84,7 @@ class PromptCache:
 
     def __init__(self, max_bytes: int, *, max_entries: int = 1024) -> None:
         self._max_bytes = max_bytes
+        self._limit_bytes = max_bytes
         self._max_entries = max_entries
         self._entries: OrderedDict[tuple[Hashable, TokenText, bool], _Entry] = OrderedDict()
         self._shelves: dict[Hashable, _Shelf] = {}
@@ -103,6 +104,11 @@ class PromptCache:
         return PromptCacheStats(
             self._hits, self._misses, self._evictions, len(self._entries), self._bytes_held
         )
+
+    def leave_room(self, limit_bytes: int) -> None:
+        """Hold at most `limit_bytes` from now on, and never more than the `max_bytes` of the start."""
+        self._limit_bytes = min(self._max_bytes, max(0, limit_bytes))
+        self._make_room(0)
 
     def match(self, key: Hashable, tokens: Sequence[int] | TokenText) -> PromptMatch:
         """What `fetch` would find; counts nothing and touches nothing."""
@@ -156,7 +162,7 @@ class PromptCache:
         with NaN or infinite numbers are never given out.
         """
         size_bytes = sum(part.nbytes for part in cache)
-        if not (self.enabled and tokens) or size_bytes > self._max_bytes:
+        if not (self.enabled and tokens) or size_bytes > self._limit_bytes:
             return
         text = _text(tokens)
         trimmable = can_trim_prompt_cache(cache)
@@ -180,7 +186,7 @@ class PromptCache:
 
     def _make_room(self, size_bytes: int) -> None:
         while self._entries and (
-            self._bytes_held + size_bytes > self._max_bytes or len(self._entries) >= self._max_entries
+            self._bytes_held + size_bytes > self._limit_bytes or len(self._entries) >= self._max_entries
         ):
             self._drop(next(iter(self._entries)))
             self._evictions += 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from adapters_core.mixed.residents import ResidentAdapter
 
 from .fairness import FairQueue
+from .kv_memory import KvMemory
 from .pacing import Pace, first_read
 from .prompt_cache import PromptMatch
 from .requests import Reading, Request
@@ -62,8 +63,9 @@ class StepWork:
 class Scheduler:
     """Requests by their state: waiting, running, and those of the running ones whose prompt is being read."""
 
-    def __init__(self, options: LoopOptions) -> None:
+    def __init__(self, options: LoopOptions, memory: KvMemory | None = None) -> None:
         self.options = options
+        self.memory = memory or KvMemory()
         self.waiting: FairQueue[Request] = FairQueue()
         self.running: dict[str, Request] = {}
         self.reading: dict[int, Reading] = {}  # by the generator's uid
@@ -84,6 +86,11 @@ class Scheduler:
     def taken_rows(self) -> int:
         """Rows of the running requests, those that are not in the batch yet included."""
         return sum(len(request.open) for request in self.running.values())
+
+    @property
+    def longest_tokens(self) -> int:
+        """How long the rows of the running requests can get."""
+        return max((request.submit.most_tokens for request in self.running.values()), default=0)
 
     def find(self, request_id: str) -> Request | None:
         """A request that has not ended."""
@@ -111,7 +118,7 @@ class Scheduler:
         `look_up` sets a request's key and says what is kept for its prompt. The order is that of fairness.
         Where rows are wanting, nobody overtakes. A request that must wait for other reasons may be overtaken
         by those that fit, a bounded number of times; then they wait for it. One that only waits for what
-        another is reading holds up nobody.
+        another is reading holds up nobody. Where memory is wanting, nobody overtakes either.
         """
         passed: list[Request] = []
         following: set[str] = set()
@@ -119,6 +126,9 @@ class Scheduler:
         taken, present = self.taken_rows, self._adapters()
         for request in self.waiting.heads(following):
             if self.running and taken + len(request.open) > self.options.max_batch_size:
+                return
+            longest = max(self.longest_tokens, request.submit.most_tokens)
+            if self.running and not self.memory.fits(taken + len(request.open), longest):
                 return
             fits = self._adapters_fit(request, present)
             if fits:
@@ -183,9 +193,12 @@ class Scheduler:
 
     def _budget_tokens(self, left_tokens: list[int]) -> int:
         if self.decoding_rows == 0:
-            return self.options.prefill_step_tokens * self.options.prefill_batch_size
-        budget = self.pace.budget_tokens(left_tokens, self.decoding_rows)
-        return max(1, budget // 2) if self.is_scoring else budget
+            budget = self.options.prefill_step_tokens * self.options.prefill_batch_size
+        else:
+            budget = self.pace.budget_tokens(left_tokens, self.decoding_rows)
+            budget = max(1, budget // 2) if self.is_scoring else budget
+        most = self.memory.most_read_tokens(self.longest_tokens)
+        return budget if most is None else min(budget, most)
 
     @property
     def is_scoring(self) -> bool:
@@ -199,9 +212,12 @@ class Scheduler:
         than one prompt's share of a step, since the logits of all these tokens are there at once.
         """
         if self.decoding_rows == 0:
-            return self.options.prefill_step_tokens
-        budget = self.scoring_pace.budget_tokens((), self.decoding_rows)
-        return max(1, budget // 2) if self.reading else budget
+            budget = self.options.prefill_step_tokens
+        else:
+            budget = self.scoring_pace.budget_tokens((), self.decoding_rows)
+            budget = max(1, budget // 2) if self.reading else budget
+        most = self.memory.most_scored_tokens(self.longest_tokens)
+        return budget if most is None else min(budget, most)
 
     def observe(self, work: StepWork) -> None:
         """Learn from a step. What one forward leaves to be computed is waited for in the next one's time."""

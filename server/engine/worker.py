@@ -20,6 +20,7 @@ import structlog
 
 from .context import ModelContext
 from .errors import EngineStoppedError
+from .kv_memory import KvMemory, KvSizes
 from .loop import GenerationLoop, LoopOptions, LoopStats
 from .messages import Cancel, Event, Message, Scoring, Stop, Submit, Update
 from .model import LoadedModel, ModelInfo
@@ -49,15 +50,18 @@ class GenerationThread:
         load: Callable[[], LoadedModel],
         options: LoopOptions,
         prompt_cache_bytes: int,
+        memory_limit: Callable[[], int | None],
         report: Report,
         ended: Callable[[list[Message]], None],
     ) -> None:
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.started: Future[ModelInfo] = Future()
+        self.memory = KvMemory()
         self.beat_seconds = time.monotonic()
         self._load = load
         self._options = options
         self._prompt_cache_bytes = prompt_cache_bytes
+        self._memory_limit = memory_limit
         self._report = report
         self._ended = ended
         self._event_loop = asyncio.get_running_loop()
@@ -98,7 +102,10 @@ class GenerationThread:
     def _run_start(self) -> GenerationLoop | None:
         try:
             loaded = self._load()
-            loop = GenerationLoop(ModelContext.build(loaded, self._prompt_cache_bytes), self._options)
+            self.memory = KvMemory(KvSizes.of(loaded.model), self._memory_limit())
+            _log.info("memory for requests and kept prompts", limit_bytes=self.memory.limit_bytes)
+            context = ModelContext.build(loaded, self._prompt_cache_bytes)
+            loop = GenerationLoop(context, self._options, memory=self.memory)
         except BaseException as error:
             self.started.set_exception(error)
             return None

@@ -109,11 +109,16 @@ def run(*arguments: str, url: str | None = None, stdin: str = "", timeout_second
 
 
 @contextmanager
-def serving(errors: Path, *arguments: str) -> Iterator[Served]:
-    """`mlx-graft` with `arguments` for as long as the block, ready when it begins, surely gone after it."""
+def serving(errors: Path, *arguments: str, limits: str = "") -> Iterator[Served]:
+    """`mlx-graft` with `arguments` for as long as the block, ready when it begins, surely gone after it.
+
+    `limits` are options of the shell's `ulimit`.
+    """
+    words = command(*arguments, "--port", "0")
+    limited = ["bash", "-c", f'ulimit {limits} && exec "$@"', "bash"] if limits else []
     with errors.open("w") as log:
         process = subprocess.Popen(
-            command(*arguments, "--port", "0"),
+            [*limited, *words],
             cwd=ROOT,
             env=environment(),
             stdin=subprocess.DEVNULL,

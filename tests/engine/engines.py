@@ -71,6 +71,7 @@ def make_engine(
     max_waiting: int = 16,
     prompt_cache_bytes: int = 1 << 22,
     grace_seconds: float = WAIT_SECONDS,
+    memory_limit: Callable[[], int | None] = lambda: None,
     **options: int,
 ) -> Engine:
     return Engine(
@@ -79,6 +80,7 @@ def make_engine(
         prompt_cache_bytes=prompt_cache_bytes,
         max_waiting=max_waiting,
         grace_seconds=grace_seconds,
+        memory_limit=memory_limit,
     )
 
 
