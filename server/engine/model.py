@@ -10,7 +10,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from adapters_core.layers.modules import dense_weight, is_quantized
 from adapters_core.layers.surgery import replace_modules
 
 from .errors import ModelLoadError
+from .kv_memory import KvSizes
 from .positions import keep_positions
 
 __all__ = ["UNLIMITED_TOKENS", "Dtype", "LoadedModel", "ModelInfo", "load_model"]
@@ -61,7 +62,8 @@ class ModelInfo:
     """What others may know of a model without touching its weights.
 
     `model_id` is the last part of its path or hub id; `context_tokens` and `vocabulary_tokens` bound prompts
-    and token ids. `digest` tells this base from any other that this process could have loaded.
+    and token ids. `digest` tells this base from any other that this process could have loaded. `kv_sizes` is
+    what a row's KV caches take.
     """
 
     tokenizer: TokenizerWrapper
@@ -71,6 +73,7 @@ class ModelInfo:
     context_tokens: int
     vocabulary_tokens: int
     digest: str
+    kv_sizes: KvSizes = field(default_factory=KvSizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,7 @@ def load_model(
         # The graph of one forward tells the shape of the logits; it is never evaluated.
         vocabulary_tokens=model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1],
         digest=_digest(folder, model),
+        kv_sizes=KvSizes.of(model),
     )
     return LoadedModel(model, info)
 

@@ -20,7 +20,7 @@ import structlog
 
 from .context import ModelContext
 from .errors import EngineStoppedError
-from .kv_memory import KvMemory, KvSizes
+from .kv_memory import KvMemory
 from .loop import GenerationLoop, LoopOptions, LoopStats
 from .messages import Cancel, Event, Message, Scoring, Stop, Submit, Update
 from .model import LoadedModel, ModelInfo
@@ -102,7 +102,7 @@ class GenerationThread:
     def _run_start(self) -> GenerationLoop | None:
         try:
             loaded = self._load()
-            self.memory = KvMemory(KvSizes.of(loaded.model), self._memory_limit())
+            self.memory = KvMemory(loaded.info.kv_sizes, self._memory_limit())
             _log.info("memory for requests and kept prompts", limit_bytes=self.memory.limit_bytes)
             context = ModelContext.build(loaded, self._prompt_cache_bytes)
             loop = GenerationLoop(context, self._options, memory=self.memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -117,7 +118,9 @@ def test_the_room_of_kept_prompts_shrinks_and_grows_again() -> None:
 async def test_a_request_that_can_never_fit_is_refused() -> None:
     model = tiny_llama()
     limit_bytes = KvMemory(KvSizes.of(model)).needed_bytes(1, 64) * 4 // 3
-    engine = make_engine(lambda: loaded(model), memory_limit=lambda: limit_bytes)
+    plain = loaded(model)
+    sized = replace(plain, info=replace(plain.info, kv_sizes=KvSizes.of(model)))
+    engine = make_engine(lambda: sized, memory_limit=lambda: limit_bytes)
     await engine.start()
     try:
         with pytest.raises(EngineMemoryError, match="2 x 40 tokens"):
