@@ -103,7 +103,8 @@ class GenerationThread:
         try:
             loaded = self._load()
             self.memory = KvMemory(loaded.info.kv_sizes, self._memory_limit())
-            _log.info("memory for requests and kept prompts", limit_bytes=self.memory.limit_bytes)
+            if self.memory.limit_bytes is not None:
+                _log.info("memory for requests and kept prompts", limit_bytes=self.memory.limit_bytes)
             context = ModelContext.build(loaded, self._prompt_cache_bytes)
             loop = GenerationLoop(context, self._options, memory=self.memory)
         except BaseException as error:
