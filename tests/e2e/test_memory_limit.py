@@ -15,7 +15,12 @@ from tests.models import tiny_llama
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce ulimit -d")
 
-WIDE: dict[str, Any] = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "num_hidden_layers": 4}
+WIDE: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "num_hidden_layers": 4,
+}
 """65 kB of KV caches for each token."""
 LIMIT_KIB = 900 * 1024
 PROMPT_TOKENS = 800
