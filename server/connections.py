@@ -35,6 +35,10 @@ LOGGER = "uvicorn.connections"
 
 MAX_HEAD_BYTES = 32 * 1024
 
+# So many chunks that are smaller than this may come one after the other; larger ones make up for them.
+_SMALL_CHUNK_BYTES = 64
+_MOST_SMALL_CHUNKS = 1024
+
 # A flood of refusals makes one line of the log in so many seconds, for each reason.
 _TOLD_EVERY_SECONDS = 10.0
 
@@ -111,6 +115,7 @@ class Parser(h11.Connection):
     """
 
     problem: h11.RemoteProtocolError | None = None
+    _small_chunks_bytes = 0
 
     def next_event(self) -> Any:
         """The next event, as h11 has it.
@@ -123,10 +128,19 @@ class Parser(h11.Connection):
             event = super().next_event()
             if isinstance(event, h11.Request):
                 _check_head(unread[: len(unread) - len(self.trailing_data[0])], event)
+                self._small_chunks_bytes = 0
+            elif isinstance(event, h11.Data) and event.chunk_end:
+                self._check_chunk(event)
         except h11.RemoteProtocolError as error:
             self.problem = error
             raise
         return event
+
+    def _check_chunk(self, data: h11.Data) -> None:
+        """Refuse a body of single bytes: parsing a small chunk takes the event loop as long as a large one."""
+        self._small_chunks_bytes = max(0, self._small_chunks_bytes + _SMALL_CHUNK_BYTES - len(data.data))
+        if self._small_chunks_bytes > _MOST_SMALL_CHUNKS * _SMALL_CHUNK_BYTES:
+            raise h11.RemoteProtocolError("the body comes in too many small chunks")
 
 
 def _check_head(head: bytes, request: h11.Request) -> None:

@@ -68,6 +68,19 @@ def test_chunks_that_go_wrong_in_a_body_are_refused(limited: Served, connect: Co
     assert "Traceback" not in limited.errors.read_text()
 
 
+def test_a_body_of_single_bytes_is_refused(limited: Served, connect: Connect) -> None:
+    chunked = ("POST", "/v1/chat/completions", "Transfer-Encoding: chunked", f"X-Api-Key: {KEY}")
+    wire = connect()
+    wire.send(head(*chunked, "Content-Type: application/json") + b"1\r\n \r\n" * 2000)
+    assert b"too many small chunks" in wire.read()
+    assert (wire.closed, wire.statuses) == (True, [400])
+    for size, count in [(1, 1000), (64, 2000)]:
+        wire = connect()
+        chunk = b"%x\r\n%s\r\n" % (size, b" " * size)
+        wire.send(head(*chunked, "Content-Type: application/json") + chunk * count + b"0\r\n\r\n")
+        assert b"not valid JSON" in wire.read(until=b"}}"), "all of it was taken"
+
+
 def test_requests_of_one_connection_are_answered_in_turn(limited: Served, connect: Connect) -> None:
     wire = connect()
     wire.send(SMUGGLED + head() + head("GET", "/version", f"X-Api-Key: {KEY}", "Connection: close"))
