@@ -137,7 +137,7 @@ class Parser(h11.Connection):
         return event
 
     def _check_chunk(self, data: h11.Data) -> None:
-        """Refuse a body of single bytes: parsing a small chunk takes the event loop as long as a large one."""
+        """Refuse a body of single bytes: parsing a small chunk takes as long as parsing a large one."""
         self._small_chunks_bytes = max(0, self._small_chunks_bytes + _SMALL_CHUNK_BYTES - len(data.data))
         if self._small_chunks_bytes > _MOST_SMALL_CHUNKS * _SMALL_CHUNK_BYTES:
             raise h11.RemoteProtocolError("the body comes in too many small chunks")
