@@ -197,7 +197,7 @@ async def test_sums_over_http(tiny_site: Site) -> None:
     for body, status, code in (
         ({"adapters": [{"id": "b", "weight": 0}]}, 400, "not_blendable"),
         ({"adapters": [{"id": "nowhere"}]}, 404, "adapter_not_found"),
-        ({"adapters": [{"id": "b", "weigth": 1}]}, 400, None),
+        ({"adapters": [{"id": "b", "weigth": 1}]}, 400, "unknown_parameter"),
         ({"precision": "keep", "save_to": "x"}, 400, "not_mergeable"),
     ):
         await tiny_site.refused("POST", fuse, body, status, code)

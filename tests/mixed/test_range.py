@@ -281,6 +281,32 @@ def test_a_scale_that_leaves_float32_is_refused_by_the_module() -> None:
     assert resident.bank.residents == frozenset()
 
 
+@pytest.mark.parametrize(("magnitude", "fits"), [(1e3, True), (1e6, False)])
+def test_a_doras_factor_that_leaves_float16_is_refused(magnitude: float, fits: bool) -> None:
+    model, weights = patterned((2.0, 2.0, 2.0), mx.float16)
+    path = "model.layers.1.self_attn.q_proj"
+    (out_size, _), one = weight_shape(module_at(model, path)), weights[path]
+    dora = ModuleWeights(one.lora_a, one.lora_b, mx.full((out_size,), magnitude), one.scale)
+    laid_out = lay_out({path: dora}, {path: module_at(model, path)}, mx.float16)
+    assert len(laid_out.problems) == (0 if fits else 1)
+
+
+def test_a_doras_norms_are_taken_in_float32() -> None:
+    model, weights = patterned((2.0, 2.0, 2.0), mx.float16)
+    path = "model.layers.1.self_attn.q_proj"
+    (out_size, _), one = weight_shape(module_at(model, path)), weights[path]
+    # s·B A of about 1e6 is nothing that float16 holds.
+    large = ModuleWeights(one.lora_a * 50, one.lora_b * 50, mx.full((out_size,), 1e5), 2e3)
+    laid_out = lay_out({path: large}, {path: module_at(model, path)}, mx.float16)
+    ((name, layout),) = laid_out.groups.items()
+    factor = np.array(laid_out.rows[name][layout.factors[path]].astype(mx.float32))
+    delta = np.array(large.lora_b.T.astype(mx.float32) @ large.lora_a.T.astype(mx.float32)) * 2e3
+    assert np.abs(delta).max() > 65504
+    assert laid_out.problems == []
+    norms = np.linalg.norm(np.array(module_at(model, path)["weight"].astype(mx.float32)) + delta, axis=1)
+    assert relative_error(factor, 1e5 / norms) < 1e-3
+
+
 def test_a_layer_with_one_adapter_scales_last() -> None:
     a, b = drawn((IN, RANK), 600.0, 1), drawn((RANK, OUT), 1e-3, 2)
     linear = nn.Linear(IN, OUT, bias=False)
