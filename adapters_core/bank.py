@@ -81,8 +81,8 @@ class AdapterBank:
 
     @property
     def resident_bytes(self) -> int:
-        """What the bank really takes, free slots included."""
-        return sum(shelf.size_bytes for shelf in self._shelves.values())
+        """What the bank really takes, free slots included. May be read on any thread."""
+        return sum(shelf.size_bytes for shelf in tuple(self._shelves.values()))
 
     def prepare(self, container: AdapterContainer) -> PreparedAdapter:
         """Check `container` against the model and lay its weights out; changes nothing.

@@ -46,6 +46,9 @@ from server.urls import UrlMiddleware
 
 __all__ = ["create_app"]
 
+# For the step that is under way when all requests are given up; who waits for it is told without it.
+_GRACE_SECONDS = 1.0
+
 _KEY = [Depends(require_api_key)]
 
 
@@ -113,6 +116,8 @@ def _make_engine(settings: Settings) -> Engine:
         prompt_cache_bytes=settings.prompt_cache_bytes,
         max_waiting=settings.max_waiting,
         memory_limit=lambda: settings.kv_memory_bytes or _free_for_rows(settings),
+        grace_seconds=_GRACE_SECONDS,
+        stuck_seconds=settings.health_timeout_seconds,
     )
 
 
@@ -162,6 +167,7 @@ def _lifespan(
             stack.push_async_callback(engine.stop, 0.0)
             service = adapters or _make_adapters(settings, engine, info, metrics)
             stack.push_async_callback(service.close)
+            stack.push_async_callback(engine.stop_if_hanging)  # for the changes that wait for the thread
             await service.start(settings.adapters)
             text_service = TextService(
                 engine,

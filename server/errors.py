@@ -51,6 +51,7 @@ from server.engine.errors import (
     EngineMemoryError,
     EngineOverloadedError,
     EngineStoppedError,
+    EngineStuckError,
     InvalidSubmitError,
 )
 from server.engine.messages import FailureKind
@@ -297,6 +298,9 @@ _TABLE: Mapping[type[Exception], Callable[[Any], ApiError]] = {
     ),
     EngineStoppedError: lambda error: OverloadedError(
         "The model is not served.", code="engine_stopped", retry_seconds=_RESTART_SECONDS
+    ),
+    EngineStuckError: lambda error: OverloadedError(
+        f"The model does not answer: {error}.", code="engine_stuck", retry_seconds=_RESTART_SECONDS
     ),
     AdapterChangingError: lambda error: OverloadedError(str(error), code=error.code),
     AdapterMemoryBusyError: lambda error: OverloadedError(str(error), code=error.code),

@@ -277,7 +277,7 @@ class Settings(BaseSettings):
     """Whole seconds that a connection is kept for the next request; more than clients keep it themselves."""
 
     health_timeout_seconds: float = Field(default=60, gt=0, le=86400, json_schema_extra=_group("Timeouts"))
-    """Seconds without a sign of life of the generation thread after which /health answers 503."""
+    """Seconds without a sign of life of the generation thread after which requests are answered with 503."""
 
     shutdown_timeout_seconds: int = Field(default=10, ge=0, le=86400, json_schema_extra=_group("Timeouts"))
     """Whole seconds that requests in flight have to finish when the server is asked to stop."""

@@ -100,11 +100,11 @@ class AdapterService:
         self._container = container
         self._options = options
         self._gate = gate = Gate()
-        self._tasks = tasks = Tasks()
+        self._tasks = tasks = Tasks(container.while_alive)
         self._releases = Releases()
         self._line = Line(gate, options.max_waiting, options.wait_seconds)
         self._private = PrivateFolder(options.kept_dir)
-        memory = Memory(container, gate, self.residency, self._line)
+        self._memory = memory = Memory(container, gate, self.residency, self._line)
         self.keeper = keeper = Keeper(
             self._copying, memory, self.registry, self._private, tasks, options.kept_bytes
         )
@@ -145,6 +145,7 @@ class AdapterService:
         """
         for aside in (self.aside, self._reading, self._copying):
             aside.start()
+        await self._memory.bank()  # so that lists need not wait for the thread
         for adapter_id in adapter_ids:
             await self.load(adapter_id)
         if self._watcher is not None:
@@ -173,8 +174,9 @@ class AdapterService:
             AdapterMemoryError, AdapterMemoryBusyError: there is no room, now or ever.
             AdapterNotFoundError, PathNotAllowedError, InvalidAdapterError: an adapter that was to be loaded.
         """
-        await self._load_what_is_named(model, adapters)
-        (pin,) = await self._pinner.pin([(model, adapters)])
+        async with self._container.while_alive():
+            await self._load_what_is_named(model, adapters)
+            (pin,) = await self._pinner.pin([(model, adapters)])
         return pin
 
     async def resolve_together(self, models: Sequence[str]) -> list[Pin]:
@@ -182,9 +184,10 @@ class AdapterService:
 
         Raises: as `resolve`; then none is kept.
         """
-        for model in models:
-            await self._load_what_is_named(model, None)
-        return await self._pinner.pin([(model, None) for model in models])
+        async with self._container.while_alive():
+            for model in models:
+                await self._load_what_is_named(model, None)
+            return await self._pinner.pin([(model, None) for model in models])
 
     async def look_up(self, model: str) -> Resolved | str:
         """What a request that names `model` would be answered with, or the id that it would load first.

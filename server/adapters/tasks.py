@@ -6,7 +6,8 @@ Runs on the event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -21,9 +22,13 @@ _T = TypeVar("_T")
 
 
 class Tasks:
-    """The work that is under way, and a lock for each id that work is about."""
+    """The work that is under way, and a lock for each id that work is about.
 
-    def __init__(self) -> None:
+    Who waits for work waits within `while_alive`, which may end the waiting.
+    """
+
+    def __init__(self, while_alive: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        self._while_alive = while_alive
         self._running: set[asyncio.Task[Any]] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -39,8 +44,10 @@ class Tasks:
         return task
 
     async def to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """What comes of `work`, which goes on if the caller is cancelled."""
-        return await asyncio.shield(self.start(work))
+        """What comes of `work`, which goes on if the caller is cancelled, or may wait no longer."""
+        task = self.start(work)
+        async with self._while_alive():
+            return await asyncio.shield(task)
 
     async def ended(self) -> None:
         """Wait until nothing is under way."""

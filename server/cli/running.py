@@ -30,7 +30,10 @@ from server.connections import Connection, Connections
 from server.errors import ServerStoppingError, error_response
 from server.settings import Settings
 
-__all__ = ["StartError", "end_process", "run"]
+__all__ = ["ENGINE_DIED", "StartError", "end_process", "run"]
+
+ENGINE_DIED = os.EX_SOFTWARE
+"""The exit code of a server whose generation thread ended by itself: only a new process mends that."""
 
 
 # What requests that were given up have to send their errors, before their connections are cut.
@@ -75,14 +78,16 @@ def run(
     backlog: int,
     on_ready: Callable[[], None],
     give_up: Callable[[], Awaitable[None]],
+    died: Callable[[], Awaitable[None]],
     on_end: Callable[[], None],
     say: Callable[[str], None],
-) -> None:
-    """Serve `app` on bound sockets until a signal; returns after a graceful stop.
+) -> int:
+    """Serve `app` on bound sockets until a signal; returns the exit code after a graceful stop.
 
     `connections` are what it admits; `backlog` connections may wait to be accepted, and are accepted at once.
     `on_ready` is called once requests are answered; `give_up` when the time of those in flight is up, to end
-    what is still being computed, each with an error; `on_end` before a signal ends the process at once.
+    what is still being computed, each with an error; `on_end` before a signal ends the process at once. When
+    `died` returns, nothing can be answered any more: the server stops, and the code is ENGINE_DIED.
     Raises: StartError; OSError if the sockets cannot be listened on.
     """
     watched = _Watched(app)
@@ -105,13 +110,14 @@ def run(
         await asyncio.sleep(_OWN_WORDS_SECONDS)
         watched.cut_off_unanswered()
 
-    server = _Server(config, settings.shutdown_timeout_seconds, on_ready, give_all_up, on_end, say)
+    server = _Server(config, settings.shutdown_timeout_seconds, on_ready, give_all_up, died, on_end, say)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, server.handle_exit)
     try:
         server.run(sockets=list(sockets))
     except SystemExit:
         raise StartError("the application did not start") from watched.failure
+    return server.exit_code
 
 
 class _Watched:
@@ -183,10 +189,14 @@ class _Server(uvicorn.Server):
         finish_seconds: float,
         on_ready: Callable[[], None],
         give_up: Callable[[], Awaitable[None]],
+        died: Callable[[], Awaitable[None]],
         on_end: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         super().__init__(config)
+        self.exit_code = 0
+        self._died = died
+        self._watch: asyncio.Task[None] | None = None
         self._finish_seconds = finish_seconds
         self._on_ready = on_ready
         self._give_up = give_up
@@ -196,6 +206,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(_tell_failure())
         await super().startup(sockets=sockets)
+        self._watch = asyncio.create_task(self._end_when_dead())
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -206,11 +217,19 @@ class _Server(uvicorn.Server):
         except TimeoutError:
             _log.warning("work_left_behind", reason="it did not end in time")
             self._on_end()
-            end_process(0)
+            end_process(self.exit_code)
         finally:
+            if self._watch is not None:
+                self._watch.cancel()
             giving_up.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await giving_up
+
+    async def _end_when_dead(self) -> None:
+        await self._died()
+        _log.critical("server_ends", reason="the generation thread has ended", exit_code=ENGINE_DIED)
+        self.exit_code = ENGINE_DIED
+        self.should_exit = True
 
     async def _give_up_late(self) -> None:
         await asyncio.sleep(self._finish_seconds)

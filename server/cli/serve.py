@@ -148,9 +148,10 @@ def _run(
         welcome()
 
     problem: str | None = None
+    code = 1
     try:
         app = create_app(settings)
-        run(
+        code = run(
             app,
             settings,
             app.state.connections,
@@ -158,6 +159,7 @@ def _run(
             backlog=backlog,
             on_ready=on_ready,
             give_up=lambda: app.state.engine.stop(0.0),
+            died=lambda: app.state.engine.died(),
             on_end=progress.stop,
             say=tell,
         )
@@ -168,7 +170,7 @@ def _run(
     progress.stop()
     if problem is not None:
         warn(f"error: {problem}")
-    end_process(0 if problem is None else 1)
+    end_process(code)
 
 
 def _reason(failure: BaseException | None) -> str:

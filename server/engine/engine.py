@@ -128,9 +128,10 @@ class Engine:
     """Serves one model from one thread.
 
     `load` runs on that thread. At most `max_waiting` requests wait for a place in the batch. A stop waits
-    `grace_seconds` longer than it was given, for the step that is under way. `memory_limit`, asked on the
-    thread once the model is loaded, says how many bytes running requests and kept prompts may take (None:
-    any). `container` runs functions on the thread; it is usable from `start` to `stop`.
+    `grace_seconds` longer than it was given, for the step that is under way. After `stuck_seconds` without a
+    sign of life the thread is stuck. `memory_limit`, asked on the thread once the model is loaded, says how
+    many bytes running requests and kept prompts may take (None: any). `container` runs functions on the
+    thread, from `start` to `stop`.
     """
 
     def __init__(
@@ -142,8 +143,11 @@ class Engine:
         max_waiting: int,
         grace_seconds: float = 30.0,
         memory_limit: Callable[[], int | None] = lambda: None,
+        stuck_seconds: float = math.inf,
     ) -> None:
-        self.container = ModelContainer(self._post_update)
+        self.container = ModelContainer(
+            self._post_update, lambda: self.beat_age_seconds if self.alive else 0.0, stuck_seconds
+        )
         self._load = load
         self._options = options
         self._prompt_cache_bytes = prompt_cache_bytes
@@ -156,6 +160,7 @@ class Engine:
         self._stats = LoopStats()
         self._stopping = False
         self._ended = asyncio.Event()
+        self._died = asyncio.Event()
         self._ends = RecentEnds()
 
     async def start(self) -> ModelInfo:
@@ -198,9 +203,18 @@ class Engine:
                 await self._ended.wait()
         except TimeoutError:
             _log.error("the generation thread does not stop; it is left behind")
-            self._on_ended([])
+            self._on_ended()
         else:
             self._thread.join(timeout_seconds=1.0)
+
+    async def stop_if_hanging(self) -> None:
+        """Give the thread up, and all that waits for it, if it does not turn: nothing else would end that."""
+        if self.alive and self.beat_age_seconds > self._grace_seconds:
+            await self.stop(0.0)
+
+    async def died(self) -> None:
+        """Wait until the thread has ended although nothing stopped it."""
+        await self._died.wait()
 
     @property
     def info(self) -> ModelInfo:
@@ -249,7 +263,9 @@ class Engine:
 
         Raises:
             EngineOverloadedError: too many requests wait.
+            EngineStuckError: what is computed hangs, so that none would be answered.
         """
+        self.container.require_alive()
         waiting = self.waiting_requests
         rows = choices + sum(stream.submit.choices for stream in self._streams.values())
         if waiting >= self._max_waiting and rows > self._options.max_batch_size:
@@ -266,6 +282,7 @@ class Engine:
             EngineStoppedError: not started, or stopping.
             EngineOverloadedError: too many requests wait.
             EngineMemoryError: it needs more memory than all requests together may take.
+            EngineStuckError: what is computed hangs.
             InvalidSubmitError: its numbers are out of range, or its id is in use.
         """
         memory = self._running_thread().memory
@@ -326,12 +343,14 @@ class Engine:
                 self._ends.note()
             stream.put(event)
 
-    def _on_ended(self, unread: list[Message]) -> None:
-        """The thread has ended, as it should or not: whatever still waits for it is told so."""
+    def _on_ended(self) -> None:
+        """The thread has ended, or is given up on: whatever still waits for it is told so."""
+        if self._ended.is_set():
+            return
         self._ended.set()
-        for message in unread:
-            if isinstance(message, Update):
-                message.future.set_exception(EngineStoppedError("the generation thread has ended"))
+        if not self._stopping:
+            self._died.set()
+        self.container.give_up(EngineStoppedError("the generation thread has ended"))
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.put(Failed(STOPPED, "stopped"))

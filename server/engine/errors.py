@@ -5,7 +5,8 @@ EngineError
 ├── InvalidSubmitError     a request that the engine must not compute
 ├── EngineMemoryError      a request that alone needs more memory than all may take
 ├── EngineOverloadedError  too many requests wait already
-└── EngineStoppedError     the generation thread is not there, or is stopping
+├── EngineStoppedError     the generation thread is not there, or is stopping
+└── EngineStuckError       the generation thread gives no sign of life
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ __all__ = [
     "EngineMemoryError",
     "EngineOverloadedError",
     "EngineStoppedError",
+    "EngineStuckError",
     "InvalidSubmitError",
     "ModelLoadError",
 ]
@@ -58,3 +60,11 @@ class EngineOverloadedError(EngineError):
 
 class EngineStoppedError(EngineError):
     """The generation thread has not started, is stopping, or has ended."""
+
+
+class EngineStuckError(EngineError):
+    """The generation thread gave no sign of life for `seconds`: what it computes takes too long, or hangs."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(f"the generation thread gave no sign of life for {seconds:.0f} s")

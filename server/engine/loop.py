@@ -12,6 +12,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
@@ -136,7 +138,8 @@ class GenerationLoop:
     def fail_all(self, message: str, error: Exception) -> list[tuple[str, Event]]:
         """End every request with Failed and every queued update with `error`; returns the last events."""
         while self._updates:
-            self._updates.popleft().future.set_exception(error)
+            with suppress(InvalidStateError):
+                self._updates.popleft().future.set_exception(error)
         self._decoder.close()
         self._fail([*self._scheduler.running.values(), *self._scheduler.waiting], message, "stopped")
         return self._take_events()
@@ -169,14 +172,15 @@ class GenerationLoop:
     def _run_updates(self) -> None:
         while self._updates and not (self._updates[0].drain and self._scheduler.running):
             update = self._updates.popleft()
+            error, result = None, None
             try:
                 result = update.fn(self._context)
-            except StopIteration as error:  # which no awaiting caller could be given: it would wait for ever
-                update.future.set_exception(RuntimeError(f"an update raised {error!r}"))
-            except BaseException as error:
-                update.future.set_exception(error)
-            else:
-                update.future.set_result(result)
+            except StopIteration as raised:  # which no awaiting caller could be given: it would wait for ever
+                error = RuntimeError(f"an update raised {raised!r}")
+            except BaseException as raised:
+                error = raised
+            with suppress(InvalidStateError):  # the thread was given up on meanwhile
+                update.future.set_result(result) if error is None else update.future.set_exception(error)
 
     def _admit(self) -> None:
         """Start waiting requests as the scheduler says; none during a drain."""

@@ -41,8 +41,8 @@ class GenerationThread:
     """One thread with a model.
 
     `load` runs on it first; `started` then holds the model's description or the error that stopped it. Each
-    step's events go to `report` in one call on the event loop. `ended` is called there last of all, with the
-    messages that were never read, however the thread ended.
+    step's events go to `report` in one call on the event loop. `ended` is called there last of all, however
+    the thread ended.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GenerationThread:
         prompt_cache_bytes: int,
         memory_limit: Callable[[], int | None],
         report: Report,
-        ended: Callable[[list[Message]], None],
+        ended: Callable[[], None],
     ) -> None:
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.started: Future[ModelInfo] = Future()
@@ -89,7 +89,7 @@ class GenerationThread:
         finally:
             loop = None
             self._run_clean_up()
-            self._tell(self._ended, _drain(self.inbox))
+            self._tell(self._ended)
 
     def _run_clean_up(self) -> None:
         """Let go of the model on the thread that made its arrays, and end MLX's own threads.

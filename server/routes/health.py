@@ -42,9 +42,10 @@ async def health(thread: Thread, configured: Annotated[Settings, Depends(setting
 
 @router.get("/ready")
 async def ready(thread: Thread) -> dict[str, Any]:
-    """Whether requests are taken: the model is loaded, the system gives what they need, no stop is near."""
+    """Whether requests are taken: the model is there and answers, and the system gives what it needs."""
     if not thread.ready:
         raise _unavailable("The server is stopping and takes no more requests.", "not_ready")
+    thread.container.require_alive()
     if (reason := lacking()) is not None:
         raise _unavailable(reason, "out_of_resources")
     return {"status": "ready"}

@@ -137,6 +137,7 @@ class Held(ModelContainer):
     """A real container that holds one `perform` up until it is open, the next when it is told to."""
 
     def __init__(self, inner: ModelContainer) -> None:
+        super().__init__(inner._post)
         self._inner = inner
         self.holds_next = False
         self.reached, self.open = asyncio.Event(), asyncio.Event()

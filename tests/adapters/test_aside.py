@@ -53,7 +53,7 @@ async def test_aside_computes_on_few_threads() -> None:
 
     assert {name for name, _ in done} <= {"beside_0", "beside_1", "beside_2"}
     assert [answer.sum().item() for _, answer in done] == [16.0 * number for number in range(60)]
-    assert threads() == before
+    assert threads() <= before
     aside.close()
     assert not any(thread.name.startswith("beside") for thread in threading.enumerate())
 

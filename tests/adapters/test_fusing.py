@@ -196,6 +196,7 @@ class Stumbling(ModelContainer):
     """Hands everything to a real container, but for the updates that drain once `stumbles` is set."""
 
     def __init__(self, inner: ModelContainer) -> None:
+        super().__init__(inner._post)
         self._inner = inner
         self.stumbles = False
 

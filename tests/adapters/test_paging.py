@@ -220,6 +220,7 @@ class Watched(ModelContainer):
     """A real container; keeps what the bank took at most, and fails in the middle of an exchange if told."""
 
     def __init__(self, inner: ModelContainer) -> None:
+        super().__init__(inner._post)
         self._inner = inner
         self.most_bytes = 0
         self.refuses = False

@@ -201,6 +201,7 @@ class Held(ModelContainer):
     """A real container whose updates wait until it is open."""
 
     def __init__(self, inner: ModelContainer) -> None:
+        super().__init__(inner._post)
         self._inner = inner
         self.open = asyncio.Event()
         self.open.set()
