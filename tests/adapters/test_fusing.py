@@ -154,6 +154,42 @@ async def test_fusing_waits_for_requests_and_holds_new_ones_back(tiny_house: Hou
     assert await tokens_of(tiny_house.generate(await late)) == adapted
 
 
+async def test_a_fusion_that_waits_for_a_long_request_lets_others_go_on(tiny_house: House) -> None:
+    service = tiny_house.service
+    base, adapted = await tiny_house.answer("tiny"), await tiny_house.answer("a")
+    long = await service.resolve("tiny")
+    fusing = asyncio.create_task(service.fuse("a", "auto"))
+    async with asyncio.timeout(20):
+        while True:  # until one is held back
+            late = asyncio.create_task(service.resolve("tiny"))
+            await tiny_house.engine.container.perform(lambda context: None)
+            if not late.done():
+                break
+            late.result().release()
+
+    pin = await asyncio.wait_for(late, 10)  # long before the fusion gives up
+    assert not fusing.done()
+    assert await tokens_of(tiny_house.generate(pin)) == base
+    assert await tokens_of(tiny_house.generate(long)) == base
+    await fusing
+    assert await tiny_house.answer("tiny") == adapted
+
+
+async def test_a_fusion_gives_up_when_its_time_is_up(model_path: Path, root: Path) -> None:
+    async with house(model_path, root, unload_timeout_seconds=0.3) as short:
+        service = short.service
+        await service.load("a")
+        before = await state(short)
+        pin = await service.resolve("tiny")
+        with pytest.raises(AdapterBusyError, match=r"Within 0.3 s .* 1 request") as raised:
+            await service.fuse("a", "auto")
+        assert raised.value.details == {"in_flight": 1}
+        assert await state(short) == before
+        other = await asyncio.wait_for(service.resolve("tiny"), 10)
+        other.release()
+        pin.release()
+
+
 async def test_a_fusion_that_finds_requests_in_flight_changes_nothing(model_path: Path, root: Path) -> None:
     async with house(model_path, root, unload_timeout_seconds=0) as hasty:
         service = hasty.service

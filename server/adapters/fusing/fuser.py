@@ -38,6 +38,7 @@ from .exchange import FusedLayers, install, take_out
 from .merging import Merged, merge
 from .probes import probe_rows
 from .progress import FuseProgress, Tell, no_tell, on_loop
+from .quiet import QuietBase
 
 __all__ = ["FuseOptions", "FuseResult", "Fuser"]
 
@@ -104,6 +105,7 @@ class Fuser:
         self._residency = residency
         self._gate = gate
         self._unloader = unloader
+        self._quiet = QuietBase(registry, gate, unloader)
         self._threshold = options.threshold
         self._folders = SavedFolders(options.models_dir, MODELS)
         self._fused: _Fused | None = None
@@ -131,9 +133,11 @@ class Fuser:
         work = await self._work(chosen, model, rows, precision, tell)
         adapter = work.adapters[0] if chosen.is_alone else None
         layers = FusedLayers(work.merged.modules, adapter, chosen.mark(precision, self._threshold))
-        async with self._gate.alone():
+
+        def check() -> None:
             chosen.require_same(choose(self._registry, terms, unload_others))
-            await self._unloader.idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
+
+        async with self._quiet.alone(timeout_seconds, check):
             try:
                 await self._container.update(lambda context: install(context, layers), drain=True)
             except BaseException:
@@ -174,9 +178,8 @@ class Fuser:
             AdapterBusyError: requests in flight did not end in time.
         """
         self._require_fused(adapter_id)  # before the gate, which holds every request up
-        async with self._gate.alone():
+        async with self._quiet.alone(timeout_seconds, lambda: self._require_fused(adapter_id) and None):
             entry, fused = self._require_fused(adapter_id)
-            await self._unloader.idle(lambda: self._registry.in_flight, timeout_seconds, "the base")
             resident = await self._container.update(
                 lambda context: take_out(context, fused.layers), drain=True
             )
