@@ -93,6 +93,7 @@ async def test_service_keeps_its_threads_over_cold_loads(small_house: House) -> 
 
 
 async def test_service_keeps_its_threads_over_blends_and_saves(tiny_house: House) -> None:
+    await tiny_house.service.start([])
     blender = Blender(tiny_house.service)
     saver = AdapterSaver(tiny_house.service, tiny_house.root)
 
