@@ -253,6 +253,23 @@ def test_tokens_of_any_other_kind(tokenizer: TokenizerWrapper) -> None:
     assert decoder.token_bytes(tokens[0]) == b" Paris"
 
 
+@pytest.mark.parametrize("cleans", [False, True])
+def test_a_lone_space_has_a_place_in_texts_of_any_other_kind(
+    tokenizer: TokenizerWrapper, cleans: bool
+) -> None:
+    words = {"<unk>": 0, "a": 1, "▁": 2, "2": 3, "▁b": 4, "<0xC3>": 5, ",": 6}
+    inner = Tokenizer(models.BPE(words, [], unk_token="<unk>", byte_fallback=True))
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=cleans)
+    decoder = TextDecoder(TokenizerWrapper(fast, NaiveStreamingDetokenizer))  # pyright: ignore[reportArgumentType]
+    text, scores, _ = said(decoder, [1, 2, 3, 4], [])
+    assert (text, [score.offset_chars for score in scores]) == ("a 2 b", [0, 1, 2, 3])
+    text, scores, _ = said(decoder, [1, 2, 3, 4], ["2"])
+    assert (text, [score.token for score in scores]) == ("a ", [1, 2])
+    text, scores, _ = said(decoder, [1, 5, 1, 2, 3], ["2"])
+    assert (text, [score.offset_chars for score in scores]) == ("a\ufffda ", [0, 1, 2, 3])
+
+
 def test_impossible_tokens_have_a_logprob_that_json_can_say() -> None:
     score = Score(1, -0.25, ((1, -0.25), (2, float("-inf"))), 0)
     assert Piece(0, "a", (score,)).scores == (score,)
