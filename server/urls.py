@@ -25,7 +25,8 @@ _OTHER_NAMES = {
     "/generate": "/v1/completions",
     "/generate_stream": "/v1/completions",
 }
-_MOST_SEGMENTS = 12
+# Of a path's end; each costs a look at every route.
+_MOST_SEGMENTS = 6
 
 
 class UrlMiddleware:
@@ -59,7 +60,7 @@ class UrlMiddleware:
 
 def allowed_methods(routes: Sequence[BaseRoute], path: str) -> list[str]:
     """The methods of all routes that `path` leads to, HEAD among them where GET is."""
-    found = [method for method in _METHODS if _leads_somewhere(routes, method, path)]
+    found = [method for method in _METHODS if _match(routes, method, path) is Match.FULL]
     return [*found, "HEAD"] if "GET" in found else found
 
 
@@ -68,19 +69,27 @@ def meant_url(routes: Sequence[BaseRoute], method: str, path: str) -> str | None
 
     That is its end, with `/v1` before it or not, for the longest end that leads somewhere.
     """
-    segments = [segment for segment in path.split("/") if segment][:_MOST_SEGMENTS]
+    segments = [segment for segment in path.split("/") if segment][-_MOST_SEGMENTS:]
     ends = ["/".join(segments[start:]) for start in range(len(segments))]
     urls = [f"{prefix}/{end}" for end in ends for prefix in ("/v1", "")]
-    for url in [_OTHER_NAMES.get(path.rstrip("/"), ""), *urls, *map(str.lower, urls)]:
-        allowed = allowed_methods(routes, url) if url not in ("", path) else []
-        if allowed:
+    named = _OTHER_NAMES.get(path.rstrip("/"))
+    for url in dict.fromkeys([*([named] if named else []), *urls, *map(str.lower, urls)]):
+        if url != path and _match(routes, method, url) is not Match.NONE:
+            allowed = allowed_methods(routes, url)
             return f"{method if method in allowed else allowed[0]} {url}"
     return None
 
 
-def _leads_somewhere(routes: Sequence[BaseRoute], method: str, path: str) -> bool:
+def _match(routes: Sequence[BaseRoute], method: str, path: str) -> Match:
+    """The best match of any route."""
     scope: dict[str, Any] = {"type": "http", "method": method, "path": path, "root_path": ""}
-    return any(route.matches(scope)[0] is Match.FULL for route in routes)
+    best = Match.NONE
+    for route in routes:
+        match, _ = route.matches(scope)
+        if match is Match.FULL:
+            return match
+        best = max(best, match, key=lambda each: each.value)
+    return best
 
 
 def _without_body(send: Send) -> Send:
