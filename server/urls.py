@@ -72,8 +72,8 @@ def meant_url(routes: Sequence[BaseRoute], method: str, path: str) -> str | None
     segments = [segment for segment in path.split("/") if segment][-_MOST_SEGMENTS:]
     ends = ["/".join(segments[start:]) for start in range(len(segments))]
     urls = [f"{prefix}/{end}" for end in ends for prefix in ("/v1", "")]
-    named = _OTHER_NAMES.get(path.rstrip("/"))
-    for url in dict.fromkeys([*([named] if named else []), *urls, *map(str.lower, urls)]):
+    named = _OTHER_NAMES.get(path.rstrip("/"), path)
+    for url in dict.fromkeys([named, *urls, *[url.lower() for url in urls]]):
         if url != path and _match(routes, method, url) is not Match.NONE:
             allowed = allowed_methods(routes, url)
             return f"{method if method in allowed else allowed[0]} {url}"
