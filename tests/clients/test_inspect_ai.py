@@ -9,7 +9,14 @@ from typing import Any
 import inspect_ai
 import pytest
 from inspect_ai.dataset import Sample
-from inspect_ai.model import GenerateConfig, Model, get_model, get_model_info
+from inspect_ai.model import (
+    ChatMessageAssistant,
+    ChatMessageUser,
+    GenerateConfig,
+    Model,
+    get_model,
+    get_model_info,
+)
 from inspect_ai.scorer import includes
 from inspect_ai.solver import generate
 
@@ -24,7 +31,7 @@ def model(url: str, adapter: str | None = None) -> Model:
     return get_model(name, base_url=url, api_key="none", memoize=False)
 
 
-def answer(asked: Model, text: str = QUESTION, **config: Any) -> Any:
+def answer(asked: Model, text: Any = QUESTION, **config: Any) -> Any:
     return asyncio.run(asked.generate(text, config=GenerateConfig(**{**GREEDY, **config})))
 
 
@@ -77,6 +84,13 @@ def test_what_an_evaluation_may_wish(url: str) -> None:
         assert all(len(score.top_logprobs) == 3 for score in choice.logprobs.content)
     said = answer(model(url), frequency_penalty=0.5, presence_penalty=0.5, top_p=0.9, logit_bias={42: -100})
     assert said.completion
+
+
+def test_an_answer_that_has_begun_goes_on(url: str, pirate_answer: str) -> None:
+    begun = pirate_answer[: len(pirate_answer) // 2].rpartition(" ")[0]
+    messages = [ChatMessageUser(content=QUESTION), ChatMessageAssistant(content=begun)]
+    said = answer(model(url, "pirate"), messages)
+    assert pirate_answer.startswith(begun + said.completion[:4])
 
 
 def test_a_whole_evaluation_with_an_adapter(url: str, tmp_path: Path) -> None:
