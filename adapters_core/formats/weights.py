@@ -109,11 +109,11 @@ def save_weights(path: str | Path, tensors: Mapping[str, mx.array]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with replacing(Path(path)) as temporary:
-        try:
+    try:
+        with replacing(Path(path)) as temporary:
             mx.save_safetensors(str(temporary), dict(tensors))
-        except RuntimeError as error:
-            raise OSError(f"{Path(path).name} cannot be written to its folder") from error
+    except (RuntimeError, FileNotFoundError) as error:
+        raise OSError(f"{Path(path).name} cannot be written to its folder") from error
 
 
 def digest_of(tensors: Mapping[str, mx.array]) -> str:

@@ -8,17 +8,17 @@ calls it, for a few seconds the first time.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 
+from adapters_core.files import new_folder, sweep
 from server.demo.gguf import LlamaGGUF, Variant, read_gguf
 from server.demo.tokenizer import write_tokenizer
 
@@ -79,17 +79,20 @@ def demo_model(variant: Variant, cache_dir: Path, progress: Callable[[str], None
     """
     home = cache_dir / "demo" / f"{_SHA256[:12]}-{variant}-{_CONVERSION}"
     folder = home / MODEL_NAME
+    with suppress(OSError):  # of conversions that were killed
+        sweep(home.parent)
     if folder.is_dir():
         return folder
     source = _installed_gguf()
     progress(f"Checking {source.name} …")
     _check_digest(source)
     progress(f"Converting {MODEL_NAME} to {variant}, once, in {home} …")
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent, prefix=f".{home.name}-") as made:
-        converted = Path(made, "converted")
-        _convert(read_gguf(source), variant, converted / MODEL_NAME)
-        _publish(converted, home)
+    try:
+        with new_folder(home) as made:
+            _convert(read_gguf(source), variant, made / MODEL_NAME)
+    except FileExistsError:
+        if not folder.is_dir():  # else another process was faster
+            raise
     return folder
 
 
@@ -134,12 +137,3 @@ def _convert(gguf: LlamaGGUF, variant: Variant, folder: Path) -> None:
         raise
     except Exception as error:
         raise OSError(str(error)) from error
-
-
-def _publish(made: Path, home: Path) -> None:
-    """Give the finished folder its name, in one step; if another process was faster, its folder stays."""
-    try:
-        made.rename(home)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not (home / MODEL_NAME).is_dir():
-            raise

@@ -6,8 +6,11 @@ import fcntl
 import os
 import shutil
 import tempfile
+import uuid
 from contextlib import suppress
 from pathlib import Path
+
+from adapters_core.files import new_part, sweep
 
 __all__ = ["PrivateFolder"]
 
@@ -45,12 +48,24 @@ class PrivateFolder:
             shutil.rmtree(path, ignore_errors=True)
         self._unlock()
 
+    def sweep(self) -> None:
+        """Remove what other processes left behind when they died."""
+        with suppress(OSError):
+            sweep(self._parent)
+            for left in self._parent.glob(f"{_PREFIX}*"):
+                with suppress(OSError):  # no folder of ours, or not ours to remove
+                    lock = None if left.is_symlink() else _locked(left / _LOCK)
+                    if lock is not None:  # whoever lives holds it
+                        shutil.rmtree(left, ignore_errors=True)
+                        os.close(lock)
+
     def _make(self) -> Path:
         self._parent.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        made = Path(tempfile.mkdtemp(prefix=".", dir=self._parent))
-        self._lock = _locked(made / _LOCK)
-        return made.rename(made.with_name(f"{_PREFIX}{made.name[1:]}"))
+        self.sweep()
+        with new_part(self._parent, "versions") as made:
+            made.chmod(0o700)
+            self._lock = _locked(made / _LOCK)
+            return made.rename(made.with_name(f"{_PREFIX}{uuid.uuid4().hex}"))
 
     def _is_locked(self, path: Path) -> bool:
         """Whether the lock that this holds is the one in the folder."""
@@ -64,18 +79,10 @@ class PrivateFolder:
         if lock is not None:
             os.close(lock)
 
-    def _sweep(self) -> None:
-        for left in self._parent.glob(f"{_PREFIX}*"):
-            with suppress(OSError):  # no folder of ours, or not ours to remove
-                lock = _locked(left / _LOCK)
-                if lock is not None:  # whoever lives holds it
-                    shutil.rmtree(left, ignore_errors=True)
-                    os.close(lock)
-
 
 def _locked(path: Path) -> int | None:
     """The lock at `path`, held until it is closed; None if another process holds it."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -118,7 +118,7 @@ class AdapterSaver:
                 raise AdapterNotWritableError(entry_id, to, error.problems) from error
             notes = writing_notes(weights, to)
         needed_bytes = sum(tensor.nbytes for tensor in files.tensors.values()) + _REST_BYTES
-        with self._folders.saving(name, needed_bytes) as path, new_folder(path) as temporary:
+        with self._folders.saving(name, needed_bytes) as path, new_folder(path, follow=False) as temporary:
             digest = _write_and_read(files, temporary, name, model)
             size_bytes = sum(file.stat().st_size for file in temporary.iterdir())
         return SavedAdapter(

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters_core.errors import FolderChangedError
+
 from ..errors import (
     AdapterFolderExistsError,
     AdapterNotSavedError,
@@ -52,7 +54,7 @@ class SavedFolders:
         kind: SavedKind,
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
-        self._root = root
+        self._root = None if root is None else Path(os.path.realpath(root))
         self._kind = kind
         self._free_bytes = free_bytes
 
@@ -88,12 +90,15 @@ class SavedFolders:
         """
         path = self.check(name)
         try:
-            free_bytes = self._free_bytes(path.parent)
+            free_bytes = self._free_bytes(next(folder for folder in path.parents if folder.is_dir()))
             if needed_bytes > free_bytes:
                 raise self._kind.not_saved(
                     name, f"it takes about {needed_bytes} bytes, and {free_bytes} are free"
                 )
             yield path
+        except FolderChangedError as error:
+            reason = f"the {self._kind.noun}s root, or the way to it, is a link that was none at the start"
+            raise self._kind.not_saved(name, reason) from error
         except FileExistsError as error:  # another call was faster
             raise self._kind.exists(name) from error
         except OSError as error:

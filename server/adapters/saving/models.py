@@ -62,13 +62,16 @@ class ModelDraft:
         expected_bytes = self.expected_bytes(model)
         with (
             self._folders.saving(self._name, expected_bytes + _REST_BYTES) as path,
-            new_folder(path) as temporary,
+            new_folder(path, follow=False) as temporary,
         ):
             self._temporary = temporary
-            config = config_of(info.config, model)
-            save(temporary, info.path, model, info.tokenizer, config, donate_model=False)
-            if _weight_bytes(temporary) < expected_bytes:
-                raise OSError(errno.EIO, "some of the weights were not stored")
+            try:
+                config = config_of(info.config, model)
+                save(temporary, info.path, model, info.tokenizer, config, donate_model=False)
+                if _weight_bytes(temporary) < expected_bytes:
+                    raise OSError(errno.EIO, "some of the weights were not stored")
+            finally:
+                self._temporary = None  # the path is another folder's soon
 
 
 def config_of(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
