@@ -7,11 +7,13 @@ event loop.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import mlx.core as mx
+import structlog
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -31,6 +33,7 @@ from server.engine.loop import LoopOptions
 from server.engine.memory_limits import headroom_bytes
 from server.engine.model import ModelInfo, load_model
 from server.errors import install
+from server.leftovers import sweep_cache, sweep_folders
 from server.metrics import Metrics, MetricsMiddleware
 from server.middleware import (
     HostGuardMiddleware,
@@ -50,6 +53,9 @@ __all__ = ["create_app"]
 _GRACE_SECONDS = 1.0
 
 _KEY = [Depends(require_api_key)]
+
+
+_log = structlog.get_logger(__name__)
 
 
 class ErrorObject(BaseModel):
@@ -165,6 +171,7 @@ def _lifespan(
             info = await engine.start()
             # By now the server has waited for its requests, or given them up.
             stack.push_async_callback(engine.stop, 0.0)
+            await asyncio.to_thread(_sweep, settings)
             service = adapters or _make_adapters(settings, engine, info, metrics)
             stack.push_async_callback(service.close)
             stack.push_async_callback(engine.stop_if_hanging)  # for the changes that wait for the thread
@@ -187,6 +194,13 @@ def _lifespan(
             yield
 
     return lifespan
+
+
+def _sweep(settings: Settings) -> None:
+    """Remove what earlier processes left half-written when they were killed."""
+    roots = [root for root in (settings.adapters_dir, settings.models_dir) if root is not None]
+    if swept := sweep_folders(roots) + sweep_cache(settings.cache_dir):
+        _log.info("leftovers_removed", count=len(swept), names=[path.name for path in swept[:10]])
 
 
 def _middleware(settings: Settings, metrics: Metrics) -> Sequence[Middleware]:

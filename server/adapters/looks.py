@@ -6,15 +6,19 @@ worker thread.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from .errors import LifeCycleError
 from .folder import AdapterFolder, AdapterFolders
 
-__all__ = ["Look", "look_around", "look_at", "unchanged_seconds"]
+__all__ = ["Look", "Rest", "look_around", "look_at", "unchanged_seconds"]
+
+_MAX_SEEN = 10_000
 
 Look = tuple[tuple[str, int, int, int, int], ...]
 """For each file of an adapter that is there: name, size in bytes, times of its content's and of its inode's
@@ -32,14 +36,45 @@ def look_at(folder: AdapterFolder) -> Look:
     return tuple(seen)
 
 
-def unchanged_seconds(folder: AdapterFolder) -> float:
-    """For how long nobody has written the adapter's files, by their own times.
+class Rest:
+    """For how long folders have looked as they do, by the clock that nobody sets, and by their files' times.
 
-    Whoever copies a file may give its content any time, an old one or one to come, but not its inode: that of
-    a file written just now has just changed, and a content from the future says nothing.
+    What an earlier process saw is known from the files alone; that the system's clock was set back, from what
+    was seen alone. Used on one thread.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[Path, tuple[Look, float]] = {}
+
+    def seconds(self, folder: AdapterFolder, look: Look) -> float:
+        """For how long nobody has written the files of `folder`, which look so now, as far as is known."""
+        now = time.monotonic()
+        seen, since = self._since.pop(folder.path, ((), now))
+        if seen != look:
+            since = now
+        self._since[folder.path] = look, since
+        while len(self._since) > _MAX_SEEN:
+            del self._since[next(iter(self._since))]
+        return max(now - since, _by_times(look))
+
+    def note_whole(self, folder: AdapterFolder, look: Look) -> None:
+        """`folder` got its name when all was in it, so nobody is writing what looks so."""
+        self._since[folder.path] = look, -math.inf
+
+
+def unchanged_seconds(folder: AdapterFolder) -> float:
+    """For how long nobody has written the adapter's files, by their own times."""
+    return _by_times(look_at(folder))
+
+
+def _by_times(look: Look) -> float:
+    """Seconds since the last change that the times in `look` tell of.
+
+    Whoever copies a file may give its content any time, an old one or one to come, but not its inode: that
+    of a file written just now has just changed, and a content from the future says nothing.
     """
     now_ns, changed_ns = time.time_ns(), 0
-    for _, _, content_ns, inode_ns, _ in look_at(folder):
+    for _, _, content_ns, inode_ns, _ in look:
         if content_ns <= now_ns:
             changed_ns = max(changed_ns, content_ns)
         changed_ns = max(changed_ns, min(inode_ns, now_ns))

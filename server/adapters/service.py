@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import mlx.nn as nn
 
+from adapters_core.errors import AdapterError
 from adapters_core.fusing.fusion import Precision
 from adapters_core.layers.module_weights import ModuleWeights
 from server.engine.container import ModelContainer
@@ -25,7 +26,7 @@ from server.engine.model import ModelInfo
 from .aside import Aside
 from .bare import bare_copy
 from .changes import Changes, Loaded, Wishes
-from .errors import AdapterExistsError
+from .errors import AdapterExistsError, LifeCycleError
 from .finding import Finder
 from .folder import AdapterFolder, AdapterFolders, check_id
 from .fusing.fuser import FuseOptions, Fuser, FuseResult
@@ -112,7 +113,9 @@ class AdapterService:
         journal = Journal(self.registry, info, on_load)
         is_watched = options.watched_dir is not None
         settle_seconds = options.settle_seconds if is_watched else None
-        reader = Reader(self._reading, memory, folders, keeper, settle_seconds, ReadingPace(is_held_up))
+        self._folders = folders
+        reading_pace = ReadingPace(is_held_up)
+        self._reader = reader = Reader(self._reading, memory, folders, keeper, settle_seconds, reading_pace)
         placer = Placer(self.registry, memory, keeper, reader)
         reloader = Reloader(self.registry, memory, placer, unloader, journal)
         returner = Returner(self.registry, memory, keeper, reader, reloader)
@@ -333,6 +336,11 @@ class AdapterService:
     async def to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
         """What comes of `work`, which goes on if the caller is cancelled; `close` waits for it."""
         return await self._tasks.to_the_end(work)
+
+    async def note_saved(self, name: str) -> None:
+        """The folder `name` under the root is whole, so that a request may name it at once."""
+        with suppress(AdapterError, LifeCycleError):  # it has gone again
+            await self._reader.note_whole(await asyncio.to_thread(self._folders.find, name, name))
 
     async def bare_model(self, refused: str) -> nn.Module:
         """A copy of the base's module tree that shares its arrays, without adapters; it stays as it is now.

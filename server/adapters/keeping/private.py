@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -15,6 +16,7 @@ from adapters_core.files import new_part, sweep
 __all__ = ["PrivateFolder"]
 
 _PREFIX = "versions-"
+_FOLDER = re.compile(rf"{_PREFIX}([0-9a-f]{{32}}|[a-z0-9_]{{8}})")  # of this version, and of older ones
 _LOCK = "lock"
 
 
@@ -48,16 +50,18 @@ class PrivateFolder:
             shutil.rmtree(path, ignore_errors=True)
         self._unlock()
 
-    def sweep(self) -> None:
-        """Remove what other processes left behind when they died."""
-        with suppress(OSError):
-            sweep(self._parent)
-            for left in self._parent.glob(f"{_PREFIX}*"):
-                with suppress(OSError):  # no folder of ours, or not ours to remove
-                    lock = None if left.is_symlink() else _locked(left / _LOCK)
+    def sweep(self) -> list[Path]:
+        """Remove what other processes left behind when they died; returns it. Raises OSError."""
+        swept = [self._parent / name for name in sweep(self._parent)]
+        for left in sorted(self._parent.iterdir()):
+            if _FOLDER.fullmatch(left.name) and not left.is_symlink() and (left / _LOCK).is_file():
+                with suppress(OSError):  # not ours to remove
+                    lock = _locked(left / _LOCK)
                     if lock is not None:  # whoever lives holds it
                         shutil.rmtree(left, ignore_errors=True)
                         os.close(lock)
+                        swept.append(left)
+        return swept
 
     def _make(self) -> Path:
         self._parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from ..aside import Aside
 from ..errors import AdapterChangingError, LifeCycleError, VersionGoneError, VersionUnreadableError
 from ..folder import AdapterFolder, AdapterFolders
 from ..keeping.keeper import Keeper
-from ..looks import unchanged_seconds
+from ..looks import Rest, look_at
 from ..memory.loading import check_made, prepare_again, prepare_folder, refuse_too_large
 from ..memory.memory import Memory
 from ..versions import Version
@@ -58,6 +58,7 @@ class Reader:
         self._folders = folders
         self._keeper = keeper
         self._settle_seconds = settle_seconds
+        self._rest = Rest()
 
     async def folder(self, folder: AdapterFolder) -> PreparedAdapter:
         """What a folder holds now. Raises as `prepare_folder`."""
@@ -121,7 +122,12 @@ class Reader:
         """Whether what a folder holds may be served without a call: nothing that is being written is."""
         if self._settle_seconds is None:
             return True
-        return await asyncio.to_thread(unchanged_seconds, folder) >= self._settle_seconds
+        look = await asyncio.to_thread(look_at, folder)
+        return self._rest.seconds(folder, look) >= self._settle_seconds
+
+    async def note_whole(self, folder: AdapterFolder) -> None:
+        """What `folder` holds has settled: it got its name when all was in it."""
+        self._rest.note_whole(folder, await asyncio.to_thread(look_at, folder))
 
     async def _prepare_again(self, folder: AdapterFolder) -> PreparedAdapter:
         async with self._pace.turn():

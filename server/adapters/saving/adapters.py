@@ -100,7 +100,9 @@ class AdapterSaver:
     async def _save(self, entry_id: str, version: Version, name: str, to: FormatName) -> SavedAdapter:
         async with self._turn:
             model = await self._service.bare_model(f"{quoted(entry_id)} cannot be saved")
-            return await self._service.aside.run(self._write, entry_id, version, name, to, model)
+            saved = await self._service.aside.run(self._write, entry_id, version, name, to, model)
+        await self._service.note_saved(name)
+        return saved
 
     def _write(
         self, entry_id: str, version: Version, name: str, to: FormatName, model: nn.Module
