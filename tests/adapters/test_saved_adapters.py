@@ -158,7 +158,7 @@ REFUSALS: list[tuple[str, Any, int, str | None, str | None]] = [
     (BASE, {"save_to": "x"}, 404, "adapter_not_found", None),
     ("a", {}, 400, None, "save_to"),
     ("a", None, 400, None, None),
-    ("a", {"save_to": "x", "to": "peft"}, 400, None, "to"),
+    ("a", {"save_to": "x", "to": "peft"}, 400, "unknown_parameter", "to"),
     ("a", {"save_to": "x", "format": "gguf"}, 400, None, "format"),
     ("a", {"save_to": "x", "version": 0}, 400, None, "version"),
     ("a", {"save_to": "x", "version": "1"}, 400, None, "version"),
