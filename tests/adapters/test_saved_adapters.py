@@ -28,7 +28,7 @@ from server.adapters.errors import (
     PathNotAllowedError,
 )
 from server.adapters.saving.adapters import AdapterSaver
-from tests.adapters.support import BASE, Held, House, Site, answer_of, house, read_model
+from tests.adapters.support import BASE, Held, House, Site, answer_of, house, read_model, site
 from tests.adapters.test_saving import no_large_files
 from tests.models import make_adapter
 
@@ -285,3 +285,22 @@ async def test_the_file_says_which_base_it_is_for(tiny_site: Site) -> None:
         await save(tiny_site, "mix", f"in-{to}", format=to)
         config = json.loads((tiny_site.root / f"in-{to}" / "adapter_config.json").read_text())
         assert config[field] == tiny_site.model.name
+
+
+async def test_a_root_that_became_a_link_is_not_written_to(
+    tmp_path: Path, model_path: Path, root: Path
+) -> None:
+    outside, models = tmp_path / "outside", tmp_path / "models"
+    outside.mkdir()
+    models.mkdir()
+    async with site(model_path, root, models_dir=models) as started:
+        await started.call("POST", "/v1/adapters", {"id": "a"}, status=201)
+        for folder in (root, models):
+            folder.rename(folder.with_name(f"{folder.name}-moved"))
+            folder.symlink_to(outside)
+        for call, code in (("save", "adapter_not_saved"), ("fuse", "model_not_saved")):
+            body = {"save_to": "x"}
+            error = (await started.call("POST", f"/v1/adapters/a/{call}", body, status=507))["error"]
+            assert error["code"] == code
+            assert "is a link that was none at the start" in error["message"]
+        assert list(outside.iterdir()) == []

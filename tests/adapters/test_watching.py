@@ -16,9 +16,9 @@ from structlog.testing import capture_logs
 
 from server.adapters.errors import AdapterChangingError, UnknownModelError
 from server.adapters.folder import AdapterFolder
-from server.adapters.looks import look_at, unchanged_seconds
+from server.adapters.looks import Rest, look_at, unchanged_seconds
 from server.errors import to_api_error
-from tests.adapters.support import House, answer_of, house, in_memory, read_model
+from tests.adapters.support import House, answer_of, house, in_memory, read_model, site
 from tests.models import make_adapter
 
 SETTLE_SECONDS = 0.15
@@ -272,3 +272,32 @@ def test_a_file_that_was_just_copied_has_changed_whatever_time_it_was_given(
     time.sleep(0.05)
     assert unchanged_seconds(folder) >= first + 0.04  # a time to come holds nothing up
     assert look_at(folder) != before
+
+
+async def test_a_save_is_served_at_once_under_a_watch(tmp_path: Path, model_path: Path, root: Path) -> None:
+    async with site(model_path, root, watch=True, watch_settle_seconds=3600, cache_dir=tmp_path) as started:
+        await started.call("POST", "/v1/adapters", {"id": "a"}, status=201)
+        expected = await started.says("a")
+        for name in ("new", "newer"):
+            await started.call("POST", "/v1/adapters/a/save", {"save_to": name})
+            assert await started.says(name) == expected
+        shutil.copytree(root / "a", root / "copied")  # by hand, so that it may be half there
+        await started.chat("copied", status=404)
+
+
+@pytest.mark.parametrize("ahead_seconds", [-3600, 3600])
+def test_a_folder_has_settled_though_the_clock_was_set(
+    tmp_path: Path, equal_root: Path, ahead_seconds: int
+) -> None:
+    folder = AdapterFolder(Path(shutil.copytree(equal_root / "a", tmp_path / "a")), "a")
+    ahead_ns = ahead_seconds * 10**9
+    look = tuple(
+        (name, size, a + ahead_ns, b + ahead_ns, inode) for name, size, a, b, inode in look_at(folder)
+    )
+    rest = Rest()
+    first = rest.seconds(folder, look)
+    assert (first < 60) == (ahead_seconds > 0)
+    time.sleep(0.05)
+    assert rest.seconds(folder, look) >= first + 0.04
+    if ahead_seconds > 0:
+        assert rest.seconds(folder, (*look, look[0])) < 0.04  # it was written
