@@ -32,7 +32,7 @@ def streamed(demo: Served, **fields: Any) -> Iterator[Iterator[str]]:
 def test_answers_and_scores_are_those_of_separate_chats(demo: Served) -> None:
     whole = demo.ask("POST", "/v1/compare", json=FIELDS)
     for index, (model, answer) in enumerate(zip(MODELS, whole["answers"], strict=True)):
-        body = {**FIELDS, "model": model, "logprobs": True}
+        body = {**FIELDS, "models": None, "model": model, "logprobs": True}
         alone = demo.ask("POST", "/v1/chat/completions", json=body)["choices"][0]
         assert answer["message"] == alone["message"]
         assert answer["finish_reason"] == alone["finish_reason"]

@@ -212,7 +212,9 @@ def test_a_model_that_is_not_served_is_not_found(client: OpenAI, stream: bool) -
     [
         ({"temperature": 3}, "temperature", None),
         ({"max_tokens": "many"}, "max_tokens", None),
-        ({"stop": [""]}, "stop", None),
+        ({"stop": [5]}, "stop", None),
+        ({"temprature": 0.5}, "temprature", "unknown_parameter"),
+        ({"lora_request": {"lora_name": "pirate"}}, "lora_request", "unsupported_parameter"),
         ({"top_logprobs": 2}, "top_logprobs", None),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
