@@ -48,8 +48,8 @@ async def main() -> None:
         differing = sum(a[0] != b[0] for a, b in zip(at_secret, at_nothing, strict=True))
         medians = [statistics.median(one[1] for one in answers) for answers, _ in told]
         print(
-            f"{'salts' if spy else 'no salts'}: {requests} requests; {differing} of {requests // 2} guesses at "
-            f"the secret were told another count; median {medians[0]:.2f} and {medians[1]:.2f} ms"
+            f"{'salts' if spy else 'no salts'}: {requests} requests; {differing} of {requests // 2} guesses "
+            f"at the secret were told another count; median {medians[0]:.2f} and {medians[1]:.2f} ms"
         )
 
 
