@@ -252,6 +252,7 @@ class _Mapping:
     def _find_missing(self) -> None:
         """Modules that the config targets and the file has no factors for."""
         adapted = {any_layer(path) for path in self._seen}
+        named = {path for path, _ in self._contents.factors}
         for path, module in self._modules.items():
             if path in self._seen or kind_of(module) is ModuleKind.SWITCH:
                 continue
@@ -261,7 +262,7 @@ class _Mapping:
             self._problems += [
                 f"module {name}: expected tensors, the file has none, though {CONFIG_FILE} targets it"
                 for name in self._places.names_of(self._named(path))
-                if self._is_wanted(name, module)
+                if name not in named and self._is_wanted(name, module)
             ]
 
     def _named(self, path: str) -> str:

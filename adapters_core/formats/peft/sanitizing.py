@@ -64,7 +64,7 @@ def sanitized(
         try:
             made = cast(Any, _tree_of(model)).sanitize(weights)
         except KeyError as error:
-            new = _asked_for(error.args[0], markers, checkpoint)
+            new = _asked_for(model, error.args[0], markers, checkpoint)
             if tries == _MAX_ASKED or new.keys() <= asked.keys():
                 raise
             asked |= new
@@ -79,7 +79,7 @@ def sanitized(
     raise RuntimeError
 
 
-def _asked_for(name: object, markers: Weights, checkpoint: Weights) -> Weights:
+def _asked_for(model: nn.Module, name: object, markers: Weights, checkpoint: Weights) -> Weights:
     """The tensor `name`, or all that lie below it; one that the model does not have, for each layer alike."""
     if not isinstance(name, str):
         return {}
@@ -90,7 +90,10 @@ def _asked_for(name: object, markers: Weights, checkpoint: Weights) -> Weights:
     made = kin[0] if kin else mx.zeros((64, 64))
     layers = {found[0] for other in checkpoint if (found := _NUMBER.search(other)) is not None}
     # A `sanitize` that takes a module out where its weight is missing has done so in the model already.
-    made_for = {name: made, f"{name}.weight": made}
+    inner = (path for path, module in model.named_modules() if path and hasattr(module, "sanitize"))
+    made_for = {name: made} | {
+        f"{prefix}{name}.weight": made for prefix in ("", *(f"{one}." for one in inner))
+    }
     return made_for | {_NUMBER.sub(layer, name, count=1): made for layer in sorted(layers)}
 
 
