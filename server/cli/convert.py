@@ -7,6 +7,7 @@ lie elsewhere in MLX models.
 from __future__ import annotations
 
 import json as json_format
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from adapters_core.layers.module_weights import ModuleWeights
 
 __all__ = ["convert"]
+
+# In the names of bases whose weights mlx-lm multiplies, without case and punctuation.
+_MULTIPLIED = "falconh1"
 
 
 class _Form(StrEnum):
@@ -102,6 +106,12 @@ def _alone(source: Path, scale: float | None) -> _Source:
     from adapters_core.formats.unplaced import read_unplaced
 
     found = read_unplaced(source, scale)
+    if _MULTIPLIED in re.sub(r"[^a-z0-9]", "", (found.base_name or "").casefold()):
+        reason = (
+            "mlx-lm multiplies the weights of Falcon-H1 while it loads them, so that factors differ between "
+            "the formats; name the model with --model"
+        )
+        raise InvalidAdapterError(source.name, [reason])
     if found.open:
         problems = [f"{name}: {reason}; name the model with --model" for name, reason in found.open.items()]
         raise InvalidAdapterError(source.name, problems)

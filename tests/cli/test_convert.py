@@ -42,7 +42,7 @@ def test_there_and_back_without_a_model(command: Program, tmp_path: Path, kind: 
 UNEQUAL_RANKS = {"patterns", "dora-rslora", "experts-qwen3", "tokens", "tokens-tied"}
 
 
-@pytest.mark.parametrize("name", ["embedding", "gpt2", "tied", *sorted(UNEQUAL_RANKS)])
+@pytest.mark.parametrize("name", ["embedding", "falcon-h1", "gpt2", "tied", *sorted(UNEQUAL_RANKS)])
 def test_pefts_adapters_in_mlx_lms_format_give_pefts_logits(
     command: Program, tmp_path: Path, name: str
 ) -> None:
@@ -64,6 +64,13 @@ def test_names_that_pefts_model_may_not_have_are_told(command: Program, tmp_path
     back = command("convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "peft")
     assert (back.code, back.err) == (0, "")
     assert "8 module(s), such as model.h.0.attn.c_attn, are named as in the MLX model" in back.out
+
+
+def test_a_base_whose_weights_are_multiplied_needs_the_model(command: Program, tmp_path: Path) -> None:
+    done = command("convert", str(adapter("falcon-h1")), str(tmp_path / "a"), "--to", "mlx")
+    assert (done.code, done.out) == (1, "")
+    assert "mlx-lm multiplies the weights of Falcon-H1" in done.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_names_leave_open_needs_the_model(command: Program, tmp_path: Path) -> None:
