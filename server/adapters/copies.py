@@ -92,7 +92,7 @@ class FilesCopy:
 
     def container(self, name: str) -> AdapterContainer:
         """As it was read, under the name of its folder."""
-        return AdapterContainer.from_directory(self.folder.path, self.folder.weights_file)
+        return AdapterContainer.from_directory(self.folder.path, self.folder.weights_file, self.folder.scale)
 
     def prepare(self, bank: AdapterBank) -> PreparedAdapter:
         """Checked and laid out as when it was first read."""

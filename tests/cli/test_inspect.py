@@ -85,3 +85,17 @@ def test_what_is_no_folder_is_a_sentence(command: Program, tmp_path: Path) -> No
     not_one = command("adapters", "inspect", folder, "--model", str(tmp_path))
     assert not_one.code == 1
     assert "cannot be loaded" in not_one.err
+
+
+def test_a_scale_in_doubt_is_told_and_can_be_given(command: Program, tmp_path: Path) -> None:
+    values = {"lora_layers": 16, "lora_parameters": {"rank": 4, "alpha": 8, "scale": 2.0, "dropout": 0.0}}
+    old = write_adapter(tmp_path / "old", values, adapter_tensors(tiny_llama(), adapter_values()))
+    doubt = command("adapters", "inspect", str(old))
+    assert (doubt.code, "scale * alpha / rank = 4" in doubt.err) == (0, True)
+    chosen = command("adapters", "inspect", str(old), "--scale", "4")
+    assert ("scales   4" in chosen.out, "The scale 4 was given" in chosen.err) == (True, True)
+    converted = command("convert", str(old), str(tmp_path / "p"), "--to", "peft", "--scale", "4")
+    assert (converted.code, "The scale 4 was given" in converted.err) == (0, True)
+    assert "scales   4" in command("adapters", "inspect", str(tmp_path / "p")).out
+    refused = command("adapters", "inspect", str(tmp_path / "p"), "--scale", "4")
+    assert (refused.code, "no other can be given for all" in refused.err) == (1, True)

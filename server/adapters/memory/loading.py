@@ -126,7 +126,7 @@ async def remove_residents(
 def _prepare(folder: AdapterFolder, bank: AdapterBank, limit_bytes: int) -> PreparedAdapter:
     with folder.open() as files:
         _weigh(files, folder.weights_file, bank, limit_bytes)
-        adapter = AdapterContainer.from_directory(files, folder.weights_file)
+        adapter = AdapterContainer.from_directory(files, folder.weights_file, folder.scale)
     return bank.prepare(adapter)
 
 
