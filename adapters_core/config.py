@@ -171,7 +171,10 @@ class AdapterConfig(BaseModel):
         try:
             config = cls.model_validate(values)
         except ValidationError as error:
-            advised = {"fine_tune_type"} if problems and values.get("fine_tune_type") == "full" else set()
+            is_full = values.get("fine_tune_type") == "full"
+            # mlx-lm writes null for the parameters of a whole model.
+            advised = {"fine_tune_type"} if is_full else set[str]()
+            advised |= {"lora_parameters"} if is_full and values.get("lora_parameters") is None else set()
             problems += [
                 problem
                 for details in error.errors(include_url=False, include_context=False)

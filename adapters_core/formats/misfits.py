@@ -14,9 +14,11 @@ import mlx.nn as nn
 
 from ..config import CONFIG_FILE
 from ..layers.modules import ModuleKind, kind_of, weight_shape
+from .peft.names import is_head
 
 __all__ = ["Placed", "causes_on"]
 
+_INNER = "language_model."
 _NUMBER = re.compile(r"\.(\d+)\.")
 _SEEN = re.compile(
     r"(?:^|\.)(?:visual|vision_tower|vision_model|vision_encoder|audio_tower|multi_modal_projector)\."
@@ -50,7 +52,7 @@ def causes_on(
         return ()
     named = f" {CONFIG_FILE} names the base {_last(base_name)!r}." if base_name else ""
     if not placed:
-        return (f"{_other_architecture(modules, found)}.{named}",)
+        return (_joined(_of_nothing_here(modules, found), named),)
     causes = [_other_depth(modules, found), _other_width(modules, placed), _other_rank(found, rank)]
     told = [cause for cause in causes if cause]
     if lost := [one.name for one in found if one.place not in modules and _SEEN.search(one.name)]:
@@ -58,9 +60,29 @@ def causes_on(
             f"{len(lost)} of {len(found)} modules are of a part for images or sound, which this model "
             "lacks; train the adapter on the language model alone"
         )
-    if told and named:
-        told[0] = f"{told[0]}.{named}"
+    if told:
+        told[0] = _joined(told[0], named)
     return tuple(told)
+
+
+def _joined(cause: str, named: str) -> str:
+    return f"{cause}.{named}" if named else cause
+
+
+def _of_nothing_here(modules: Mapping[str, nn.Module], found: list[Placed]) -> str:
+    """Why none of the modules is in the model."""
+    names = [one.name for one in found]
+    if all(is_head(name) for name in names):
+        return (
+            "the adapter is for a head of the model's own, and this model's head is tied to its embedding. "
+            "PEFT's format can say that a tied head is adapted alone"
+        )
+    if any(name.startswith(_INNER) and name.removeprefix(_INNER) in modules for name in names):
+        return (
+            f"the adapter is for a model for images or sound, whose language model lies in {_INNER[:-1]}, as "
+            "mlx-vlm has it, and this is the language model alone; serve it beside its own model"
+        )
+    return _other_architecture(modules, found)
 
 
 def _other_architecture(modules: Mapping[str, nn.Module], found: list[Placed]) -> str:

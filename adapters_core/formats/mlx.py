@@ -26,6 +26,9 @@ from .tensor_names import LEAVES, is_leaf, split_name, tensors_of, weights_of
 __all__ = ["MlxFormat"]
 
 
+_OF_THE_BASE = ("weight", "bias", "scales", "biases")
+
+
 @dataclass(frozen=True, slots=True)
 class MlxFormat:
     """An adapter as mlx-lm's files say it is; `notes` are on how its tensors were read."""
@@ -129,6 +132,11 @@ def _left_over(
     path, leaf = split_name(name)
     if leaf == "m" and config.fine_tune_type is FineTuneType.LORA and path in modules:
         return f"tensor {name}: not expected: a magnitude, but fine_tune_type is lora (dora has magnitudes)"
+    if leaf in _OF_THE_BASE and path in modules:
+        return (
+            f"tensor {name}: not expected: not the name of an adapter's tensor but a weight of the base, "
+            "which was trained whole; all requests share the base: put the adapter into it with `mlx_lm.fuse`"
+        )
     if not is_leaf(leaf):
         return f"tensor {name}: not expected: not the name of an adapter's tensor ({', '.join(LEAVES)})"
     if path not in modules:

@@ -139,6 +139,31 @@ def test_another_architecture_is_one_cause_with_the_base_it_names(tmp_path: Path
     assert "/home" not in cause
 
 
+def test_modules_that_lie_elsewhere_are_one_cause(tmp_path: Path) -> None:
+    head = adapter_values(keys=["lm_head"])
+    alone = write_adapter(tmp_path / "head", head, adapter_tensors(tiny_llama(), head))
+    with pytest.raises(InvalidAdapterError, match="this model's head is tied to its embedding"):
+        AdapterContainer.from_directory(alone).check(tiny_llama(tie_word_embeddings=True))
+    tensors = {f"language_model.{name}": one for name, one in adapter_tensors(tiny_llama(), MLX).items()}
+    keys = sorted({name.rpartition(".")[0] for name in tensors})
+    inner = write_adapter(tmp_path / "inner", adapter_values(keys=keys), tensors)
+    (cause,) = _refused(inner).causes
+    assert "whose language model lies in language_model, as mlx-vlm has it" in cause
+    assert len(str(_refused(inner))) < 2500
+
+
+def test_whole_weights_beside_factors_are_told(tmp_path: Path) -> None:
+    tensors = adapter_tensors(tiny_llama(), MLX) | {"model.embed_tokens.weight": mx.ones((96, 64))}
+    (problem,) = _refused(write_adapter(tmp_path / "a", MLX | {"peft_type": "LORA"}, tensors)).problems
+    assert problem.endswith("put the adapter into it with `mlx_lm.fuse`")
+
+
+def test_a_model_that_was_trained_whole_is_one_sentence(tmp_path: Path) -> None:
+    values = {"fine_tune_type": "full", "num_layers": 4, "lora_parameters": None}
+    (problem,) = _refused(write_adapter(tmp_path / "a", values, adapter_tensors(tiny_llama(), MLX))).problems
+    assert "`mlx_lm.fuse --model BASE" in problem
+
+
 def test_one_rank_for_all_that_is_not_the_configs_is_one_cause(tmp_path: Path) -> None:
     model = tiny_llama()
     folder = write_adapter(tmp_path / "a", adapter_values(rank=8), adapter_tensors(model, MLX))
