@@ -23,9 +23,9 @@ MLX = adapter_values()
 CONFIG = "adapter_config.json"
 
 
-def _refused(folder: Path, **model: int) -> InvalidAdapterError:
+def _refused(folder: Path) -> InvalidAdapterError:
     with pytest.raises(InvalidAdapterError) as refused:
-        AdapterContainer.from_directory(folder).check(tiny_llama(**model))
+        AdapterContainer.from_directory(folder).check(tiny_llama())
     return refused.value
 
 
