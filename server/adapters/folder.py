@@ -18,6 +18,7 @@ from adapters_core.config import CONFIG_FILE
 from adapters_core.errors import AdapterError, FolderChangedError, InvalidAdapterError, OutsideRootError
 from adapters_core.formats.weights import PEFT_WEIGHTS_FILE, WEIGHTS_FILE
 from adapters_core.open_folder import OpenFolder, open_folder, resolved_in
+from server.resources import is_exhaustion
 
 from .errors import (
     AdapterNotFoundError,
@@ -103,6 +104,7 @@ class AdapterFolder:
             AdapterNotFoundError: it has gone.
             OutsideRootError, FolderChangedError: as `open_folder`.
             InvalidAdapterError: because of an OSError; it cannot be opened.
+            OSError: the system gives no more of something, which says nothing of the folder.
         """
         with ExitStack() as stack:
             try:
@@ -110,6 +112,8 @@ class AdapterFolder:
             except (FileNotFoundError, NotADirectoryError):
                 raise AdapterNotFoundError(f"There is no folder {quoted(self.shown)} any more.") from None
             except OSError as error:
+                if is_exhaustion(error):
+                    raise
                 raise InvalidAdapterError(self.path.name, [f"cannot be read: {error.strerror}"]) from error
             yield folder
 
@@ -214,7 +218,9 @@ class AdapterFolders:
         try:
             with folder.open() as files:
                 names = files.names()
-        except (OSError, AdapterError, LifeCycleError):
+        except (OSError, AdapterError, LifeCycleError) as error:
+            if is_exhaustion(error):
+                raise
             return []
         found = (_STEP_NAME.fullmatch(name) for name in names)
         steps = {int(match[1] or match[2]) for match in found if match is not None}
@@ -238,10 +244,16 @@ class AdapterFolders:
         ]
 
     def _names(self) -> list[str]:
-        """What lies directly under the root, in order; nothing if it cannot be listed now."""
-        with suppress(OSError):
+        """What lies directly under the root, in order; nothing if it cannot be listed.
+
+        Raises: OSError: the system gives no more of something, which says nothing of the root.
+        """
+        try:
             return [] if self._root is None else sorted(os.listdir(self._root))
-        return []
+        except OSError as error:
+            if is_exhaustion(error):
+                raise
+            return []
 
     def _trained_into(self, adapter_id: str) -> AdapterFolder | None:
         """The folder directly under the root with this very name. Raises as `find`."""
