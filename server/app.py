@@ -30,7 +30,7 @@ from server.bodies import BodyLimits, BodyMiddleware
 from server.connections import ConnectionLimits, Connections
 from server.engine.engine import Engine
 from server.engine.loop import LoopOptions
-from server.engine.memory_limits import headroom_bytes
+from server.engine.memory_limits import headroom_bytes, return_freed_memory
 from server.engine.model import ModelInfo, load_model
 from server.errors import install
 from server.leftovers import sweep_cache, sweep_folders
@@ -116,6 +116,7 @@ def _make_engine(settings: Settings) -> Engine:
         prefill_step_tokens=settings.prefill_step_tokens,
         max_batch_adapters=settings.max_batch_adapters,
     )
+    return_freed_memory()
     return Engine(
         lambda: load_model(settings.model, dtype=settings.dtype, revision=settings.revision),
         options,

@@ -217,6 +217,8 @@ class InternalError(ApiError):
 
 
 def _from_invalid_adapter(error: InvalidAdapterError) -> ApiError:
+    if is_exhaustion(error):
+        return _from_unforeseen(error)
     return ApiError(422, str(error), code="adapter_invalid", details=error.details, headers=_NO_RETRY)
 
 

@@ -30,7 +30,12 @@ def lacking() -> str | None:
 
 
 def is_exhaustion(error: BaseException) -> bool:
-    """Whether `error` says that the system has no more of something, which may pass."""
+    """Whether `error`, or what it was raised from, says that the system has no more of something.
+
+    That may pass, and says nothing of what was asked for.
+    """
+    if error.__cause__ is not None and is_exhaustion(error.__cause__):
+        return True
     if isinstance(error, OSError):
         return error.errno in _EXHAUSTED
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and str(error) in _REFUSALS)

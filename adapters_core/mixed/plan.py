@@ -65,12 +65,6 @@ class Pass:
         """`batch` (B, …) with `new` (E, …) for the rows concerned; the others keep their bits."""
         return new if self.select is None else mx.take(mx.concatenate([batch, new]), self.select, axis=0)
 
-    @property
-    def weight(self) -> float | None:
-        """Scale times request weight, if it is the same for all rows concerned."""
-        factors = {factor for _, _, factor in self._entries}
-        return factors.pop() if len(factors) == 1 else None
-
     def weighted(self, z: mx.array) -> mx.array:
         """z (E, …, …) of the rows concerned times their weights, in float32."""
         return z * self.weights(mx.float32)

@@ -71,15 +71,14 @@ class Products:
         layout = stack.layout
         old = one.of(y)
         is_last = one.is_weighted and layout.weighs_last
-        weight = one.weight if is_last else 1.0
         if one.slot is None and h.shape[1] == 1 and self._gathers(layout.dtype):
             z = mx.gather_mm(h, stack.b(path), None, one.slots)
             new = old + (one.weighted(z) if is_last else z).astype(y.dtype)
         else:
             # B is small beside the outputs of a prompt, so that gathering it costs less than a sum apart.
             b = stack.b(path)[one.slots] if one.slot is None else stack.b(path, one.slot)
-            if y.dtype == b.dtype and weight is not None:
-                new = mx.addmm(old, h, b, alpha=weight)  # which multiplies its float32 sums
+            if y.dtype == b.dtype and not is_last:
+                new = mx.addmm(old, h, b)  # not with alpha, which CUDA takes in before the sum
             else:
                 z = h @ b
                 new = old + (one.weighted(z) if is_last else z).astype(y.dtype)

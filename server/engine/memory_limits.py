@@ -5,20 +5,24 @@ Reads what the operating system tells; keeps nothing. Any thread.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
-__all__ = ["headroom_bytes", "total_bytes"]
+__all__ = ["headroom_bytes", "return_freed_memory", "total_bytes"]
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 _DEVICE_TOTALS = ("max_recommended_working_set_size", "memory_size", "total_memory")  # Metal's two, CUDA's
 _UNLIMITED = 2**60  # version 1 of cgroups writes a number near 2**63 where there is no limit
 _KIB = 1024
+_M_MMAP_THRESHOLD = -3  # mallopt(3)
+_OWN_MAPPING_BYTES = 2**20
 
 
 def total_bytes(device: Mapping[str, str | int] | None = None) -> int:
@@ -44,6 +48,17 @@ def headroom_bytes() -> int:
     if available is not None:
         left.append(available * _KIB)
     return max(0, min(left, default=total_bytes() - mx.get_active_memory()))
+
+
+def return_freed_memory() -> None:
+    """Let what MLX frees on a Linux CPU go back to the system at once, for the rest of the process.
+
+    Otherwise the C library keeps buffers of up to 32 MiB for later, where they count as used.
+    """
+    if sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu:
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # which musl does not have
+        if set_option is not None:
+            set_option(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES)
 
 
 def _limits() -> Iterator[tuple[int, int]]:

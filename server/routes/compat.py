@@ -14,6 +14,7 @@ from adapters_core.errors import InvalidAdapterError
 from server.adapters.errors import AdapterExistsError, AdapterNotFoundError, InvalidAdapterIdError
 from server.errors import ApiError
 from server.json_body import JsonRoute
+from server.resources import is_exhaustion
 from server.routes.bodies import Body, Scale
 from server.routes.dependencies import Adapters, options_in_body
 
@@ -90,6 +91,8 @@ def _vllm_errors(name: str) -> Iterator[None]:
     except InvalidAdapterIdError as error:
         raise _invalid(str(error)) from error
     except InvalidAdapterError as error:
+        if is_exhaustion(error):
+            raise
         raise _invalid(str(error), error.details) from error
 
 

@@ -124,7 +124,7 @@ def test_a_stream_that_outlasts_the_stop_is_told_so(long_model_path: Path, tmp_p
         server.process.send_signal(signal.SIGINT)
         *_, last = lines
         told = json.loads(last.removeprefix("data: "))
-        assert "stopped before this request had finished" in told["error"]["message"]
+        assert told["error"]["code"] == "server_stopping"
         server.http.close()
         assert server.process.wait(STOP_SECONDS) in (0, 130)
     assert "Traceback" not in errors.read_text()

@@ -230,7 +230,8 @@ def test_loads_that_fail_during_a_stream_change_nothing(
                 assert refused["details"], name
                 body = {"id": "pirate", "path": name, "replace": True}
                 assert error_of(server.ask("POST", "/v1/adapters", 422, json=body)) == refused, name
-        for adapter_id in ("../pirate", "a/b", BASE, "x" * 300, "a\nb", "default"):
+        error_of(server.ask("POST", "/v1/adapters", 404, json={"id": "a/b"}))
+        for adapter_id in ("../pirate", BASE, "x" * 300, "a\nb", "default"):
             error_of(server.ask("POST", "/v1/adapters", 400, json={"id": adapter_id}))
         error_of(server.ask("POST", "/v1/adapters", 403, json={"id": "other", "path": "../../etc"}))
         error_of(server.ask("POST", "/v1/adapters", 409, json={"id": "pirate"}))
