@@ -34,8 +34,10 @@ def is_exhaustion(error: BaseException) -> bool:
 
     That may pass, and says nothing of what was asked for.
     """
-    if error.__cause__ is not None and is_exhaustion(error.__cause__):
-        return True
+    return any(_is_exhaustion(one) for one in (error, error.__cause__))
+
+
+def _is_exhaustion(error: BaseException | None) -> bool:
     if isinstance(error, OSError):
         return error.errno in _EXHAUSTED
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and str(error) in _REFUSALS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters_core.errors import InvalidAdapterError
 from server.errors import to_api_error
 from server.resources import is_exhaustion, lacking
 
@@ -82,3 +83,11 @@ def test_exhaustion_is_a_503_that_may_pass(error: Exception) -> None:
 def test_other_errors_stay_internal(error: Exception) -> None:
     assert not is_exhaustion(error)
     assert to_api_error(error).status == 500
+
+
+def test_an_adapter_is_not_to_blame_for_exhaustion() -> None:
+    error = InvalidAdapterError("a", ["cannot be read: Too many open files"])
+    error.__cause__ = OSError(errno.EMFILE, "many")
+    assert to_api_error(error).code == "out_of_resources"
+    error.__cause__ = error  # as a future that is awaited twice leaves it
+    assert to_api_error(error).code == "adapter_invalid"
