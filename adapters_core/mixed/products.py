@@ -78,7 +78,7 @@ class Products:
             # B is small beside the outputs of a prompt, so that gathering it costs less than a sum apart.
             b = stack.b(path)[one.slots] if one.slot is None else stack.b(path, one.slot)
             if y.dtype == b.dtype and not is_last:
-                new = mx.addmm(old, h, b)  # not with alpha, which CUDA takes in before the sum
+                new = mx.addmm(old, h, b)
             else:
                 z = h @ b
                 new = old + (one.weighted(z) if is_last else z).astype(y.dtype)
