@@ -358,11 +358,13 @@ async def test_copies_go_with_the_server_and_those_of_a_dead_one_with_the_next(
     model_path: Path, own_root: Path, tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept"
-    (kept / "versions-dead").mkdir(parents=True)
-    (kept / "versions-dead" / "0.safetensors").write_bytes(b"x")
+    dead = kept / f"versions-{'0' * 32}"
+    dead.mkdir(parents=True)
+    (dead / "lock").touch()
+    (dead / "0.safetensors").write_bytes(b"x")
     async with house(model_path, own_root, kept_dir=kept) as tiny:
         await tiny.answer(None)
-        assert (kept / "versions-dead").exists()  # nothing is touched before it is needed
+        assert dead.exists()  # nothing is touched before it is needed
         await tiny.service.load("a")
         other = PrivateFolder(kept)
         assert other.path().parent == kept

@@ -81,7 +81,7 @@ class Reader:
             return await self._read_copy(version)
         except (VersionGoneError, VersionUnreadableError) as error:
             if isinstance(version.source, AdapterFolder):
-                with suppress(AdapterError, LifeCycleError):
+                with suppress(AdapterError, LifeCycleError, OSError):
                     prepared = await self._prepare_again(version.source)
                     if prepared.resident.digest == version.resident.digest:
                         _log.warning("adapter_read_from_folder", reason=str(error))
@@ -96,10 +96,11 @@ class Reader:
             InvalidAdapterError, AdapterNotFoundError, PathNotAllowedError, AdapterMemoryError: of the folder,
                 and there is no copy.
             VersionGoneError, VersionUnreadableError: of the copy.
+            OSError: the system gives no more of something, and there is no copy.
         """
         try:
             return await self._from_folder(adapter_id, version, folder)
-        except (AdapterError, LifeCycleError) as error:
+        except (AdapterError, LifeCycleError, OSError) as error:
             if not version.kept:
                 raise
             _log.warning("adapter_read_from_copy", adapter=adapter_id, reason=str(error))
