@@ -65,12 +65,14 @@ def valid_settings(flags: dict[str, Any]) -> Settings:
 
 
 def prepare_mlx() -> None:
-    """Give MLX a fast BLAS where it needs one, and mlx-lm no say in the process' limits.
+    """Give MLX a fast BLAS where it needs one and its variables, and mlx-lm no say in the process' limits.
 
     To be called before anything imports MLX or mlx-lm.
     """
     from server.blas import load_openblas
+    from server.mlx_variables import set_mlx_variables
 
+    set_mlx_variables()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_openblas()

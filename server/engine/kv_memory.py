@@ -62,11 +62,12 @@ class KvSizes:
         vocabulary = logits.shape[-1]
         outputs = [one.weight.shape[0] for _, one in model.named_modules() if isinstance(one, _LINEAR)]
         widest = max((size for size in outputs if size != vocabulary), default=0)
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        # Elsewhere than on Metal, the scores of attention to a prompt are held as a whole.
+        holds_scores = mx.default_device().type == mx.DeviceType.cpu or mx.cuda.is_available()
         return cls(
             tuple((size, most) for most, size in growing.items()),
             row_bytes,
-            2 * _FLOAT_BYTES * _heads(model) if on_cpu else 0,
+            2 * _FLOAT_BYTES * _heads(model) if holds_scores else 0,
             _ACTIVATIONS * _FLOAT_BYTES * widest,
             _LOGITS * _FLOAT_BYTES * vocabulary,
         )

@@ -36,10 +36,7 @@ def test_a_row_is_as_large_as_its_caches(make: Callable[[], nn.Module], tokens: 
     assert row_bytes == held if make is not tiny_gemma else 0 < row_bytes <= held
 
 
-@pytest.mark.skipif(
-    mx.default_device().type != mx.DeviceType.cpu,
-    reason="what a GPU's attention takes besides is not estimated",
-)
+@pytest.mark.skipif(mx.metal.is_available(), reason="what Metal's attention takes besides is not estimated")
 @pytest.mark.parametrize("rows", [1, 4])
 def test_what_is_needed_bounds_what_a_batch_takes(rows: int) -> None:
     model = tiny_llama(num_key_value_heads=4, head_dim=64)
