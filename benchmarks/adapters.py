@@ -13,20 +13,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import load_model
 
 from adapters_core.config import CONFIG_FILE, AdapterConfig, LoRAParameters
+from adapters_core.drawing import draw_tensors
 from adapters_core.formats.weights import WEIGHTS_FILE, save_weights
-from adapters_core.layers.modules import compute_dtype, dense_weight, factor_shapes, weight_shape
-from adapters_core.layers.targets import default_keys, resolve_targets
+from adapters_core.layers.targets import default_keys
 
 __all__ = ["KINDS", "AdapterKind", "KindName", "write_adapters"]
 
 _SCALE = 10.0
-_RELATIVE_SIZE = 0.1  # root mean square of the delta over that of the weight: other answers, still text
 
 
 class KindName(StrEnum):
@@ -69,22 +66,12 @@ def write_adapters(model_path: Path, folders: Mapping[int, Path], kind: AdapterK
     config = AdapterConfig(num_layers=-1, lora_parameters=parameters)
     with tempfile.TemporaryDirectory(prefix="mlx-graft-bench-") as folder:
         file = Path(folder, WEIGHTS_FILE)
-        save_weights(file, _drawn(model, config, kind.rank, seed))
+        save_weights(file, draw_tensors(model, config, seed))
         template = file.read_bytes()
     for number, folder in folders.items():
         folder.mkdir(parents=True)
         (folder / WEIGHTS_FILE).write_bytes(_moved(template, number))
         config.write(folder / CONFIG_FILE)
-
-
-def _drawn(model: nn.Module, config: AdapterConfig, rank: int, seed: int) -> dict[str, mx.array]:
-    key = mx.random.key(seed)
-    tensors: dict[str, mx.array] = {}
-    for path, linear in resolve_targets(model, config).items():
-        key, for_a, for_b = mx.random.split(key, 3)
-        factors = _factors(linear, _root_mean_square(linear), rank, for_a, for_b)
-        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = factors
-    return tensors
 
 
 def _moved(file: bytes, places: int) -> bytes:
@@ -100,26 +87,3 @@ def _moved(file: bytes, places: int) -> bytes:
             width = (end - begin) // math.prod(tensor["shape"])
             values[begin:end] = np.roll(values[begin:end], places * width)
     return file[:start] + values.tobytes()
-
-
-def _root_mean_square(linear: nn.Module) -> float:
-    weight = dense_weight(linear).astype(mx.float32)
-    return float(mx.sqrt(mx.mean(weight * weight)))
-
-
-def _factors(
-    linear: nn.Module, weight_size: float, rank: int, key_a: mx.array, key_b: mx.array
-) -> tuple[mx.array, mx.array]:
-    """A and B, in the shapes of `factor_shapes` and the dtype that the base computes in.
-
-    A is uniform in ±1/√in, of variance 1/(3·in), as training begins with; B is normal, of the variance
-    that gives scale·A·B, whose variance is scale²·rank·var(A)·var(B), the wanted size.
-    """
-    shapes = factor_shapes(linear, rank, is_dora=False)
-    dtype = compute_dtype(linear)
-    bound = 1 / math.sqrt(weight_shape(linear)[-1])
-    spread_a = bound / math.sqrt(3)
-    spread_b = _RELATIVE_SIZE * weight_size / (_SCALE * math.sqrt(rank) * spread_a)
-    lora_a = mx.random.uniform(-bound, bound, shapes["lora_a"], key=key_a)
-    lora_b = spread_b * mx.random.normal(shapes["lora_b"], key=key_b)
-    return lora_a.astype(dtype), lora_b.astype(dtype)

@@ -22,7 +22,6 @@ from rich.table import Table
 from adapters_core.errors import AdapterError
 from benchmarks.case import Case
 from benchmarks.cases import CASES, TABLE, choose
-from benchmarks.environment import describe_environment, describe_model
 from benchmarks.library import AdapterLibrary
 from benchmarks.processes import ProcessError
 from benchmarks.report import Report, make_report
@@ -31,6 +30,7 @@ from benchmarks.sides import SideContext
 from benchmarks.sizes import GOAL_SIZES, Sizes
 from benchmarks.tables import show
 from server.demo.model import DemoModelError, default_cache_dir, demo_model
+from server.environment import describe_environment, describe_model
 
 __all__ = ["Options", "bench", "list_cases", "measure", "run_to_end"]
 

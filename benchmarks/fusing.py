@@ -33,7 +33,6 @@ from adapters_core.layers.builders import dense_like  # noqa: E402
 from adapters_core.layers.modules import dense_weight, is_quantized  # noqa: E402
 from adapters_core.layers.surgery import replace_modules  # noqa: E402
 from adapters_core.layers.targets import is_wrapper, named_modules  # noqa: E402
-from benchmarks.environment import describe_environment  # noqa: E402
 from benchmarks.fusing_report import (  # noqa: E402
     FusingReport,
     FusingResult,
@@ -47,6 +46,7 @@ from benchmarks.page import fill_blocks  # noqa: E402
 from server.adapters.bare import bare_copy  # noqa: E402
 from server.adapters.fusing.probes import probe_rows  # noqa: E402
 from server.demo.model import MODEL_NAME, default_cache_dir, demo_model  # noqa: E402
+from server.environment import describe_environment  # noqa: E402
 
 _PAGE = Path(__file__).resolve().parents[1] / "docs" / "fusing.md"
 _ADAPTERS = _PAGE.parents[1] / "config" / "demo" / "adapters"

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.case import Column, Figure, Measure, Sample, Samples, Term
-from benchmarks.environment import Environment, ModelFacts
 from benchmarks.runner import CaseOutcome
 from benchmarks.summary import Spread, Statistic, spread
+from server.environment import Environment, ModelFacts
 
 __all__ = [
     "SCHEMA_VERSION",

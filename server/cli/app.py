@@ -25,6 +25,7 @@ def make_app(*, with_settings: bool) -> typer.Typer:
     from server.cli.adapters import adapters_app
     from server.cli.bench import bench
     from server.cli.chat import chat
+    from server.cli.check import check
     from server.cli.clean import clean
     from server.cli.compare import compare
     from server.cli.convert import convert
@@ -41,6 +42,7 @@ def make_app(*, with_settings: bool) -> typer.Typer:
     app.command("chat")(chat)
     app.command("compare")(compare)
     app.command("convert")(convert)
+    app.command("check")(check)
     app.command("bench")(bench)
     app.command("clean")(clean)
     app.command("version")(version)

@@ -11,7 +11,7 @@ import typer
 
 from server.cli.output import fail, say
 
-__all__ = ["clean"]
+__all__ = ["clean", "default_cache_dir"]
 
 
 def clean(
@@ -38,14 +38,17 @@ def clean(
     for folder in folders or ():
         if not folder.is_dir():
             fail(f"there is no folder {str(folder)!r}.", code=2)
-    if cache_dir is None:
-        chosen = os.environ.get("GRAFT_CACHE_DIR")
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache_dir = Path(chosen).expanduser() if chosen else caches / "mlx-graft"
-    swept = sweep_folders(folders or ()) + sweep_cache(cache_dir)
+    swept = sweep_folders(folders or ()) + sweep_cache(cache_dir or default_cache_dir())
     if json:
         typer.echo(json_format.dumps({"removed": [str(path) for path in swept]}))
         return
     for path in swept:
         say(f"Removed {path}.")
     say("Nothing is left half-written." if not swept else f"{len(swept)} removed.")
+
+
+def default_cache_dir() -> Path:
+    """$GRAFT_CACHE_DIR, else mlx-graft under $XDG_CACHE_HOME, else ~/.cache/mlx-graft."""
+    if chosen := os.environ.get("GRAFT_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-graft"

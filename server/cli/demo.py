@@ -16,7 +16,7 @@ from server.cli.progress import Progress
 from server.cli.serve import serve_model, valid_settings
 from server.settings import Settings
 
-__all__ = ["DEMO_FIXES", "demo"]
+__all__ = ["DEMO_FIXES", "demo", "demo_folder"]
 
 DEMO_FIXES = frozenset({"model", "revision", "dtype", "adapters_dir", "adapters"})
 """The settings that the demo chooses itself."""
@@ -34,7 +34,7 @@ def demo(**flags: Any) -> None:
     settings = valid_settings({**flags, "model": "demo", "adapters_dir": root, "adapters": adapters})
 
     def prepare(progress: Progress) -> Settings:
-        folder = _model_folder(settings, progress)
+        folder = demo_folder(settings.cache_dir, progress)
         return settings.model_copy(update={"model": str(folder), "revision": None, "dtype": "auto"})
 
     def welcome(url: str) -> None:
@@ -52,21 +52,22 @@ def _adapters_root() -> Path:
     return (installed if installed.is_dir() else package.parent / "config") / "demo" / "adapters"
 
 
-def _model_folder(settings: Settings, progress: Progress) -> Path:
+def demo_folder(cache_dir: Path, progress: Progress) -> Path:
+    """The demo's model for this device, made if need be; ends the command with a sentence if it cannot be."""
     import mlx.core as mx
 
     from server.demo.model import DemoModelError, demo_model
 
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     try:
-        return demo_model("4bit" if on_gpu else "float32", settings.cache_dir, progress.step)
+        return demo_model("4bit" if on_gpu else "float32", cache_dir, progress.step)
     except DemoModelError as error:
         progress.stop()
         fail(str(error))
     except OSError as error:
         progress.stop()
         fail(
-            f"the demo's model cannot be written into {settings.cache_dir}: {error}. "
+            f"the demo's model cannot be written into {cache_dir}: {error}. "
             f"Choose another folder with --cache-dir."
         )
 

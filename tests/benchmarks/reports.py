@@ -6,11 +6,11 @@ from pathlib import Path
 
 from benchmarks.adapters import KindName
 from benchmarks.case import Case, Figure, Goal, Measure, Sample, Term
-from benchmarks.environment import describe_environment, describe_model
 from benchmarks.loads import LoadMeasure
 from benchmarks.report import Report, make_report
 from benchmarks.runner import CaseOutcome
 from benchmarks.sides import SideKind, SideSpec
+from server.environment import describe_environment, describe_model
 
 OURS = LoadMeasure(SideSpec(SideKind.GRAFT), 4, 6)
 MIXED = LoadMeasure(SideSpec(SideKind.GRAFT), 4, 6, 2, KindName.RANK_8_QV)
