@@ -70,9 +70,8 @@ def check_model(
         resident = make(model)
         try:
             noise = _noise(resident, expected, counts)
-            allowed = _ALLOWED_FLOAT32
-            if float_dtype(model) != mx.float32:
-                allowed = max(_ALLOWED_HALF, _NOISE_FACTOR * noise)
+            usual = _ALLOWED_FLOAT32 if float_dtype(model) == mx.float32 else _ALLOWED_HALF
+            allowed = max(usual, _NOISE_FACTOR * noise)
             checked = _Checked(resident, adapters, expected, sources, allowed)
             for count in counts:
                 progress(f"Comparing {count} mixed row(s) …")
