@@ -3,7 +3,7 @@
     python -m benchmarks.page [FILE.json…] [--gpu FILE.json]
 
 A block begins with `<!-- bench: NAME -->` and ends with `<!-- end -->`. NAME is `goals` (the figures with
-goals of all reports), `gpu` (the report of benchmarks.gpu) or a case's name (its own table). Each says which
+goals of each report that has all cases of the table), `gpu` (the report of benchmarks.gpu) or a case's name (its own table). Each says which
 run it is of and what that depends on. What lies between the two is replaced; a block that no report has
 anything for stays as it is. Computes nothing.
 """
@@ -101,7 +101,8 @@ def fill_blocks(text: str, blocks: Mapping[str, str]) -> str:
 def block(name: str, reports: Sequence[Report]) -> str | None:
     """The Markdown of a block, None if the reports have nothing for it."""
     if name == "goals":
-        return "\n\n".join(filter(None, map(_goals, reports))) or None
+        whole = [report for report in reports if {case.name for case in report.cases} >= set(TABLE)]
+        return "\n\n".join(map(_goals, whole)) or None
     cases = [(report, case) for report in reports for case in report.cases if case.name == name]
     found = [(report, case) for report, case in cases if case.measures]
     return "\n\n".join(["\n".join(_case(found[-1][1])), _conditions(found[-1][0])]) if found else None
@@ -150,14 +151,12 @@ def _host_ms(profile: GpuProfile) -> tuple[float, float, float]:
     return profile.build_ms, profile.submit_ms, profile.wait_ms
 
 
-def _goals(report: Report) -> str | None:
+def _goals(report: Report) -> str:
     """All figures with goals, how many answers were the same, and what went other than planned.
 
     A case of the table that failed is named, so that no figure is missing unseen.
     """
     cases = [case for case in report.cases if any(figure.goal for figure in case.figures)]
-    if not cases:
-        return None
     lines = [_figures([figure for case in cases for figure in case.figures if figure.goal])]
     pairs = [pair for case in cases for pair in case.same_answers]
     if pairs:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.adapters import KindName
 from benchmarks.case import Case, Figure, Goal, Measure, Sample, Term
+from benchmarks.cases import TABLE
 from benchmarks.loads import LoadMeasure
 from benchmarks.report import Report, make_report
 from benchmarks.runner import CaseOutcome
@@ -26,8 +27,8 @@ def sample(rate: float, *texts: str) -> Sample:
     return Sample(values, texts)
 
 
-def report_of(model_path: Path) -> Report:
-    """Two cases that succeeded and one that failed."""
+def report_of(model_path: Path, *, whole: bool = True) -> Report:
+    """Two cases that succeeded and one that failed; `whole` adds the table's other cases, without measures."""
     ours = {1: sample(24, "a", "b"), 2: sample(12, "c"), 3: sample(6, "c")}
     theirs = {1: sample(6, "a", "x"), 2: sample(6, "d")}
     mixed = {1: sample(12, "A", "B"), 2: sample(9, "C")}
@@ -44,6 +45,8 @@ def report_of(model_path: Path) -> Report:
         ),
         CaseOutcome(Case("churn", "Three.", (OURS,)), failure="it broke [off]\nits log"),
     ]
+    if whole:
+        outcomes += [CaseOutcome(Case(name, "", ())) for name in TABLE if name != "churn"]
     return make_report(
         outcomes,
         options={"rounds": 3},

@@ -45,6 +45,12 @@ def test_blocks_are_filled_and_the_rest_stays(tiny_model_path: Path) -> None:
     assert filled(text, [report_of(tiny_model_path)])[0].count("ours ÷ theirs") == 1
 
 
+def test_one_cases_report_leaves_the_goals_as_they_are(tiny_model_path: Path) -> None:
+    text, names = filled(PAGE, [report_of(tiny_model_path, whole=False)])
+    assert names == ["concurrency"]
+    assert "<!-- bench: goals -->\nold\n" in text
+
+
 def test_each_block_says_which_run_it_is_of(tiny_model_path: Path) -> None:
     first = report_of(tiny_model_path)
     second = first.model_copy(
