@@ -28,7 +28,7 @@ def sample(rate: float, *texts: str) -> Sample:
 
 
 def report_of(model_path: Path, *, whole: bool = True) -> Report:
-    """Two cases that succeeded and one that failed; `whole` adds the table's other cases, without measures."""
+    """Two cases that succeeded and one that failed; `whole` adds the other cases of the table, empty."""
     ours = {1: sample(24, "a", "b"), 2: sample(12, "c"), 3: sample(6, "c")}
     theirs = {1: sample(6, "a", "x"), 2: sample(6, "d")}
     mixed = {1: sample(12, "A", "B"), 2: sample(9, "C")}
