@@ -3,9 +3,9 @@
     python -m benchmarks.page [FILE.json…] [--gpu FILE.json]
 
 A block begins with `<!-- bench: NAME -->` and ends with `<!-- end -->`. NAME is `goals` (the figures with
-goals of each report that has all cases of the table), `gpu` (the report of benchmarks.gpu) or a case's name (its own table). Each says which
-run it is of and what that depends on. What lies between the two is replaced; a block that no report has
-anything for stays as it is. Computes nothing.
+goals of each report that has all cases of the table), `gpu` (the report of benchmarks.gpu) or a case's name
+(its own table). Each says which run it is of and what that depends on. What lies between the two is replaced;
+a block that no report has anything for stays as it is. Computes nothing.
 """
 
 from __future__ import annotations
