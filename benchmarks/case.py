@@ -58,11 +58,6 @@ class Measure(Protocol):
         ...
 
     @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """What tells it from its neighbours, for tables and plots."""
-        ...
-
-    @property
     def asked(self) -> Hashable:
         """Measures that put the same to their sides, so that answers should be the same; None: no such."""
         ...
@@ -91,6 +86,9 @@ class Goal:
         """Whether `value` keeps the bound; the bound itself does."""
         return value >= self.bound if self.at_least else value <= self.bound
 
+    def __str__(self) -> str:
+        return f"{'≥' if self.at_least else '≤'} {self.bound:g}"
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -112,7 +110,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number a round: `above`, divided by `below` where there is one. `unit` is "" or "%"."""
+    """One number a round: `above`, divided by `below` where there is one. `unit` is "", "%" or " s"."""
 
     label: str
     above: Term

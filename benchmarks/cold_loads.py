@@ -28,13 +28,13 @@ prepare_mlx()
 from mlx_lm import generate, load  # noqa: E402
 
 from adapters_core.container import AdapterContainer  # noqa: E402
-from benchmarks.adapters import KindName  # noqa: E402
+from benchmarks.adapters import RANK_8_QV  # noqa: E402
 from benchmarks.library import AdapterLibrary, AdapterSet  # noqa: E402
 from benchmarks.loads import stories  # noqa: E402
 from benchmarks.sides import Question, Side, SideContext, SideKind, SideSpec, open_side  # noqa: E402
 from server.demo.model import default_cache_dir, demo_model  # noqa: E402
 
-_ADAPTERS = AdapterSet(KindName.RANK_8_QV, 5)
+_ADAPTERS = AdapterSet(RANK_8_QV, 5)
 _TOKENS = 4
 _PIDS = Path("/sys/fs/cgroup/pids")
 _TELL_EVERY = 100

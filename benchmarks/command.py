@@ -16,23 +16,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
 from adapters_core.errors import AdapterError
 from benchmarks.case import Case
-from benchmarks.cases import CASES, TABLE, choose
+from benchmarks.cases import CASES, GPU_TABLE, TABLE, choose
 from benchmarks.library import AdapterLibrary
+from benchmarks.models import RANDOM_MODELS, random_model
 from benchmarks.processes import ProcessError
 from benchmarks.report import Report, make_report
 from benchmarks.runner import Progress, run_cases
 from benchmarks.sides import SideContext
-from benchmarks.sizes import GOAL_SIZES, Sizes
+from benchmarks.sizes import GOAL_SIZES, GPU_SIZES, Sizes
 from benchmarks.tables import show
 from server.demo.model import DemoModelError, default_cache_dir, demo_model
 from server.environment import describe_environment, describe_model
 
-__all__ = ["Options", "bench", "list_cases", "measure", "run_to_end"]
+__all__ = ["Options", "bench", "goal_sizes", "list_cases", "measure", "run_to_end"]
 
 T = TypeVar("T")
 _INTERRUPTED = 130  # the exit code of a program that a person stopped
@@ -52,20 +54,28 @@ class Options:
     ready_timeout_seconds: float = 120
 
 
+def goal_sizes() -> Sizes:
+    """Those that the goals on this machine's device are set for."""
+    return GPU_SIZES if mx.default_device() == mx.gpu else GOAL_SIZES
+
+
 def list_cases() -> None:
     """Print all cases, with what each measures."""
+    sizes = goal_sizes()
+    by_default = GPU_TABLE if sizes.on_gpu else TABLE
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("case", no_wrap=True)
     table.add_column("by default")
     table.add_column("measures")
     for name, build in CASES.items():
-        table.add_row(name, "yes" if name in TABLE else "", build(GOAL_SIZES).about)
+        table.add_row(name, "yes" if name in by_default else "", build(sizes).about)
     _console().print(table)
 
 
-def bench(names: Sequence[str], model: Path | None, options: Options, json_file: Path | None) -> int:
+def bench(names: Sequence[str], model: str | None, options: Options, json_file: Path | None) -> int:
     """Run cases, print the report, and write it to `json_file`; returns the exit code.
 
+    `model` is a folder, or one of `RANDOM_MODELS`; without one it is the demo's.
     0 whether or not goals are reached, 1 if a case failed, 130 if it was stopped; a sentence says why.
 
     Raises: ValueError for a name that is no case, or a `json_file` in no folder.
@@ -80,8 +90,7 @@ def bench(names: Sequence[str], model: Path | None, options: Options, json_file:
         console.print(f"{time.perf_counter() - start:4.0f} s  {text}", markup=False, soft_wrap=True)
 
     try:
-        model_path = model or demo_model("float32", default_cache_dir(), progress)
-        report = measure(cases, model_path.resolve(), options, progress)
+        report = measure(cases, _model_path(model, progress).resolve(), options, progress)
     except (AdapterError, DemoModelError, ProcessError, OSError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
@@ -92,6 +101,12 @@ def bench(names: Sequence[str], model: Path | None, options: Options, json_file:
     if json_file is not None:
         json_file.write_text(report.to_json())
     return 1 if any(case.failure for case in report.cases) else 0
+
+
+def _model_path(model: str | None, progress: Progress) -> Path:
+    if model is None:
+        return demo_model("float32", default_cache_dir(), progress)
+    return random_model(model, default_cache_dir(), progress) if model in RANDOM_MODELS else Path(model)
 
 
 def measure(cases: Sequence[Case], model_path: Path, options: Options, progress: Progress) -> Report:
@@ -125,7 +140,7 @@ def _notes(options: Options, device: str, dtypes: Any) -> list[str]:
     notes = []
     if options.rounds < _FEWEST_ROUNDS:
         notes.append(f"{options.rounds} rounds are too few for a median to mean much: take {_FEWEST_ROUNDS}.")
-    if options.sizes != GOAL_SIZES:
+    if options.sizes != goal_sizes():
         notes.append("The sizes are not those that the goals are set for.")
     if device.startswith("CPU") and dtypes & {"F16", "BF16"}:
         notes.append("On a CPU, mlx-graft computes in float32; the other sides in the model's own type.")

@@ -5,13 +5,14 @@ Blocking; runs on a thread of its own while nothing is measured.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters_core.formats.weights import WEIGHTS_FILE
-from benchmarks.adapters import KINDS, KindName, write_adapters
+from benchmarks.adapters import AdapterKind, write_adapters
 
 __all__ = ["AdapterLibrary", "AdapterSet", "adapter_id", "tensor_bytes"]
 
@@ -20,7 +21,7 @@ __all__ = ["AdapterLibrary", "AdapterSet", "adapter_id", "tensor_bytes"]
 class AdapterSet:
     """The first `count` adapters of a kind."""
 
-    kind: KindName
+    kind: AdapterKind
     count: int
 
     @property
@@ -29,7 +30,7 @@ class AdapterSet:
         return tuple(adapter_id(self.kind, index) for index in range(self.count))
 
 
-def adapter_id(kind: KindName, index: int) -> str:
+def adapter_id(kind: AdapterKind, index: int) -> str:
     """The name of one adapter, from 0."""
     return f"{kind}-{index}"
 
@@ -56,22 +57,21 @@ class AdapterLibrary:
         Raises: ValueError if the model has no such modules; AdapterError, OSError.
         """
         name = "+".join(f"{each.kind}x{each.count}" for each in sets) or "none"
-        root = self.folder / "roots" / name
+        root = self.folder / "roots" / hashlib.sha256(name.encode()).hexdigest()[:16]
         if root.is_dir():
             return root
-        root.mkdir(parents=True)
-        for each in sets:
-            self._write(each)
-            for adapter in each.ids:
-                _link(self.folder / "all" / adapter, root / adapter)
-        return root
-
-    def _write(self, wanted: AdapterSet) -> None:
         everything = self.folder / "all"
-        missing = [index for index, name in enumerate(wanted.ids) if not (everything / name).is_dir()]
+        missing: dict[AdapterKind, dict[int, Path]] = {}
+        for each in sets:
+            for index, adapter in enumerate(each.ids):
+                if not (everything / adapter).is_dir():
+                    missing.setdefault(each.kind, {})[index] = everything / adapter
         if missing:
-            folders = {index: everything / adapter_id(wanted.kind, index) for index in missing}
-            write_adapters(self.model_path, folders, KINDS[wanted.kind], self.seed)
+            write_adapters(self.model_path, missing, self.seed)
+        root.mkdir(parents=True)
+        for adapter in (adapter for each in sets for adapter in each.ids):
+            _link(everything / adapter, root / adapter)
+        return root
 
 
 def _link(source: Path, target: Path) -> None:

@@ -91,14 +91,16 @@ async def run_load(
     timeout_seconds: float,
     *,
     in_flight: int | None = None,
+    arrivals: Sequence[float] = (),
     heard: Callable[[], None] = lambda: None,
     max_retries: int = 20,
 ) -> LoadResult:
     """Send all `bodies` to `url` as streams with usage and wait for all to end.
 
-    `in_flight` of them at a time, the next as soon as one ends; by default all at once. `heard` is called
-    for each piece of text. Every request has a connection of its own. One that is refused or reset before
-    anything came back is tried again at most `max_retries` times, on the same clock.
+    `in_flight` of them at a time, the next as soon as one ends; by default all at once, or each at its second
+    of `arrivals`, which ascend. `heard` is called for each piece of text. Every request has a connection of
+    its own. One that is refused or reset before anything came back is tried again at most `max_retries`
+    times, on the same clock.
 
     Raises: LoadError if a request fails, ends without usage, or all take longer than `timeout_seconds`.
     """
@@ -108,7 +110,8 @@ async def run_load(
     async with httpx.AsyncClient(limits=limits, timeout=timeout_seconds, trust_env=False) as client:
         start = time.perf_counter()
         asking = _Asking(client, url, start, heard, max_retries)
-        waiting = iter(enumerate(bodies))
+        seconds = arrivals or [0.0] * len(bodies)
+        waiting = iter(list(zip(range(len(bodies)), seconds, bodies, strict=True)))
         try:
             async with asyncio.timeout(timeout_seconds), asyncio.TaskGroup() as group:
                 for _ in range(in_flight or len(bodies)):
@@ -138,9 +141,11 @@ class _Asking:
 
 
 async def _ask_in_turn(
-    asking: _Asking, waiting: Iterator[tuple[int, Body]], answers: dict[int, Answer]
+    asking: _Asking, waiting: Iterator[tuple[int, float, Body]], answers: dict[int, Answer]
 ) -> None:
-    for index, body in waiting:
+    for index, arrives_seconds, body in waiting:
+        if (left_seconds := arrives_seconds - asking.now()) > 0:
+            await asyncio.sleep(left_seconds)
         answers[index] = await _answer(asking, body)
 
 

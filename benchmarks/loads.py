@@ -5,19 +5,24 @@ Knows how questions are made and what is read from the answers; knows no case an
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import random
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV, AdapterKind
 from benchmarks.case import Sample
 from benchmarks.library import adapter_id
 from benchmarks.load import LoadResult
-from benchmarks.prompts import instruction, story
+from benchmarks.prompts import instruction, passages, story
 from benchmarks.sides import Question, Side, SideKind, SideSpec
 
-__all__ = ["LoadMeasure", "deal", "sample_of", "stories", "uneven"]
+__all__ = ["LoadMeasure", "PassageLoad", "deal", "sample_of", "stories", "uneven"]
 
 _WARM_UP_TOKENS = 2
+_PROMPT_WARM_UP_TOKENS = 4
+_AROUND_TOKENS = 12  # about what a template and the question put around a passage
+_SERIES_NUMBERS = 4000
+_FIRST_PASSAGE = 500_000  # beyond the numbers of stories
 _SHARES = (1.0, 0.5, 1.5, 0.75, 1.25)
 
 
@@ -83,7 +88,7 @@ class LoadMeasure:
     requests: int
     max_tokens: int
     adapters: int = 0
-    kind: KindName = KindName.RANK_8_QV
+    kind: AdapterKind = RANK_8_QV
     series: int = 0
     in_flight: int = 0
 
@@ -91,19 +96,6 @@ class LoadMeasure:
     def name(self) -> str:
         """What is asked of whom."""
         return f"{self.side}, {self._what}"
-
-    @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {
-            "side": str(self.side),
-            "load": "mixed" if self.adapters else "base",
-            "requests": self.requests,
-            "in_flight": self.in_flight or self.requests,
-            "max_tokens": self.max_tokens,
-            "adapters": self.adapters,
-            **({"adapter_kind": str(self.kind)} if self.adapters else {}),
-        }
 
     @property
     def asked(self) -> Hashable:
@@ -138,3 +130,90 @@ class LoadMeasure:
             return f"base, {at_once}"
         adapters = "1 adapter" if self.adapters == 1 else f"{self.adapters} adapters"
         return f"{adapters} ({self.kind}), {at_once}"
+
+
+@dataclass(frozen=True, slots=True)
+class PassageLoad:
+    """`requests` questions with long prompts, all at once, evenly, or by chance.
+
+    `prompts` and `answers` are the shortest and the longest, in tokens, evenly spread. One comes every
+    `every_seconds`; with `percent`, they come as a Poisson process, at that part of the rate at which a bare
+    generator answers them when all are there from the start. A third of them goes to the base, the others
+    to `adapters` in turn, without adapters all to the base. Sides with equal loads are asked the same at the
+    same times; those with a `percent` have to have a bare generator first among them.
+    """
+
+    side: SideSpec
+    requests: int
+    prompts: tuple[int, int]
+    answers: tuple[int, int]
+    adapters: tuple[str, ...] = ()
+    every_seconds: float = 0.0
+    percent: int = 0
+    series: int = 0
+
+    @property
+    def name(self) -> str:
+        """What is asked of whom."""
+        come = "at once"
+        if self.every_seconds:
+            come = f"every {1000 * self.every_seconds:.0f} ms"
+        elif self.percent:
+            come = f"by chance, load {self.percent} %"
+        whom = f"a third base, {len(self.adapters)} adapters" if self.adapters else "base"
+        return (
+            f"{self.side}, {whom}, {self.requests} requests {come}, prompts of {_span(self.prompts)} tokens"
+        )
+
+    @property
+    def asked(self) -> Hashable:
+        """Everything but who is asked; answers to the base alone are compared."""
+        return None if self.adapters else (self._load, self.every_seconds)
+
+    async def prepare(self, side: Side) -> None:
+        """All prompts with short answers, which compiles what has to be; a bare generator then all of it."""
+        questions = self.ask(side, 0)
+        short = [replace(each, max_tokens=_PROMPT_WARM_UP_TOKENS, arrives_seconds=0) for each in questions]
+        await side.ask(short)
+        if self.percent and self.side.kind is SideKind.BARE:
+            result = await side.ask([replace(each, arrives_seconds=0) for each in questions])
+            side.context.capacities[self._load] = self.requests / result.seconds
+
+    async def run(self, side: Side, round_index: int) -> Sample:
+        """Ask as they come, and wait for all answers."""
+        questions = self.ask(side, round_index)
+        sample = sample_of(await side.ask(questions))
+        last_seconds = questions[-1].arrives_seconds
+        rate = {"requests_per_second": (self.requests / last_seconds,)} if last_seconds else {}
+        return replace(sample, values={**sample.values, **rate})
+
+    def ask(self, side: Side, round_index: int) -> list[Question]:
+        """The questions of a round, in the order in which they come; the first comes at once."""
+        draw = random.Random(f"{self.series} {round_index}")
+        lengths = [draw.randint(*self.prompts) for _ in range(self.requests)]
+        answers = [draw.randint(*self.answers) for _ in range(self.requests)]
+        gaps = [draw.expovariate(1.0) if self.percent else self.every_seconds for _ in range(self.requests)]
+        if self.percent:
+            # Without a generator's rate, as in a warm-up, all come at once.
+            rate = side.context.capacities.get(self._load, 0.0) * self.percent / 100
+            gaps = [gap / rate if rate else 0.0 for gap in gaps]
+        first = _FIRST_PASSAGE + self.series * _SERIES_NUMBERS + round_index * self.requests
+        texts = passages(side.context.model_path, first, [max(8, one - _AROUND_TOKENS) for one in lengths])
+        return [
+            Question(text, "Go on.", answer, self._adapter(index), sum(gaps[:index]))
+            for index, (text, answer) in enumerate(zip(texts, answers, strict=True))
+        ]
+
+    def _adapter(self, index: int) -> str | None:
+        thirds, rest = divmod(index, 3)
+        if not self.adapters or not rest:
+            return None
+        return self.adapters[(2 * thirds + rest - 1) % len(self.adapters)]
+
+    @property
+    def _load(self) -> Hashable:
+        return self.requests, self.prompts, self.answers, self.percent, self.series
+
+
+def _span(bounds: tuple[int, int]) -> str:
+    return f"{bounds[0]} to {bounds[1]}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-__all__ = ["instruction", "passage", "story"]
+__all__ = ["instruction", "passages", "story"]
 
 _SCATTER = 387_420_489  # without a common factor with a million, so that no two numbers fall together
 _SUBJECTS = (
@@ -44,8 +45,8 @@ def story(number: int) -> str:
     return f"Tell a long story about {_SUBJECTS[number % len(_SUBJECTS)]}."
 
 
-def passage(model_path: Path, number: int, tokens: int) -> str:
-    """A text that begins with `number` and has about `tokens` tokens of the model in `model_path`.
+def passages(model_path: Path, first_number: int, lengths: Sequence[int]) -> list[str]:
+    """Texts that begin with numbers from `first_number` on, of about so many tokens of the model's each.
 
     Raises: ValueError if the folder holds no tokenizer.json.
     """
@@ -53,6 +54,10 @@ def passage(model_path: Path, number: int, tokens: int) -> str:
     if not file.is_file():
         raise ValueError(f"expected a tokenizer.json in {model_path}, which has none")
     tokenizer = Tokenizer.from_file(str(file))
+    return [_passage(tokenizer, first_number + at, length) for at, length in enumerate(lengths)]
+
+
+def _passage(tokenizer: Tokenizer, number: int, tokens: int) -> str:
     sentences = [instruction(number)]
     # Each sentence has more than five tokens.
     for index in range(tokens // 5):

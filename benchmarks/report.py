@@ -1,6 +1,7 @@
 """The report of a run, as it is written to a file and read back: everything measured and what it depends on.
 
-What is shown to people, on a terminal, in a page or in a plot, is read from here and from nowhere else.
+What is shown to people, on a terminal or in a page, is read from here and from nowhere else. What a case is
+made of, such as samples, columns and goals, is kept as `benchmarks.case` has it.
 """
 
 from __future__ import annotations
@@ -8,28 +9,26 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from benchmarks.case import Column, Figure, Measure, Sample, Samples, Term
+from benchmarks.case import Column, Figure, Goal, Sample, Samples
 from benchmarks.runner import CaseOutcome
-from benchmarks.summary import Spread, Statistic, spread
+from benchmarks.summary import Spread, spread
 from server.environment import Environment, ModelFacts
 
 __all__ = [
     "SCHEMA_VERSION",
     "CaseRecord",
-    "ColumnRecord",
     "FigureRecord",
-    "GoalRecord",
     "MeasureRecord",
     "Report",
     "ReportError",
-    "RoundRecord",
     "agreement",
     "command_of",
     "figure_spread",
@@ -37,7 +36,7 @@ __all__ = [
     "read_report",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _DIGITS = 6
 
 
@@ -45,75 +44,34 @@ class ReportError(Exception):
     """A file that is no report; the message says what is wrong with it."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RoundRecord(_Record):
-    """One round of a measure: the samples by quantity, and the answers."""
-
-    round: int
-    values: dict[str, list[float]]
-    texts: list[str]
-
-
-class MeasureRecord(_Record):
-    """A measure and all its rounds."""
+@dataclass(frozen=True, slots=True)
+class MeasureRecord:
+    """A measure's samples by round."""
 
     name: str
-    parameters: dict[str, str | int | float]
-    rounds: list[RoundRecord]
+    rounds: dict[int, Sample]
 
     def values(self, quantity: str) -> list[float]:
         """All samples of a quantity, over all rounds; none if the measure has no such quantity."""
-        return [value for each in self.rounds for value in each.values.get(quantity, ())]
+        return [value for each in self.rounds.values() for value in each.values.get(quantity, ())]
 
 
-class GoalRecord(_Record):
-    """A bound: the smallest value that reaches the goal, or the largest."""
-
-    bound: float
-    at_least: bool
-
-    def __str__(self) -> str:
-        return f"{'≥' if self.at_least else '≤'} {self.bound:g}"
-
-
-class TermRecord(_Record):
-    """What a figure is made of."""
-
-    measure: str
-    quantity: str
-    statistic: Statistic
-
-
-class FigureRecord(_Record):
-    """One number a round, and what was wanted of it; `reached` is about the median, null without a goal."""
+@dataclass(frozen=True, slots=True)
+class FigureRecord:
+    """A figure's value by round, and what was wanted of it; `reached` is None without a goal."""
 
     label: str
-    above: TermRecord
-    below: TermRecord | None
     unit: str
-    goal: GoalRecord | None
+    goal: Goal | None
     reached: bool | None
-    rounds: list[int]
     median: float
     lowest: float
     highest: float
-    values: list[float]
+    values: dict[int, float]
 
 
-class ColumnRecord(_Record):
-    """A column of the case's table: a statistic of a quantity, times `factor`."""
-
-    heading: str
-    quantity: str
-    statistic: Statistic
-    factor: float
-    digits: int
-
-
-class AgreementRecord(_Record):
+@dataclass(frozen=True, slots=True)
+class Agreement:
     """How many answers of two measures that were asked the same were the same, word for word."""
 
     left: str
@@ -122,46 +80,53 @@ class AgreementRecord(_Record):
     compared: int
 
 
-class CaseRecord(_Record):
+@dataclass(frozen=True, slots=True)
+class CaseRecord:
     """A case; `failure` says why it has no measures."""
 
     name: str
     about: str
-    columns: list[ColumnRecord]
-    measures: list[MeasureRecord]
-    figures: list[FigureRecord]
-    same_answers: list[AgreementRecord]
-    notes: list[str]
+    columns: tuple[Column, ...]
+    measures: tuple[MeasureRecord, ...]
+    figures: tuple[FigureRecord, ...]
+    same_answers: tuple[Agreement, ...]
+    notes: tuple[str, ...]
     failure: str | None
 
 
-class Report(_Record):
+@dataclass(frozen=True, slots=True)
+class Report:
     """A whole run. `options` are the run's own, by name; `command` is how it was started, without folders."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     created: datetime
     command: str
     seconds: float
     environment: Environment
     model: ModelFacts
     options: dict[str, Any]
-    cases: list[CaseRecord]
-    notes: list[str]
+    cases: tuple[CaseRecord, ...]
+    notes: tuple[str, ...]
 
     @property
     def figures(self) -> Iterator[FigureRecord]:
         """Those of all cases."""
         return (figure for case in self.cases for figure in case.figures)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the sizes, and with them the goals, were those for a GPU."""
+        return bool(self.options.get("sizes", {}).get("on_gpu"))
+
     def to_json(self) -> str:
         """The text of a file."""
-        return self.model_dump_json(indent=1) + "\n"
+        return TypeAdapter(Report).dump_json(self, indent=1).decode() + "\n"
 
 
 def read_report(path: Path) -> Report:
     """Raises: ReportError if the file is no report of this version; OSError."""
     try:
-        return Report.model_validate_json(path.read_bytes())
+        return TypeAdapter(Report).validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -189,8 +154,8 @@ def make_report(
         environment=environment,
         model=model,
         options=options,
-        cases=[_case(outcome) for outcome in outcomes],
-        notes=list(notes),
+        cases=tuple(map(_case, outcomes)),
+        notes=tuple(notes),
     )
 
 
@@ -205,81 +170,56 @@ def command_of(arguments: Sequence[str]) -> str:
 
 def _case(outcome: CaseOutcome) -> CaseRecord:
     case, samples = outcome.case, outcome.samples
-    notes = []
-    if samples:
-        noted = (
-            (measure, note)
-            for measure in samples
-            for each in samples[measure].values()
-            for note in each.notes
-        )
-        notes = list(dict.fromkeys(f"{measure.name}: {note}" for measure, note in noted))
-        notes += case.remarks(samples)
-        most = max(map(len, samples.values()))
-        notes += [
-            f"{measure.name}: {len(rounds)} of {most} rounds, for want of time"
-            for measure, rounds in samples.items()
-            if len(rounds) < most
-        ]
+    measured = [measure for measure in case.measures if measure in samples]
     return CaseRecord(
         name=case.name,
         about=case.about,
-        columns=[_column(column) for column in case.columns],
-        measures=[_measure(measure, samples[measure]) for measure in case.measures if measure in samples],
-        figures=[_figure(figure, samples) for figure in case.figures] if samples else [],
-        same_answers=list(_agreements(samples)),
-        notes=notes,
+        columns=case.columns,
+        measures=tuple(MeasureRecord(each.name, _rounded(samples[each])) for each in measured),
+        figures=tuple(_figure(figure, samples) for figure in case.figures) if samples else (),
+        same_answers=tuple(_agreements(samples)),
+        notes=tuple(_notes(outcome)) if samples else (),
         failure=outcome.failure,
     )
 
 
-def _measure(measure: Measure, rounds: Mapping[int, Sample]) -> MeasureRecord:
-    return MeasureRecord(
-        name=measure.name,
-        parameters=dict(measure.parameters),
-        rounds=[
-            RoundRecord(
-                round=index,
-                values={
-                    quantity: [round(value, _DIGITS) for value in values]
-                    for quantity, values in sample.values.items()
-                },
-                texts=list(sample.texts),
-            )
-            for index, sample in sorted(rounds.items())
-        ],
+def _rounded(rounds: Mapping[int, Sample]) -> dict[int, Sample]:
+    return {
+        index: replace(
+            sample,
+            values={
+                quantity: tuple(round(value, _DIGITS) for value in values)
+                for quantity, values in sample.values.items()
+            },
+        )
+        for index, sample in sorted(rounds.items())
+    }
+
+
+def _notes(outcome: CaseOutcome) -> Iterator[str]:
+    samples = outcome.samples
+    noted = (
+        (measure, note) for measure in samples for each in samples[measure].values() for note in each.notes
     )
-
-
-def _column(column: Column) -> ColumnRecord:
-    return ColumnRecord(
-        heading=column.heading,
-        quantity=column.quantity,
-        statistic=column.statistic,
-        factor=column.factor,
-        digits=column.digits,
-    )
-
-
-def _term(term: Term) -> TermRecord:
-    return TermRecord(measure=term.measure.name, quantity=term.quantity, statistic=term.statistic)
+    yield from dict.fromkeys(f"{measure.name}: {note}" for measure, note in noted)
+    yield from outcome.case.remarks(samples)
+    most = max(map(len, samples.values()))
+    for measure, rounds in samples.items():
+        if len(rounds) < most:
+            yield f"{measure.name}: {len(rounds)} of {most} rounds, for want of time"
 
 
 def _figure(figure: Figure, samples: Samples) -> FigureRecord:
     rounds, found = figure_spread(figure, samples)
-    goal = figure.goal
     return FigureRecord(
         label=figure.label,
-        above=_term(figure.above),
-        below=None if figure.below is None else _term(figure.below),
         unit=figure.unit,
-        goal=None if goal is None else GoalRecord(bound=goal.bound, at_least=goal.at_least),
-        reached=None if goal is None else goal.reached(found.median),
-        rounds=rounds,
+        goal=figure.goal,
+        reached=None if figure.goal is None else figure.goal.reached(found.median),
         median=found.median,
         lowest=found.lowest,
         highest=found.highest,
-        values=list(found.values),
+        values=dict(zip(rounds, found.values, strict=True)),
     )
 
 
@@ -298,11 +238,11 @@ def figure_spread(figure: Figure, samples: Samples) -> tuple[list[int], Spread]:
     return rounds, spread(values)
 
 
-def _agreements(samples: Samples) -> Iterator[AgreementRecord]:
+def _agreements(samples: Samples) -> Iterator[Agreement]:
     for left, right in combinations(samples, 2):
         if left.asked is not None and left.asked == right.asked:
             same, compared = agreement(samples[left], samples[right])
-            yield AgreementRecord(left=left.name, right=right.name, same=same, compared=compared)
+            yield Agreement(left=left.name, right=right.name, same=same, compared=compared)
 
 
 def agreement(left: Mapping[int, Sample], right: Mapping[int, Sample]) -> tuple[int, int]:

@@ -13,8 +13,8 @@ import os
 import re
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,16 @@ class SideKind(StrEnum):
     GRAFT = "mlx-graft"
     MLX_LM = "mlx_lm.server"
     BARE = "BatchGenerator"
+    LOOP = "generation loop"
+    DECODING = "decode steps"
+
+
+_WORKERS: dict[SideKind, tuple[str, ...]] = {
+    SideKind.BARE: ("benchmarks.workers.generators", "bare"),
+    SideKind.LOOP: ("benchmarks.workers.generators", "loop"),
+    SideKind.DECODING: ("benchmarks.workers.decoding",),
+}
+"""Those that speak through pipes: the module, and its arguments after the model's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +55,8 @@ class SideSpec:
 
     `environment` holds variables, as pairs of name and value, beside those of this process.
     `memory_adapters` bounds the server's memory for adapters to what so many of the first set take; 0 is no
-    bound. `instance` tells sides apart for a reader.
+    bound. With `fresh_cache` it finds nothing that was compiled or measured before. `instance` tells sides
+    apart for a reader.
     """
 
     kind: SideKind
@@ -53,6 +64,7 @@ class SideSpec:
     options: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     memory_adapters: int = 0
+    fresh_cache: bool = False
     instance: str = ""
 
     def __str__(self) -> str:
@@ -61,12 +73,16 @@ class SideSpec:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request: `adapter` is the id of the adapter that answers it, None for the base."""
+    """One request: `adapter` is the id of the adapter that answers it, None for the base.
+
+    `arrives_seconds` runs from the load's start.
+    """
 
     system: str
     prompt: str
     max_tokens: int
     adapter: str | None = None
+    arrives_seconds: float = 0.0
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -76,13 +92,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class SideContext:
-    """What every side is started with."""
+    """What every side is started with; `capacities` is for what measures find out for each other."""
 
     model_path: Path
     library: AdapterLibrary
     log_folder: Path
     ready_seconds: float
     load_seconds: float
+    capacities: dict[Hashable, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +119,15 @@ class Side:
         in_flight: int | None = None,
         heard: Callable[[], None] = lambda: None,
     ) -> LoadResult:
-        """Ask `in_flight` questions at a time, by default all at once; `heard` is told of each piece of text.
+        """Ask `in_flight` questions at a time, by default each when it arrives.
+
+        `heard` is told of each piece of text.
 
         Raises: ProcessError if it does not answer all of them.
         """
-        if self.spec.kind is SideKind.BARE:
-            return await self._ask_through_pipe(questions)
+        arrivals = [question.arrives_seconds for question in questions]
+        if self.spec.kind in _WORKERS:
+            return await self._ask_through_pipe(questions, arrivals)
         bodies = [
             {
                 "messages": question.messages,
@@ -119,7 +139,7 @@ class Side:
         ]
         url, seconds = f"{self.client.base_url}/v1/chat/completions", self.context.load_seconds
         try:
-            return await run_load(url, bodies, seconds, in_flight=in_flight, heard=heard)
+            return await run_load(url, bodies, seconds, in_flight=in_flight, arrivals=arrivals, heard=heard)
         except LoadError as error:
             raise self.child.failure(str(error)) from error
 
@@ -180,18 +200,34 @@ class Side:
             raise self.child.failure(f"{method} {path} was answered {response.status_code}: {response.text}")
         return response.text
 
-    async def _ask_through_pipe(self, questions: Sequence[Question]) -> LoadResult:
-        """Send the prompts down the pipe; the child keeps the time. Adapters are not for this side."""
+    async def _ask_through_pipe(self, questions: Sequence[Question], arrivals: list[float]) -> LoadResult:
+        """Send the prompts down the pipe; the child keeps the time. Adapters are not for these sides."""
         if any(question.adapter is not None for question in questions):
             raise ValueError("expected questions to the base only, got some to adapters")
+        values = await self.tell(
+            {
+                "chats": [question.messages for question in questions],
+                "max_tokens": [question.max_tokens for question in questions],
+                "arrivals": arrivals,
+            }
+        )
+        answers = tuple(
+            Answer(**{**answer, "text_seconds": tuple(answer["text_seconds"])})
+            for answer in values["answers"]
+        )
+        return LoadResult(values["seconds"], answers)
+
+    async def tell(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Send a line of JSON to a worker; returns its answer.
+
+        Raises: ProcessError if there is none.
+        """
         process = self.child.process
         if process.stdin is None or process.stdout is None:
             raise self.child.failure("expected pipes to it")
-        chats = [question.messages for question in questions]
-        line = json.dumps({"chats": chats, "max_tokens": questions[0].max_tokens})
         try:
             async with asyncio.timeout(self.context.load_seconds):
-                process.stdin.write(line.encode() + b"\n")
+                process.stdin.write(json.dumps(wanted).encode() + b"\n")
                 await process.stdin.drain()
                 reply = await process.stdout.readline()
         except (TimeoutError, ConnectionError) as error:
@@ -199,12 +235,7 @@ class Side:
         if not reply:
             await process.wait()
             raise self.child.failure("expected an answer, its output ended")
-        values = json.loads(reply)
-        answers = tuple(
-            Answer(**{**answer, "text_seconds": tuple(answer["text_seconds"])})
-            for answer in values["answers"]
-        )
-        return LoadResult(values["seconds"], answers)
+        return json.loads(reply)
 
 
 @contextlib.asynccontextmanager
@@ -224,11 +255,11 @@ async def open_side(spec: SideSpec, context: SideContext) -> AsyncIterator[Side]
             _command(spec, context, root, port),
             context.log_folder / f"{port}.log",
             cwd=_ROOT,
-            environment=_environment() | dict(spec.environment),
-            speaks=spec.kind is SideKind.BARE,
+            environment=_environment() | _caches(spec, context, port) | dict(spec.environment),
+            speaks=spec.kind in _WORKERS,
         ) as child,
     ):
-        if spec.kind is not SideKind.BARE:
+        if spec.kind not in _WORKERS:
             ready_path = "/ready" if spec.kind is SideKind.GRAFT else "/health"
             await wait_until_ready(child, url + ready_path, context.ready_seconds)
         yield Side(spec, context, child, root, client)
@@ -236,8 +267,9 @@ async def open_side(spec: SideSpec, context: SideContext) -> AsyncIterator[Side]
 
 def _command(spec: SideSpec, context: SideContext, root: Path, port: int) -> list[str]:
     python, model = sys.executable, str(context.model_path)
-    if spec.kind is SideKind.BARE:
-        return [python, "-m", "benchmarks.workers.bare_generator", model]
+    if spec.kind in _WORKERS:
+        module, *arguments = _WORKERS[spec.kind]
+        return [python, "-m", module, model, *arguments]
     address = ["--host", "127.0.0.1", "--port", str(port)]
     if spec.kind is SideKind.MLX_LM:
         return [python, "-m", "benchmarks.workers.mlx_lm_server", "--model", model, *address]
@@ -253,3 +285,11 @@ def _memory_bytes(spec: SideSpec, root: Path) -> int:
 def _environment() -> dict[str, str]:
     """The environment without the server's own settings: a benchmark measures the defaults."""
     return {name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")}
+
+
+def _caches(spec: SideSpec, context: SideContext, port: int) -> dict[str, str]:
+    if not spec.fresh_cache:
+        return {}
+    folder = context.log_folder / f"cache-{port}"
+    folder.mkdir()
+    return {"GRAFT_CACHE_DIR": str(folder), "MLX_PTX_CACHE_DIR": str(folder / "mlx")}

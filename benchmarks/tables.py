@@ -1,32 +1,53 @@
-"""Shows a report on a terminal: the goal table first, then each case's own table. Measures nothing."""
+"""The rows of a report's tables, in words, and the terminal's view of them. Measures nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.report import CaseRecord, ColumnRecord, FigureRecord, MeasureRecord, Report
+from benchmarks.case import Column
+from benchmarks.report import CaseRecord, FigureRecord, MeasureRecord, Report
 
-__all__ = ["cell", "conditions", "number", "reached_word", "run_of", "show", "span"]
+__all__ = ["FIGURE_HEADINGS", "conditions", "figure_rows", "measure_table", "number", "run_of", "show"]
+
+FIGURE_HEADINGS = ("figure", "median", "lowest to highest", "goal", "reached", "rounds")
 
 
 def show(report: Report, console: Console) -> None:
     """Print everything but the samples."""
     for case in report.cases:
         if case.measures:
-            console.print(_measures(case))
-            for line in _remarks(case):
-                console.print(escape(line), highlight=False, soft_wrap=True)
+            console.print(_table(f"{case.name}: {case.about}", *measure_table(case)))
+            for pair in case.same_answers:
+                equal = f"{pair.left} and {pair.right}: {pair.same} of {pair.compared}"
+                _say(console, f"Same answers, word for word: {equal}.")
+            for note in case.notes:
+                _say(console, f"Note: {note}.")
     for failure in dict.fromkeys(case.failure for case in report.cases if case.failure is not None):
         names = ", ".join(case.name for case in report.cases if case.failure == failure)
         console.print(f"[red]Failed:[/red] {names}: {escape(failure)}", highlight=False, soft_wrap=True)
     if any(report.figures):
-        console.print(_figures(report))
+        title = "Figures, one a round: medians"
+        console.print(_table(title, FIGURE_HEADINGS, figure_rows(report.figures)))
     for line in (run_of(report), *conditions(report)):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        _say(console, line)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def run_of(report: Report) -> str:
@@ -53,45 +74,32 @@ def conditions(report: Report) -> Iterator[str]:
         yield f"Note: {note}"
 
 
-def _figures(report: Report) -> Table:
-    table = Table(title="Figures, one a round: medians", title_justify="left")
-    table.add_column("figure", overflow="fold")
-    for heading in ("median", "lowest to highest", "goal", "reached", "rounds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for figure in report.figures:
-        goal = "" if figure.goal is None else str(figure.goal) + figure.unit
-        style = {True: "green", False: "red", None: ""}[figure.reached]
-        table.add_row(
-            escape(figure.label),
+def figure_rows(figures: Iterable[FigureRecord]) -> list[tuple[str, ...]]:
+    """The cells below `FIGURE_HEADINGS`."""
+    return [
+        (
+            figure.label,
             number(figure.median) + figure.unit,
-            span(figure),
-            goal,
-            f"[{style}]{reached_word(figure)}[/]" if style else "",
-            str(len(figure.rounds)),
+            f"{number(figure.lowest)} to {number(figure.highest)}{figure.unit}",
+            "" if figure.goal is None else f"{figure.goal}{figure.unit}",
+            {True: "yes", False: "no", None: ""}[figure.reached],
+            str(len(figure.values)),
         )
-    return table
+        for figure in figures
+    ]
 
 
-def _measures(case: CaseRecord) -> Table:
-    table = Table(title=escape(f"{case.name}: {case.about}"), title_justify="left")
-    table.add_column("measure", overflow="fold")
-    for column in case.columns:
-        table.add_column(column.heading, justify="right")
-    table.add_column("rounds", justify="right")
-    for measure in case.measures:
-        cells = [cell(measure, column) for column in case.columns]
-        table.add_row(escape(measure.name), *cells, str(len(measure.rounds)))
-    return table
+def measure_table(case: CaseRecord) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The headings of a case's own table, and the cells of each measure."""
+    headings = ("measure", *(column.heading for column in case.columns), "rounds")
+    rows = [
+        (each.name, *(_cell(each, column) for column in case.columns), str(len(each.rounds)))
+        for each in case.measures
+    ]
+    return headings, rows
 
 
-def _remarks(case: CaseRecord) -> Iterator[str]:
-    for pair in case.same_answers:
-        yield f"Same answers, word for word: {pair.left} and {pair.right}: {pair.same} of {pair.compared}."
-    for note in case.notes:
-        yield f"Note: {note}."
-
-
-def cell(measure: MeasureRecord, column: ColumnRecord) -> str:
+def _cell(measure: MeasureRecord, column: Column) -> str:
     """A column's value; "" for a measure that has no such quantity."""
     values = measure.values(column.quantity)
     return f"{column.statistic.of(values) * column.factor:.{column.digits}f}" if values else ""
@@ -100,13 +108,3 @@ def cell(measure: MeasureRecord, column: ColumnRecord) -> str:
 def number(value: float) -> str:
     """Three significant digits, but never more than two after the point."""
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def span(figure: FigureRecord) -> str:
-    """The smallest and the largest round."""
-    return f"{number(figure.lowest)} to {number(figure.highest)}{figure.unit}"
-
-
-def reached_word(figure: FigureRecord) -> str:
-    """Whether the goal is reached, in a word; "" without a goal."""
-    return {True: "yes", False: "no", None: ""}[figure.reached]

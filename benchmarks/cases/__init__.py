@@ -15,21 +15,31 @@ from benchmarks.cases import (
     first_token,
     latency,
     loading,
+    loop,
     memory,
+    mixes,
+    new_kind,
     overhead,
     peer,
     prefix,
     registered,
     stalls,
+    switching,
+    traffic,
     zipf,
 )
 from benchmarks.sizes import Sizes
 
-__all__ = ["CASES", "TABLE", "choose"]
+__all__ = ["CASES", "GPU_TABLE", "TABLE", "choose"]
 
 CASES: Mapping[str, Callable[[Sizes], Case]] = {
+    "traffic": traffic.case,
+    "loop": loop.case,
+    "mixes": mixes.case,
+    "new-kind": new_kind.case,
     "adapters": adapters.case,
     "peer": peer.case,
+    "switching": switching.case,
     "overhead": overhead.case,
     "first-token": first_token.case,
     "zipf": zipf.case,
@@ -46,18 +56,24 @@ CASES: Mapping[str, Callable[[Sizes], Case]] = {
     "busy": busy.case,
 }
 
-TABLE = ("adapters", "peer", "overhead", "first-token", "zipf", "stalls", "prefix", "memory", "churn")
-"""The cases with goals, in the order of the table."""
+_EVERYWHERE = ("first-token", "zipf", "stalls", "prefix", "memory", "churn")
+
+TABLE = ("traffic", "mixes", "adapters", "peer", "switching", "overhead", *_EVERYWHERE)
+"""The cases with goals on a CPU, in the order of the table."""
+
+GPU_TABLE = ("traffic", "loop", "mixes", "new-kind", "adapters", "peer", "overhead", *_EVERYWHERE)
+"""Those with goals on a GPU."""
 
 _EVERYTHING = "all"
 
 
 def choose(names: Sequence[str], sizes: Sizes) -> list[Case]:
-    """The named cases, once each; those of the table without a name, and every one for "all".
+    """The named cases, once each; those of the device's table without a name, and every one for "all".
 
     Raises: ValueError for a name that is none.
     """
     if unknown := sorted(set(names) - CASES.keys() - {_EVERYTHING}):
         raise ValueError(f"expected cases among all, {', '.join(CASES)}, got {', '.join(unknown)}")
-    wanted = CASES if _EVERYTHING in names else dict.fromkeys(names or TABLE)
+    table = GPU_TABLE if sizes.on_gpu else TABLE
+    wanted = CASES if _EVERYTHING in names else dict.fromkeys(names or table)
     return [CASES[name](sizes) for name in wanted]

@@ -5,7 +5,7 @@ Measured together with `peer` and `overhead`, which need the same measures.
 
 from __future__ import annotations
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV, RANK_16_ALL, AdapterKind
 from benchmarks.case import Case, Figure, Goal, Measure, Samples, Term
 from benchmarks.library import AdapterSet
 from benchmarks.loads import LoadMeasure
@@ -15,7 +15,7 @@ from benchmarks.sizes import Sizes
 __all__ = ["STAGE", "base", "case", "mixed", "server"]
 
 STAGE = "throughput"
-_ALL = KindName.RANK_16_ALL
+_ALL = RANK_16_ALL
 
 
 def server(sizes: Sizes, kind: SideKind = SideKind.GRAFT) -> SideSpec:
@@ -24,7 +24,7 @@ def server(sizes: Sizes, kind: SideKind = SideKind.GRAFT) -> SideSpec:
     Our server keeps no prompts there: the few tokens that all begin with would be work that others do.
     """
     options = ("--prompt-cache-bytes", "0") if kind is SideKind.GRAFT else ()
-    small = AdapterSet(KindName.RANK_8_QV, max(sizes.adapters, sizes.many_adapters))
+    small = AdapterSet(RANK_8_QV, max(sizes.adapters, sizes.many_adapters))
     return SideSpec(kind, (small, AdapterSet(_ALL, sizes.adapters)), options)
 
 
@@ -34,7 +34,7 @@ def base(sizes: Sizes, kind: SideKind = SideKind.GRAFT) -> LoadMeasure:
 
 
 def mixed(
-    sizes: Sizes, side: SideKind = SideKind.GRAFT, *, kind: KindName = KindName.RANK_8_QV, many: bool = False
+    sizes: Sizes, side: SideKind = SideKind.GRAFT, *, kind: AdapterKind = RANK_8_QV, many: bool = False
 ) -> LoadMeasure:
     """The requests over the adapters, or over `many` of them."""
     return LoadMeasure(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -39,11 +39,6 @@ class Beside:
     def name(self) -> str:
         """What is done."""
         return f"{self.side}, beside {self.busy} busy processes"
-
-    @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {"side": str(self.side), "busy": self.busy, "tokens": self.tokens}
 
     @property
     def asked(self) -> Hashable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from benchmarks.case import Case, Column, Figure, Goal, Sample, Term
@@ -30,11 +30,6 @@ class Churn:
     def name(self) -> str:
         """What is done."""
         return f"{self.side}, {self.cycles} loads and unloads after {self.warm_up_cycles}"
-
-    @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {"side": str(self.side), "cycles": self.cycles, "warm_up_cycles": self.warm_up_cycles}
 
     @property
     def asked(self) -> Hashable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import Case
 from benchmarks.library import AdapterSet
 from benchmarks.loads import LoadMeasure
@@ -16,7 +16,7 @@ _COUNTS = (1, 4, 16, 32)
 
 def case(sizes: Sizes) -> Case:
     """1, 4, 16 and 32 requests; over as many adapters as there are, or as requests."""
-    ours = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, sizes.adapters),))
+    ours = SideSpec(SideKind.GRAFT, (AdapterSet(RANK_8_QV, sizes.adapters),))
     theirs = SideSpec(SideKind.MLX_LM)
     measures = []
     for series, requests in enumerate(_COUNTS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import Case
 from benchmarks.library import AdapterSet
 from benchmarks.loads import LoadMeasure
@@ -17,7 +17,7 @@ _COUNTS = (0, 1, 8, 32)
 def case(sizes: Sizes) -> Case:
     """Twice as many requests as usual, of which each adapter gets as many."""
     requests = 2 * sizes.requests
-    side = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, max(_COUNTS)),))
+    side = SideSpec(SideKind.GRAFT, (AdapterSet(RANK_8_QV, max(_COUNTS)),))
     measures = tuple(
         LoadMeasure(side, requests, sizes.max_tokens, adapters=count, series=series)
         for series, count in enumerate(_COUNTS)

@@ -6,11 +6,11 @@ The lone request is held against its own time on an idle server; so are the crow
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import Case, Column, Figure, Sample, Term
 from benchmarks.library import AdapterSet, adapter_id
 from benchmarks.load import LoadResult
@@ -20,7 +20,7 @@ from benchmarks.sizes import Sizes
 
 __all__ = ["Fairness", "case"]
 
-_KIND = KindName.RANK_8_QV
+_KIND = RANK_8_QV
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,6 @@ class Fairness:
     def name(self) -> str:
         """What is asked of whom."""
         return f"{self.side}, {self.crowd} requests for one adapter, 1 for another"
-
-    @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {"side": str(self.side), "crowd": self.crowd, "max_tokens": self.max_tokens}
 
     @property
     def asked(self) -> Hashable:

@@ -6,10 +6,10 @@ and no prompt has a beginning in common with an earlier one, on the base neither
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import FIRST_TOKEN, Case, Column, Figure, Goal, Sample, Term
 from benchmarks.library import AdapterSet, adapter_id
 from benchmarks.loads import stories
@@ -21,7 +21,7 @@ __all__ = ["STAGE", "FirstTokens", "case", "server"]
 
 STAGE = "single"
 _ROUNDS_OF_FRESH_ADAPTERS = 8
-_KIND = KindName.RANK_8_QV
+_KIND = RANK_8_QV
 
 
 def server(sizes: Sizes) -> SideSpec:
@@ -46,11 +46,6 @@ class FirstTokens:
     def name(self) -> str:
         """What is asked."""
         return f"{self.side}, {'an adapter never used' if self.fresh_adapters else 'base'}, idle server"
-
-    @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {"side": str(self.side), "load": "fresh adapter" if self.fresh_adapters else "base"}
 
     @property
     def asked(self) -> Hashable:

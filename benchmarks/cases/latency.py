@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import Case, Column
 from benchmarks.library import AdapterSet
 from benchmarks.loads import LoadMeasure
@@ -15,7 +15,7 @@ __all__ = ["case"]
 
 def case(sizes: Sizes) -> Case:
     """As many requests in flight as usual, the next as soon as one ends."""
-    ours = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, sizes.adapters),))
+    ours = SideSpec(SideKind.GRAFT, (AdapterSet(RANK_8_QV, sizes.adapters),))
     base, mixed, theirs = (
         LoadMeasure(side, sizes.closed_loop_requests, sizes.max_tokens, adapters, in_flight=sizes.requests)
         for side, adapters in ((ours, 0), (ours, sizes.adapters), (SideSpec(SideKind.MLX_LM), 0))

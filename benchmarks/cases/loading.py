@@ -6,11 +6,11 @@ For mlx_lm.server only the last can be measured: it takes an adapter's path in a
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import Case, Column, Sample
 from benchmarks.cases.stalls import while_streaming
 from benchmarks.library import AdapterSet, adapter_id
@@ -21,7 +21,7 @@ from benchmarks.summary import Statistic
 
 __all__ = ["Loading", "Way", "case"]
 
-_KIND = KindName.RANK_8_QV
+_KIND = RANK_8_QV
 
 
 class Way(StrEnum):
@@ -48,11 +48,6 @@ class Loading:
     def name(self) -> str:
         """What is timed."""
         return f"{self.side}, {self.way}"
-
-    @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {"side": str(self.side), "way": str(self.way)}
 
     @property
     def asked(self) -> Hashable:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV, RANK_16_ALL
 from benchmarks.case import Case, Column, Figure, Goal, Sample, Term
 from benchmarks.library import AdapterSet, tensor_bytes
 from benchmarks.sides import Side, SideKind, SideSpec
@@ -19,8 +19,8 @@ _LARGE_ADAPTERS = 4
 
 def server(sizes: Sizes) -> SideSpec:
     """The server of the stage; nothing but loading is asked of it."""
-    small = AdapterSet(KindName.RANK_8_QV, sizes.memory_adapters)
-    return SideSpec(SideKind.GRAFT, (small, AdapterSet(KindName.RANK_16_ALL, _LARGE_ADAPTERS)))
+    small = AdapterSet(RANK_8_QV, sizes.memory_adapters)
+    return SideSpec(SideKind.GRAFT, (small, AdapterSet(RANK_16_ALL, _LARGE_ADAPTERS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,6 @@ class Memory:
         """What is done."""
         count = sum(each.count for each in self.side.adapters)
         return f"{self.side}, {count} adapters loaded"
-
-    @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {"side": str(self.side), **{str(each.kind): each.count for each in self.side.adapters}}
 
     @property
     def asked(self) -> Hashable:

@@ -1,38 +1,43 @@
-"""mlx_lm.server on the same loads: what serving adapters in one batch is worth."""
+"""mlx_lm.server on the same loads on the base, by the number of requests at once."""
 
 from __future__ import annotations
 
-from benchmarks.case import Case, Figure, Goal, Term
-from benchmarks.cases.adapters import STAGE, base, mixed
-from benchmarks.loads import LoadMeasure
+from dataclasses import replace
+
+from benchmarks.case import Case, Figure, Goal, Measure, Term
+from benchmarks.cases.adapters import STAGE, base
 from benchmarks.sides import SideKind
 from benchmarks.sizes import Sizes
 
 __all__ = ["case"]
 
+_FEW_REQUESTS = 4  # on a CPU, where so few leave nothing to win
+
 
 def case(sizes: Sizes) -> Case:
-    """Base, some adapters, and as many adapters as requests."""
-    pairs = [
-        (base(sizes), base(sizes, SideKind.MLX_LM)),
-        (mixed(sizes), mixed(sizes, SideKind.MLX_LM)),
-        (mixed(sizes, many=True), mixed(sizes, SideKind.MLX_LM, many=True)),
-    ]
-    over = f"{sizes.requests} requests over"
+    """Throughput, and on a GPU the first token."""
+    measures: list[Measure] = []
+    figures: list[Figure] = []
+    for index, requests in enumerate(dict.fromkeys((*sizes.peer_requests, sizes.requests))):
+        # The load that the stage's other cases have keeps its questions.
+        series = 0 if requests == sizes.requests else 2 + index
+        ours, theirs = (
+            replace(base(sizes, kind), requests=requests, series=series)
+            for kind in (SideKind.GRAFT, SideKind.MLX_LM)
+        )
+        measures += [ours, theirs]
+        bound = 1.0 if requests <= _FEW_REQUESTS and not sizes.on_gpu else 1.1
+        what = f"{requests} request{'s' * (requests > 1)} on the base, against mlx_lm.server"
+        terms = Term(ours, "tokens_per_second"), Term(theirs, "tokens_per_second")
+        figures.append(Figure(f"{what}, tokens/s", *terms, Goal(bound, at_least=True)))
+        first = Term(ours, "first_token_seconds"), Term(theirs, "first_token_seconds")
+        goal = Goal(1.0, at_least=False) if sizes.on_gpu else None
+        figures.append(Figure(f"{what}, median first token", *first, goal))
     return Case(
         name="peer",
-        about="mlx-graft against mlx_lm.server on the same loads.",
-        measures=tuple(measure for pair in pairs for measure in pair),
-        figures=(
-            _figure("base only, against mlx_lm.server", pairs[0], 1.1),
-            _figure(f"{over} {sizes.adapters} adapters, against mlx_lm.server", pairs[1], 7),
-            _figure(f"{over} {sizes.many_adapters} adapters, against mlx_lm.server", pairs[2], 12),
-        ),
+        about="mlx-graft against mlx_lm.server on the base, by the number of requests at once.",
+        measures=tuple(measures),
+        figures=tuple(figures),
         stage=STAGE,
-        round_seconds=175,
+        round_seconds=40,
     )
-
-
-def _figure(label: str, pair: tuple[LoadMeasure, LoadMeasure], bound: float) -> Figure:
-    ours, theirs = (Term(measure, "tokens_per_second") for measure in pair)
-    return Figure(label, ours, theirs, Goal(bound, at_least=True))

@@ -5,12 +5,12 @@ The shared beginning is a system message of the wanted number of tokens, new in 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from benchmarks.case import Case, Column, Figure, Goal, Sample, Term
 from benchmarks.cases.first_token import STAGE, server
-from benchmarks.prompts import passage, story
+from benchmarks.prompts import passages, story
 from benchmarks.sides import Question, Side, SideSpec
 from benchmarks.sizes import Sizes
 
@@ -32,11 +32,6 @@ class Prefix:
         return f"{self.side}, base, {self.tokens} tokens in common, idle server"
 
     @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {"side": str(self.side), "load": "base", "prefix_tokens": self.tokens}
-
-    @property
     def asked(self) -> Hashable:
         """Nobody else is asked the same."""
         return None
@@ -46,7 +41,7 @@ class Prefix:
 
     async def run(self, side: Side, round_index: int) -> Sample:
         """The second request differs in the question after the passage."""
-        system = passage(side.context.model_path, _FIRST_NUMBER + round_index, self.tokens)
+        (system,) = passages(side.context.model_path, _FIRST_NUMBER + round_index, [self.tokens])
         answers = []
         for number in (0, 1):
             answers += (await side.ask([Question(system, story(number), 2)])).answers

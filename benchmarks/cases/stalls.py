@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import Case, Column, Figure, Goal, Sample, Term
 from benchmarks.cases.first_token import STAGE, server
 from benchmarks.library import adapter_id
@@ -24,7 +24,7 @@ from benchmarks.summary import Statistic
 
 __all__ = ["Stalls", "case", "while_streaming"]
 
-_KIND = KindName.RANK_8_QV
+_KIND = RANK_8_QV
 _QUIET_TOKENS = 10  # of each stream, before the loads begin
 
 
@@ -41,11 +41,6 @@ class Stalls:
     def name(self) -> str:
         """What is done."""
         return f"{self.side}, {self.streams} streams, {self.loads} adapters loaded at once"
-
-    @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {"side": str(self.side), "streams": self.streams, "loads": self.loads}
 
     @property
     def asked(self) -> Hashable:

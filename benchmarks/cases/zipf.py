@@ -8,10 +8,10 @@ round.
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import FIRST_TOKEN, GAP, RATE, Case, Column, Figure, Goal, Sample, Term
 from benchmarks.library import AdapterSet, adapter_id
 from benchmarks.loads import LoadMeasure, sample_of, stories, uneven
@@ -20,7 +20,7 @@ from benchmarks.sizes import Sizes
 
 __all__ = ["COLUMNS", "ZipfMeasure", "case", "draws", "paged"]
 
-_KIND = KindName.RANK_8_QV
+_KIND = RANK_8_QV
 COLUMNS = (RATE, FIRST_TOKEN, GAP, Column("hits, %", "hit_percent"), Column("resident", "resident", digits=0))
 
 
@@ -46,20 +46,6 @@ class ZipfMeasure:
         """What is asked of whom."""
         at_once = f"{self.requests} requests, {self.in_flight} at a time"
         return f"{self.side}, {self.registered} adapters, Zipf, {at_once}"
-
-    @property
-    def parameters(self) -> Mapping[str, str | int | float]:
-        """For tables and plots."""
-        return {
-            "side": str(self.side),
-            "load": "zipf",
-            "registered": self.registered,
-            "memory_adapters": self.side.memory_adapters,
-            "requests": self.requests,
-            "in_flight": self.in_flight,
-            "max_tokens": self.max_tokens,
-            "adapter_kind": str(_KIND),
-        }
 
     @property
     def asked(self) -> Hashable:

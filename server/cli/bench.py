@@ -17,7 +17,7 @@ from server.cli.serve import prepare_mlx
 __all__ = ["bench"]
 
 _SIZE = "Sizes"
-_TABLE_MINUTES = 14
+_TABLE_MINUTES, _GPU_TABLE_MINUTES = 14, 10
 
 
 def bench(
@@ -39,16 +39,15 @@ def bench(
         float | None,
         typer.Option(
             min=0,
-            help="Begin no further round that would end later than this; 14 when no case is named.",
+            help="Begin no further round that would end later than this; 14 (on a GPU 10) without a CASE.",
             show_default=False,
         ),
     ] = None,
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            exists=True,
-            file_okay=False,
-            help="Folder of the model; the demo's in float32 when unset.",
+            help="Folder of a model, or one that is made with random weights: random-8b, random-1b. "
+            "The demo's in float32 when unset.",
             show_default=False,
         ),
     ] = None,
@@ -58,19 +57,21 @@ def bench(
     ] = False,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Requests at once.", rich_help_panel=_SIZE, show_default="16"),
+        typer.Option(
+            min=1, max=256, help="Requests at once.", rich_help_panel=_SIZE, show_default="16; 32 on a GPU"
+        ),
     ] = None,
     adapters: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Adapters of them.", rich_help_panel=_SIZE, show_default="8"),
+        typer.Option(min=1, max=256, help="Adapters of them.", rich_help_panel=_SIZE, show_default="8; 16"),
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of an answer.", rich_help_panel=_SIZE, show_default="24"),
+        typer.Option(min=1, help="Tokens of an answer.", rich_help_panel=_SIZE, show_default="24; 128"),
     ] = None,
     registered: Annotated[
         int | None,
-        typer.Option(min=1, help="Registered adapters.", rich_help_panel=_SIZE, show_default="1000"),
+        typer.Option(min=1, help="Registered adapters.", rich_help_panel=_SIZE, show_default="1000; 200"),
     ] = None,
     resident: Annotated[
         int | None,
@@ -78,16 +79,16 @@ def bench(
     ] = None,
     cycles: Annotated[
         int | None,
-        typer.Option(min=1, help="Loads and unloads.", rich_help_panel=_SIZE, show_default="1000"),
+        typer.Option(min=1, help="Loads and unloads.", rich_help_panel=_SIZE, show_default="1000; 200"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random adapters.")] = 0,
 ) -> None:
     """Measure this server against itself, against a bare generator and against mlx_lm.server."""
     prepare_mlx()
 
-    from benchmarks.command import Options, list_cases
+    from benchmarks.command import Options, goal_sizes, list_cases
     from benchmarks.command import bench as run
-    from benchmarks.sizes import GOAL_SIZES, QUICK_SIZES
+    from benchmarks.sizes import QUICK_SIZES
 
     if list_them:
         list_cases()
@@ -102,8 +103,9 @@ def bench(
     }
     wanted = {name: value for name, value in chosen.items() if value is not None}
     try:
-        sizes = replace(QUICK_SIZES if quick else GOAL_SIZES, **wanted)
-        limit = _TABLE_MINUTES if minutes is None and not cases else minutes
+        sizes = replace(QUICK_SIZES if quick else goal_sizes(), **wanted)
+        table_minutes = _GPU_TABLE_MINUTES if sizes.on_gpu else _TABLE_MINUTES
+        limit = table_minutes if minutes is None and not cases else minutes
         options = Options(sizes, rounds=1 if quick else rounds, minutes=limit, seed=seed)
         code = run(cases or (), model, options, json_file)
     except ValueError as error:

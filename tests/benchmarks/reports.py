@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import Case, Figure, Goal, Measure, Sample, Term
-from benchmarks.cases import TABLE
+from benchmarks.cases import GPU_TABLE, TABLE
 from benchmarks.loads import LoadMeasure
 from benchmarks.report import Report, make_report
 from benchmarks.runner import CaseOutcome
@@ -14,7 +14,7 @@ from benchmarks.sides import SideKind, SideSpec
 from server.environment import describe_environment, describe_model
 
 OURS = LoadMeasure(SideSpec(SideKind.GRAFT), 4, 6)
-MIXED = LoadMeasure(SideSpec(SideKind.GRAFT), 4, 6, 2, KindName.RANK_8_QV)
+MIXED = LoadMeasure(SideSpec(SideKind.GRAFT), 4, 6, 2, RANK_8_QV)
 THEIRS = LoadMeasure(SideSpec(SideKind.MLX_LM), 4, 6)
 
 
@@ -27,7 +27,7 @@ def sample(rate: float, *texts: str) -> Sample:
     return Sample(values, texts)
 
 
-def report_of(model_path: Path, *, whole: bool = True) -> Report:
+def report_of(model_path: Path, *, whole: bool = True, on_gpu: bool = False) -> Report:
     """Two cases that succeeded and one that failed; `whole` adds the other cases of the table, empty."""
     ours = {1: sample(24, "a", "b"), 2: sample(12, "c"), 3: sample(6, "c")}
     theirs = {1: sample(6, "a", "x"), 2: sample(6, "d")}
@@ -46,10 +46,11 @@ def report_of(model_path: Path, *, whole: bool = True) -> Report:
         CaseOutcome(Case("churn", "Three.", (OURS,)), failure="it broke [off]\nits log"),
     ]
     if whole:
-        outcomes += [CaseOutcome(Case(name, "", ())) for name in TABLE if name != "churn"]
+        names = GPU_TABLE if on_gpu else TABLE
+        outcomes += [CaseOutcome(Case(name, "", ())) for name in names if name != "churn"]
     return make_report(
         outcomes,
-        options={"rounds": 3},
+        options={"rounds": 3, "sizes": {"on_gpu": on_gpu}},
         model=describe_model(model_path),
         environment=describe_environment(),
         seconds=12.34,

@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.cases import CASES, TABLE, choose
+from benchmarks.cases import CASES, GPU_TABLE, TABLE, choose
 from benchmarks.cases.zipf import draws
 from benchmarks.runner import measures_of
-from benchmarks.sizes import GOAL_SIZES, QUICK_SIZES, Sizes
+from benchmarks.sizes import GOAL_SIZES, GPU_SIZES, QUICK_SIZES, Sizes
 
 
-@pytest.mark.parametrize("sizes", [GOAL_SIZES, QUICK_SIZES])
+@pytest.mark.parametrize("sizes", [GOAL_SIZES, GPU_SIZES, QUICK_SIZES])
 def test_every_case_bears_its_name_and_shares_no_measures_name_within_its_stage(sizes: Sizes) -> None:
     stages: dict[str, list] = {}
     for name, build in CASES.items():
@@ -25,21 +25,43 @@ def test_every_case_bears_its_name_and_shares_no_measures_name_within_its_stage(
         assert len(names) == len(set(names))
 
 
-def test_the_table_has_every_goal() -> None:
-    figures = [figure for case in choose((), GOAL_SIZES) for figure in case.figures if figure.goal]
-    goals = [(figure.goal.at_least, figure.goal.bound) for figure in figures if figure.goal]
-    least = [bound for at_least, bound in goals if at_least]
-    most = [bound for at_least, bound in goals if not at_least]
-    assert least == [0.95, 0.85, 1.1, 7, 12, 0.97, 0.85]
-    assert most == [1.1, 3, 0.15, 1.1, 2]
+@pytest.mark.parametrize(
+    ("sizes", "least", "most"),
+    [
+        (
+            GOAL_SIZES,
+            [0.95, 0.92, 0.95, 0.85, 1.0, 1.0, 1.1, 7, 12, 0.97, 0.85],
+            [1.1, 1.0, 1.1, 3, 0.15, 1.1, 2],
+        ),
+        (
+            GPU_SIZES,
+            # traffic; loop; mixes of 32, 8 and 1 rows; adapters; peer; overhead; zipf
+            [0.95]
+            + [0.95] * 4
+            + [0.95, 0.9, 0.9, 0.95]
+            + [0.9] * 5
+            + [0.85] * 2
+            + [0.95, 0.85]
+            + [1.1] * 4
+            + [0.97, 0.85],
+            [1.1, 1.0, 1.2, 1.1, 1.1, 1.0, 1, 1.0, 1.0, 1.0, 1.0, 1.1, 3, 0.15, 1.1, 2],
+        ),
+    ],
+)
+def test_the_table_has_every_goal(sizes: Sizes, least: list[float], most: list[float]) -> None:
+    figures = [figure for case in choose((), sizes) for figure in case.figures]
+    goals = [figure.goal for figure in figures if figure.goal]
+    assert [goal.bound for goal in goals if goal.at_least] == least
+    assert [goal.bound for goal in goals if not goal.at_least] == most
     assert len({figure.label for figure in figures}) == len(figures)
 
 
 def test_cases_are_chosen_by_name_once_each() -> None:
     assert [case.name for case in choose((), GOAL_SIZES)] == list(TABLE)
+    assert [case.name for case in choose((), GPU_SIZES)] == list(GPU_TABLE)
     assert [case.name for case in choose(("zipf", "prefix", "zipf"), GOAL_SIZES)] == ["zipf", "prefix"]
     assert [case.name for case in choose(("all",), GOAL_SIZES)] == list(CASES)
-    with pytest.raises(ValueError, match=r"expected cases among all, adapters, .*, got everything"):
+    with pytest.raises(ValueError, match=r"expected cases among all, traffic, .*, got everything"):
         choose(("everything", "zipf"), GOAL_SIZES)
 
 

@@ -51,17 +51,14 @@ def test_a_file_is_the_same_report(tiny_model_path: Path, tmp_path: Path) -> Non
     file.write_text(report.to_json())
     assert read_report(file) == report
     values = json.loads(file.read_text())
-    assert values["schema_version"] == 2
+    assert values["schema_version"] == 3
     assert values["environment"]["packages"]["mlx"]
     assert values["model"]["tensors"] == {"F32": 20}
-    (figure, _), (ours, theirs) = values["cases"][0]["figures"], values["cases"][0]["measures"]
-    assert (figure["rounds"], figure["values"], figure["reached"]) == ([1, 2], [4.0, 2.0], False)
-    assert figure["above"]["measure"] == ours["name"]
-    assert figure["below"]["measure"] == theirs["name"]
-    assert [found["round"] for found in ours["rounds"]] == [1, 2, 3]
-    assert ours["rounds"][2]["texts"] == ["c"]
-    assert ours["rounds"][2]["values"]["tokens_per_second"] == [6.0]
-    assert ours["parameters"]["side"] == "mlx-graft"
+    figure = values["cases"][0]["figures"][0]
+    assert (figure["values"], figure["median"], figure["reached"]) == ({"1": 4.0, "2": 2.0}, 3.0, False)
+    assert figure["goal"] == {"bound": 3.5, "at_least": True}
+    ours = values["cases"][0]["measures"][0]
+    assert ours["rounds"]["2"]["values"]["tokens_per_second"] == [12.0]
     assert values["cases"][2]["failure"] == "it broke [off]\nits log"
 
 
@@ -74,9 +71,9 @@ def test_the_command_names_no_folders() -> None:
 def test_a_file_of_another_kind_is_refused_in_a_sentence(tiny_model_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "old.json"
     file.write_text(
-        report_of(tiny_model_path).to_json().replace('"schema_version": 2', '"schema_version": 1')
+        report_of(tiny_model_path).to_json().replace('"schema_version": 3', '"schema_version": 2')
     )
-    with pytest.raises(ReportError, match=r"report of schema 2 in old\.json, but schema_version: "):
+    with pytest.raises(ReportError, match=r"report of schema 3 in old\.json, but schema_version: "):
         read_report(file)
     file.write_text("{}")
     with pytest.raises(ReportError, match=r"Make it anew with mlx-graft bench"):

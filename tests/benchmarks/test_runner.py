@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_16_ALL
 from benchmarks.case import Case, Figure, Goal, Measure, Sample, Term
 from benchmarks.library import AdapterLibrary
 from benchmarks.loads import LoadMeasure, stories
@@ -30,7 +30,6 @@ class Written:
     log: list[str] = field(compare=False)
     value: float = 1.0
     side: SideSpec = SPEC
-    parameters: Mapping[str, str | int | float] = field(default_factory=dict, compare=False)
     asked: Hashable = None
 
     async def prepare(self, side: object) -> None:
@@ -201,7 +200,7 @@ def test_a_mixed_load_asks_the_base_loads_questions_of_all_adapters_evenly(
     requests: int, adapters: int
 ) -> None:
     base = LoadMeasure(SPEC, requests, 8).ask(1)
-    mixed = LoadMeasure(SPEC, requests, 8, adapters, KindName.RANK_16_ALL).ask(1)
+    mixed = LoadMeasure(SPEC, requests, 8, adapters, RANK_16_ALL).ask(1)
     assert [question.messages for question in base] == [question.messages for question in mixed]
     assert {question.adapter for question in base} == {None}
     dealt = [question.adapter for question in mixed]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.adapters import KindName
+from benchmarks.adapters import RANK_8_QV
 from benchmarks.case import Case, Measure
 from benchmarks.cases.fairness import Fairness
 from benchmarks.cases.stalls import Stalls
@@ -35,7 +35,7 @@ async def test_a_side_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
 
 
 async def test_our_server_as_a_side(tiny_model_path: Path, tmp_path: Path) -> None:
-    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 3),))
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(RANK_8_QV, 3),))
     measure = LoadMeasure(spec, 4, 3, adapters=2)
     async with open_side(spec, context_of(tiny_model_path, tmp_path)) as side:
         await measure.prepare(side)
@@ -62,7 +62,7 @@ async def test_our_server_as_a_side(tiny_model_path: Path, tmp_path: Path) -> No
 
 
 async def test_gaps_of_streams_before_and_while_adapters_load(tiny_model_path: Path, tmp_path: Path) -> None:
-    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 5),))
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(RANK_8_QV, 5),))
     stalls = Stalls(spec, streams=2, tokens=600, loads=3)
     async with open_side(spec, context_of(tiny_model_path, tmp_path)) as side:
         await stalls.prepare(side)
@@ -78,14 +78,14 @@ async def test_gaps_of_streams_before_and_while_adapters_load(tiny_model_path: P
 
 
 async def test_streams_too_short_to_tell_are_an_error(tiny_model_path: Path, tmp_path: Path) -> None:
-    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 2),))
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(RANK_8_QV, 2),))
     async with open_side(spec, context_of(tiny_model_path, tmp_path)) as side:
         with pytest.raises(ValueError, match="let them have more tokens"):
             await Stalls(spec, streams=1, tokens=2, loads=1).run(side, 1)
 
 
 async def test_a_load_that_fails_fails_its_stage_alone(tiny_model_path: Path, tmp_path: Path) -> None:
-    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 2),))
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(RANK_8_QV, 2),))
     measures: list[Measure] = [Stalls(spec, streams=2, tokens=300, loads=2), LoadMeasure(spec, 1, 2)]
     cases = [Case(str(number), "", (each,), stage=str(number)) for number, each in enumerate(measures)]
     outcomes = await run_cases(cases, context_of(tiny_model_path, tmp_path), 1, lambda text: None)
@@ -94,7 +94,7 @@ async def test_a_load_that_fails_fails_its_stage_alone(tiny_model_path: Path, tm
 
 
 async def test_a_crowd_that_fails_is_an_error_of_its_side(tiny_model_path: Path, tmp_path: Path) -> None:
-    spec = SideSpec(SideKind.GRAFT, (AdapterSet(KindName.RANK_8_QV, 2),))
+    spec = SideSpec(SideKind.GRAFT, (AdapterSet(RANK_8_QV, 2),))
     async with open_side(spec, context_of(tiny_model_path, tmp_path)) as side:
         (side.root / "rank8-qv-0").rename(tmp_path / "away")
         with pytest.raises(ProcessError, match="404"):
