@@ -92,15 +92,15 @@ async def run_load(
     *,
     in_flight: int | None = None,
     arrivals: Sequence[float] = (),
-    heard: Callable[[], None] = lambda: None,
+    heard: Callable[[int], None] = lambda index: None,
     max_retries: int = 20,
 ) -> LoadResult:
     """Send all `bodies` to `url` as streams with usage and wait for all to end.
 
     `in_flight` of them at a time, the next as soon as one ends; by default all at once, or each at its second
-    of `arrivals`, which ascend. `heard` is called for each piece of text. Every request has a connection of
-    its own. One that is refused or reset before anything came back is tried again at most `max_retries`
-    times, on the same clock.
+    of `arrivals`, which ascend. `heard` is called for each piece of text, with the request's number. Every
+    request has a connection of its own. One that is refused or reset before anything came back is tried
+    again at most `max_retries` times, on the same clock.
 
     Raises: LoadError if a request fails, ends without usage, or all take longer than `timeout_seconds`.
     """
@@ -133,7 +133,7 @@ class _Asking:
     client: httpx.AsyncClient
     url: str
     start: float
-    heard: Callable[[], None]
+    heard: Callable[[int], None]
     max_retries: int
 
     def now(self) -> float:
@@ -146,14 +146,14 @@ async def _ask_in_turn(
     for index, arrives_seconds, body in waiting:
         if (left_seconds := arrives_seconds - asking.now()) > 0:
             await asyncio.sleep(left_seconds)
-        answers[index] = await _answer(asking, body)
+        answers[index] = await _answer(asking, index, body)
 
 
-async def _answer(asking: _Asking, body: Body) -> Answer:
+async def _answer(asking: _Asking, index: int, body: Body) -> Answer:
     stream = _Stream(asking.now())
     for stream.retries in range(asking.max_retries + 1):
         try:
-            await _read(asking, body, stream)
+            await _read(asking, index, body, stream)
             return stream.answer(asking.now())
         except _Refused:
             await asyncio.sleep(_RETRY_SECONDS)
@@ -209,7 +209,7 @@ class _Stream:
         )
 
 
-async def _read(asking: _Asking, body: Body, stream: _Stream) -> None:
+async def _read(asking: _Asking, index: int, body: Body, stream: _Stream) -> None:
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
         async with asking.client.stream("POST", asking.url, json=streamed) as response:
@@ -219,7 +219,7 @@ async def _read(asking: _Asking, body: Body, stream: _Stream) -> None:
             async for line in response.aiter_lines():
                 stream.begun = True
                 if line.startswith("data:") and stream.add(line.removeprefix("data:").strip(), asking.now()):
-                    asking.heard()
+                    asking.heard(index)
     except httpx.TransportError as error:
         if stream.begun or isinstance(error, httpx.TimeoutException):
             raise LoadError(f"a request broke off: {error!r}") from error

@@ -117,11 +117,11 @@ class Side:
         questions: Sequence[Question],
         *,
         in_flight: int | None = None,
-        heard: Callable[[], None] = lambda: None,
+        heard: Callable[[int], None] = lambda index: None,
     ) -> LoadResult:
         """Ask `in_flight` questions at a time, by default each when it arrives.
 
-        `heard` is told of each piece of text.
+        `heard` is told of each piece of text, with its question's number.
 
         Raises: ProcessError if it does not answer all of them.
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from benchmarks.case import Case, Column, Figure, Goal, Sample, Term
@@ -25,16 +24,12 @@ class Churn:
     side: SideSpec
     cycles: int
     warm_up_cycles: int
+    asked: None = None
 
     @property
     def name(self) -> str:
         """What is done."""
         return f"{self.side}, {self.cycles} loads and unloads after {self.warm_up_cycles}"
-
-    @property
-    def asked(self) -> Hashable:
-        """Nobody else is asked the same."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """The warm-up."""

@@ -6,7 +6,6 @@ The lone request is held against its own time on an idle server; so are the crow
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -30,16 +29,12 @@ class Fairness:
     side: SideSpec
     crowd: int
     max_tokens: int
+    asked: None = None
 
     @property
     def name(self) -> str:
         """What is asked of whom."""
         return f"{self.side}, {self.crowd} requests for one adapter, 1 for another"
-
-    @property
-    def asked(self) -> Hashable:
-        """Answers are not kept."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """Both adapters once."""
@@ -55,7 +50,7 @@ class Fairness:
 
         async def crowd() -> LoadResult:
             try:
-                return await side.ask(popular, heard=speaking.set)
+                return await side.ask(popular, heard=lambda index: speaking.set())
             finally:
                 speaking.set()
 

@@ -6,7 +6,6 @@ and no prompt has a beginning in common with an earlier one, on the base neither
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from benchmarks.adapters import RANK_8_QV
@@ -41,16 +40,12 @@ class FirstTokens:
     samples: int
     others: int
     fresh_adapters: bool
+    asked: None = None
 
     @property
     def name(self) -> str:
         """What is asked."""
         return f"{self.side}, {'an adapter never used' if self.fresh_adapters else 'base'}, idle server"
-
-    @property
-    def asked(self) -> Hashable:
-        """Nobody else is asked the same."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """One request; every later one is the first of its kind again."""

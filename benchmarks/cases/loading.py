@@ -6,7 +6,7 @@ For mlx_lm.server only the last can be measured: it takes an adapter's path in a
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -43,16 +43,12 @@ class Loading:
     samples: int
     streams: int
     stream_tokens: int
+    asked: None = None
 
     @property
     def name(self) -> str:
         """What is timed."""
         return f"{self.side}, {self.way}"
-
-    @property
-    def asked(self) -> Hashable:
-        """Nobody else is asked the same."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """One round."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from benchmarks.adapters import RANK_8_QV, RANK_16_ALL
@@ -28,17 +27,13 @@ class Memory:
     """All adapters of the side loaded, of both kinds."""
 
     side: SideSpec
+    asked: None = None
 
     @property
     def name(self) -> str:
         """What is done."""
         count = sum(each.count for each in self.side.adapters)
         return f"{self.side}, {count} adapters loaded"
-
-    @property
-    def asked(self) -> Hashable:
-        """Nobody else is asked the same."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """One adapter of each kind in and out, for what is only allocated once."""

@@ -6,7 +6,6 @@ more rows than adapters.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from benchmarks.adapters import ALL, ATTENTION, QV, AdapterKind
@@ -32,16 +31,12 @@ class Mixes:
     rows: int
     steps: int
     mixes: tuple[tuple[str, tuple[str | None, ...]], ...]
+    asked: None = None
 
     @property
     def name(self) -> str:
         """How many rows."""
         return f"decode steps of {self.rows} row{'s' * (self.rows > 1)}"
-
-    @property
-    def asked(self) -> Hashable:
-        """There are no answers."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """Load the adapters, read the rows' prompts, and decode a step of each batch."""

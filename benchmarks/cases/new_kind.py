@@ -5,7 +5,6 @@ Every round has a kind of its own, and the server finds nothing that was compile
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from benchmarks.adapters import ALL, ATTENTION, QV, RANK_8_QV, AdapterKind
@@ -37,16 +36,12 @@ class NewKind:
     side: SideSpec
     streams: int
     tokens: int
+    asked: None = None
 
     @property
     def name(self) -> str:
         """What is done."""
         return f"{self.side}, {self.streams} streams, a request for an adapter of a new kind"
-
-    @property
-    def asked(self) -> Hashable:
-        """Nobody else is asked the same."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """The adapters that stream."""

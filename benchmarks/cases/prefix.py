@@ -5,7 +5,6 @@ The shared beginning is a system message of the wanted number of tokens, new in 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from benchmarks.case import Case, Column, Figure, Goal, Sample, Term
@@ -25,16 +24,12 @@ class Prefix:
 
     side: SideSpec
     tokens: int
+    asked: None = None
 
     @property
     def name(self) -> str:
         """What is asked."""
         return f"{self.side}, base, {self.tokens} tokens in common, idle server"
-
-    @property
-    def asked(self) -> Hashable:
-        """Nobody else is asked the same."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """Nothing: every round has a beginning of its own."""

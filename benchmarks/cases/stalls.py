@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Hashable
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,16 +37,12 @@ class Stalls:
     streams: int
     tokens: int
     loads: int
+    asked: None = None
 
     @property
     def name(self) -> str:
         """What is done."""
         return f"{self.side}, {self.streams} streams, {self.loads} adapters loaded at once"
-
-    @property
-    def asked(self) -> Hashable:
-        """Nobody else is asked the same."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """The adapters that stream, loaded."""
@@ -82,12 +79,11 @@ async def while_streaming(
         [adapter_id(_KIND, index) for index in range(streams)],
     )
     flowing = asyncio.Event()
-    pieces = 0
+    pieces: Counter[int] = Counter()
 
-    def heard() -> None:
-        nonlocal pieces
-        pieces += 1
-        if pieces == streams * _QUIET_TOKENS:
+    def heard(index: int) -> None:
+        pieces[index] += 1
+        if len(pieces) == streams and min(pieces.values()) >= _QUIET_TOKENS:
             flowing.set()
 
     async def streaming() -> LoadResult:

@@ -8,7 +8,7 @@ round.
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.adapters import RANK_8_QV
@@ -40,17 +40,13 @@ class ZipfMeasure:
     in_flight: int
     max_tokens: int
     warm_up_requests: int
+    asked: None = None
 
     @property
     def name(self) -> str:
         """What is asked of whom."""
         at_once = f"{self.requests} requests, {self.in_flight} at a time"
         return f"{self.side}, {self.registered} adapters, Zipf, {at_once}"
-
-    @property
-    def asked(self) -> Hashable:
-        """Nobody else is asked the same."""
-        return None
 
     async def prepare(self, side: Side) -> None:
         """Load the adapters that requests by the same law would leave resident, and use some of them."""

@@ -40,7 +40,7 @@ def report_of(model_path: Path, *, whole: bool = True, on_gpu: bool = False) -> 
     outcomes = [
         CaseOutcome(Case("one", "About [one].", measures, (figure, plain)), {OURS: ours, THEIRS: theirs}),
         CaseOutcome(
-            Case("concurrency", "Two.", (OURS, MIXED), (rated,), remarks=lambda found: ["odd [that]"]),
+            Case("fairness", "Two.", (OURS, MIXED), (rated,), remarks=lambda found: ["odd [that]"]),
             {OURS: ours, MIXED: mixed},
         ),
         CaseOutcome(Case("churn", "Three.", (OURS,)), failure="it broke [off]\nits log"),

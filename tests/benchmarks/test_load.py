@@ -66,7 +66,7 @@ async def load(
     bodies: Sequence[dict] = ({},),
     timeout_seconds: float = 20,
     in_flight: int | None = None,
-    heard: Callable[[], None] = lambda: None,
+    heard: Callable[[int], None] = lambda index: None,
 ):
     async with serving(respond) as url:
         return await run_load(url, bodies, timeout_seconds, in_flight=in_flight, heard=heard, max_retries=3)
@@ -95,7 +95,7 @@ async def test_the_first_token_is_the_first_text() -> None:
         await writer.drain()
 
     times: list[float] = []
-    (answer,) = (await load(respond, heard=lambda: times.append(time.perf_counter()))).answers
+    (answer,) = (await load(respond, heard=lambda index: times.append(time.perf_counter()))).answers
     assert len(times) == 2
     assert answer.first_token_seconds >= pause_seconds * 0.9
     assert answer.gap_seconds[0] == pytest.approx(times[1] - times[0], abs=pause_seconds / 2)

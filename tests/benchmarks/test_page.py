@@ -17,7 +17,7 @@ PAGE = """# Title
 old
 <!-- end -->
 between
-<!-- bench: concurrency -->
+<!-- bench: fairness -->
 <!-- end -->
 <!-- bench: zipf -->
 kept
@@ -28,7 +28,7 @@ kept
 def test_blocks_are_filled_and_the_rest_stays(tiny_model_path: Path) -> None:
     report = report_of(tiny_model_path)
     text, names = filled(PAGE, [report])
-    assert names == ["goals", "concurrency"]
+    assert names == ["goals", "fairness"]
     lines = text.splitlines()
     assert "| ours ÷ theirs [x] | **3.00** | 2.00 to 4.00 | ≥ 3.5 | no | 2 |" in lines
     assert "| growth | **12.0%** | 6.00 to 24.0% | ≤ 12% | yes | 3 |" in lines
@@ -43,19 +43,19 @@ def test_blocks_are_filled_and_the_rest_stays(tiny_model_path: Path) -> None:
 
 def test_one_cases_report_leaves_the_goals_as_they_are(tiny_model_path: Path) -> None:
     text, names = filled(PAGE, [report_of(tiny_model_path, whole=False)])
-    assert names == ["concurrency"]
+    assert names == ["fairness"]
     assert "<!-- bench: goals -->\nold\n" in text
 
 
 def test_each_block_says_which_run_it_is_of(tiny_model_path: Path) -> None:
     first = report_of(tiny_model_path)
-    second = replace(first, command="mlx-graft bench concurrency", seconds=99.0, cases=first.cases[1:2])
+    second = replace(first, command="mlx-graft bench fairness", seconds=99.0, cases=first.cases[1:2])
     text, _ = filled(PAGE, [first, second])
-    goals, concurrency = (
+    goals, fairness = (
         text.partition(f"<!-- bench: {name} -->\n")[2].partition("<!-- end -->")[0]
-        for name in ("goals", "concurrency")
+        for name in ("goals", "fairness")
     )
-    for block, report, seconds in ((goals, first, 12), (concurrency, second, 99)):
+    for block, report, seconds in ((goals, first, 12), (fairness, second, 99)):
         run = f"Run of {report.created:%Y-%m-%d %H:%M} UTC. Command: {report.command}"
         assert f"<summary>{run}</summary>\n\nValues of a measure are " in block
         assert block.count("Run of") == block.count("Model: tiny, F32.") == 1
@@ -76,7 +76,7 @@ def test_reports_without_figures_are_an_error_on_the_projects_own_page(tiny_mode
 
 def test_the_projects_own_page_has_a_place_for_the_goals(tiny_model_path: Path) -> None:
     page = OWN_PAGE.read_text()
-    assert filled(page, [report_of(tiny_model_path)])[1] == ["goals", "concurrency"]
+    assert filled(page, [report_of(tiny_model_path)])[1] == ["goals", "fairness"]
     text, names = filled(page, [report_of(tiny_model_path, on_gpu=True)])
     assert names == ["goals-gpu"]
     assert (
