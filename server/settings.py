@@ -157,7 +157,10 @@ class Settings(BaseSettings):
     """Type that weights are computed in; auto is float32 on a CPU and the model's own on a GPU."""
 
     cache_dir: PlainPath = Field(default_factory=_default_cache_dir, json_schema_extra=_group("Model"))
-    """Folder for the converted demo model, and for copies of adapters' versions while the server runs."""
+    """Folder for the converted demo model, what was measured, and copies of adapters' versions."""
+
+    calibration: bool = Field(default=True, json_schema_extra=_group("Model"))
+    """Whether a model's first start on a device measures which forms of adapters are the fastest there."""
 
     adapters_dir: Folder | None = Field(default=None, json_schema_extra=_group("Adapters"))
     """Adapters root: the folder whose sub-folders may be loaded as adapters by a call or a request."""

@@ -6,21 +6,21 @@ Runs on the thread that owns the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import mlx.core as mx
 
 from ..mixed.residents import RowAdapters
 from ..mixed.routing import RoutedModel
+from ..timing import in_turns
 from .report import Ratio
 from .rows import merged_cache
 
-__all__ = ["decoding_ratios", "in_turns", "reading_ratios"]
+__all__ = ["decoding_ratios", "reading_ratios"]
 
 _BLOCK_SECONDS = 0.2
-_FEWEST_BLOCKS, _MOST_BLOCKS = 3, 7
-_BUDGET_SECONDS = 8.0  # after which no block begins that is not one of the fewest
+_BLOCKS = {"fewest": 3, "most": 7, "budget_seconds": 8.0}
 _MOST_STEPS = 16
 _PROMPT_TOKENS = 8
 _MOST_READ_TOKENS = 256
@@ -58,7 +58,9 @@ def decoding_ratios(routed: RoutedModel, sides: Mapping[str, Sequence[RowAdapter
     count = len(next(iter(sides.values())))
     runs = {name: _Decoding(routed, rows) for name, rows in {"": [()] * count, **sides}.items()}
     steps = max(2, min(_MOST_STEPS, round(_BLOCK_SECONDS / runs[""].step_seconds(1))))
-    blocks = in_turns({name: lambda run=run: run.step_seconds(steps) for name, run in runs.items()})
+    blocks = in_turns(
+        {name: lambda run=run: run.step_seconds(steps) for name, run in runs.items()}, **_BLOCKS
+    )
     return _ratios("decoding", count, 1, blocks)
 
 
@@ -75,21 +77,10 @@ def reading_ratios(routed: RoutedModel, sides: Mapping[str, Sequence[RowAdapters
     for rows in all_sides.values():
         _read_seconds(routed, rows, length)
     blocks = in_turns(
-        {name: lambda rows=rows: _read_seconds(routed, rows, length) for name, rows in all_sides.items()}
+        {name: lambda rows=rows: _read_seconds(routed, rows, length) for name, rows in all_sides.items()},
+        **_BLOCKS,
     )
     return _ratios("reading", count, length, blocks)
-
-
-def in_turns(runs: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """What each of `runs` returns, called in turn, every second time backwards, until the time is up."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    start = time.perf_counter()
-    for block in range(_MOST_BLOCKS):
-        if block >= _FEWEST_BLOCKS and time.perf_counter() - start > _BUDGET_SECONDS:
-            break
-        for name, run in list(runs.items())[:: -1 if block % 2 else 1]:
-            found[name].append(run())
-    return found
 
 
 def _read_seconds(routed: RoutedModel, rows: Sequence[RowAdapters], length: int) -> float:
