@@ -8,10 +8,11 @@ the model, while nothing else is computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,13 +24,12 @@ from .drawing import draw_tensors
 from .formats.mlx import MlxFormat
 from .layers.modules import ModuleKind, compute_dtype, kind_of, weight_shape
 from .layers.targets import default_keys, module_at, named_modules
+from .mixed.forms import MANY_ROWS, Form, Forms
 from .mixed.residents import ResidentAdapter, RowAdapters, make_row
 from .mixed.routing import AdapterRows, Routing
 from .timing import fastest, in_turns
 
-__all__ = ["REGIMES", "Calibration", "Regime", "calibrate"]
-
-_F = TypeVar("_F")
+__all__ = ["REGIMES", "Calibration", "Regime", "calibrate", "compute_with"]
 
 _LAYERS = 2
 _RANKS = (8, 16, 32)
@@ -39,7 +39,7 @@ _FEWEST_TURNS, _MOST_TURNS = 5, 15
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """Batches that one form is chosen for: `rows` that each have `tokens`, of adapters of `ranks` ranks."""
+    """Batches that one form is chosen for, by a field of `Forms`: so many rows, tokens of each, and ranks."""
 
     name: str
     rows: int
@@ -48,66 +48,72 @@ class Regime:
 
 
 REGIMES = (
-    Regime("decoding 1 row", 1, 1, 1),
-    Regime("decoding 8 rows", 8, 1, 3),
-    Regime("decoding 32 rows", 32, 1, 3),
+    Regime("decoding_few", MANY_ROWS // 2, 1, 3),
+    Regime("decoding_many", 2 * MANY_ROWS, 1, 3),
     Regime("reading", 4, 64, 3),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was found: by regime, the name of the form that is used, and what each took, in seconds.
+    """What was found: the forms to compute with, and what each form took in each regime, in seconds.
 
-    A regime for which the time did not suffice is missing from `seconds` and keeps the first form.
+    A regime for which the time did not suffice is missing from `seconds` and keeps the default.
     """
 
-    chosen: dict[str, str]
+    forms: Forms
     seconds: dict[str, dict[str, float]]
+
+
+def compute_with(routing: Routing, form: Form) -> None:
+    """Have all regimes computed with `form`."""
+    routing.forms = Forms.all(form)
 
 
 def calibrate(
     model: nn.Module,
-    forms: Mapping[str, _F],
-    use: Callable[[Routing, _F], None],
-    regimes: Sequence[Regime] = REGIMES,
+    forms: Sequence[Form],
+    use: Callable[[Routing, Form], None] = compute_with,
     limit_seconds: float = 5.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
-    """Measure `forms`, by name, the first being the default, for each of `regimes`.
+    """Measure `forms`, the first being the default, for each of `REGIMES`; `use` is called before each run.
 
-    `use` makes a routing compute with a form. The default stays where no other is faster by more than noise,
-    and where `limit_seconds` are over; a measurement that has begun is finished.
+    The default stays where no other is faster by more than noise, and where `limit_seconds` are over; a
+    measurement that has begun is finished.
 
     Raises: UnsupportedModelError, InvalidAdapterError: the model's layers cannot be adapted.
     """
-    default = next(iter(forms))
-    chosen, seconds = {one.name: default for one in regimes}, {}
+    chosen = {regime.name: forms[0] for regime in REGIMES}
+    seconds: dict[str, dict[str, float]] = {}
     if len(forms) == 1:
-        return Calibration(chosen, seconds)
-    end = time.perf_counter() + limit_seconds
-    with _Sample(model, use) as sample:
-        for regime in regimes:
-            share = (end - time.perf_counter()) / (len(regimes) - len(seconds))
-            runs = {name: sample.run(form, regime) for name, form in forms.items()}
-            began = time.perf_counter()
+        return Calibration(Forms(**chosen), seconds)
+    end = clock() + limit_seconds
+    with _Sample(model, use, clock) as sample:
+        for at, regime in enumerate(REGIMES):
+            share = (end - clock()) / (len(REGIMES) - at)
+            began = clock()
+            runs = {form: sample.run(form, regime) for form in forms}
             for run in runs.values():
                 run()  # what is compiled or planned at the first use
-                if time.perf_counter() > end:
-                    return Calibration(chosen, seconds)
             one_turn = sum(run() for run in runs.values())
-            if one_turn * _FEWEST_TURNS > share - (time.perf_counter() - began):
+            left = share - (clock() - began)
+            if one_turn * _FEWEST_TURNS > left:
                 continue
-            found = in_turns(runs, fewest=_FEWEST_TURNS, most=_MOST_TURNS, budget_seconds=share / 2)
+            found = in_turns(runs, fewest=_FEWEST_TURNS, most=_MOST_TURNS, budget_seconds=left, clock=clock)
             chosen[regime.name] = fastest(found)
-            seconds[regime.name] = {name: sorted(took)[len(took) // 2] for name, took in found.items()}
-    return Calibration(chosen, seconds)
+            seconds[regime.name] = {form: median(took) for form, took in found.items()}
+    return Calibration(Forms(**chosen), seconds)
 
 
-class _Sample(Generic[_F]):
+class _Sample:
     """The linear layers of a model's last layers with random adapters, one of each rank, until closed."""
 
-    def __init__(self, model: nn.Module, use: Callable[[Routing, _F], None]) -> None:
+    def __init__(
+        self, model: nn.Module, use: Callable[[Routing, Form], None], clock: Callable[[], float]
+    ) -> None:
         self._use = use
+        self._clock = clock
         self._routing = Routing()
         self._bank = AdapterBank(model, self._routing)
         keys = _linear_keys(model)
@@ -134,7 +140,7 @@ class _Sample(Generic[_F]):
         self._layers.clear()
         self._bank.close()
 
-    def run(self, form: _F, regime: Regime) -> Callable[[], float]:
+    def run(self, form: Form, regime: Regime) -> Callable[[], float]:
         """What computes the layers with `form` for a batch of `regime`, and returns the seconds it took."""
         adapters = self._adapters[: regime.ranks]
         rows: list[RowAdapters] = [
@@ -150,7 +156,7 @@ class _Sample(Generic[_F]):
         given = [inputs[weight_shape(base)[-1], compute_dtype(base)] for _, base in self._layers]
 
         def run() -> float:
-            start = time.perf_counter()
+            start = self._clock()
             self._use(self._routing, form)
             outputs: list[mx.array] = []
             for _ in range(_REPEATS):
@@ -162,7 +168,7 @@ class _Sample(Generic[_F]):
                 self._routing.plan = None
                 plan.memo.clear()
             mx.eval(outputs)
-            return time.perf_counter() - start
+            return self._clock() - start
 
         return run
 

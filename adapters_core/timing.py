@@ -5,30 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import TypeVar
 
 __all__ = ["fastest", "in_turns"]
+
+_K = TypeVar("_K")
 
 _MARGIN = 0.05  # by which another has to be faster than the first
 
 
 def in_turns(
-    runs: Mapping[str, Callable[[], float]], *, fewest: int, most: int, budget_seconds: float
-) -> dict[str, list[float]]:
+    runs: Mapping[_K, Callable[[], float]],
+    *,
+    fewest: int,
+    most: int,
+    budget_seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[_K, list[float]]:
     """What each of `runs` returns, called in turn, every second time backwards.
 
     At least `fewest` and at most `most` times; between these, no turn begins after `budget_seconds`.
     """
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    start = time.perf_counter()
+    found: dict[_K, list[float]] = {name: [] for name in runs}
+    start = clock()
     for turn in range(most):
-        if turn >= fewest and time.perf_counter() - start > budget_seconds:
+        if turn >= fewest and clock() - start > budget_seconds:
             break
         for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
             found[name].append(run())
     return found
 
 
-def fastest(seconds: Mapping[str, Sequence[float]]) -> str:
+def fastest(seconds: Mapping[_K, Sequence[float]]) -> _K:
     """The fastest of several, the first of which stays unless another is faster by more than noise.
 
     That is: by a twentieth in the median of the turns, and in three of four turns.

@@ -16,8 +16,8 @@ __all__ = ["sweep_cache", "sweep_folders"]
 
 
 def sweep_cache(cache_dir: Path) -> list[Path]:
-    """Remove what is left of copies of versions and of the demo's models; returns it. As `sweep_folders`."""
-    swept = sweep_folders([cache_dir / "demo"])
+    """Remove what is left of copies of versions, the demo's models and measurements. As `sweep_folders`."""
+    swept = sweep_folders([cache_dir / "demo", cache_dir / "calibration"])
     with suppress(OSError):
         swept += PrivateFolder(cache_dir / "versions").sweep()
     return swept

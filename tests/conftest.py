@@ -18,6 +18,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 load_openblas()
 
+# Which forms are the fastest is no affair of most tests, and is measured for seconds.
+os.environ.setdefault("GRAFT_CALIBRATION", "false")
+
 # On CUDA, float32 products are rounded to TF32 by default, about 1e-3: too coarse to compare with.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 

@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -298,4 +298,4 @@ def _unchanged(what: str, model: nn.Module, before: dict[str, object]) -> Findin
 
 def _forms(resident: Resident) -> dict[str, object]:
     """How rows with adapters are computed here."""
-    return {"kernels": resident.routing.kernels is not None}
+    return {"kernels": resident.routing.kernels is not None, **asdict(resident.routing.forms)}

@@ -25,6 +25,7 @@ from ..formats.weights import WEIGHTS_FILE
 from ..layers.modules import is_quantized
 from ..layers.surgery import replace_modules
 from ..layers.targets import resolve_targets
+from ..mixed.forms import Forms
 from ..mixed.residents import RowAdapters
 from ..mixed.routing import RoutedModel, Routing
 
@@ -44,8 +45,8 @@ _MLX_LM_BITS = (2, 4, 8)  # at others its DoRA takes the layer for one of anothe
 class Resident:
     """A model with a bank: what is under test."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.routing = Routing()
+    def __init__(self, model: nn.Module, forms: Forms | None = None) -> None:
+        self.routing = Routing(forms)
         self.bank = AdapterBank(model, self.routing)
         self.routed = RoutedModel(model, self.routing)
 

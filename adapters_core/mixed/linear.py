@@ -88,7 +88,8 @@ class ProjectionGroup:
             calls = work.calls_for(x.dtype, self.routing.kernels, self.bases)
             if calls is not None:
                 return run_calls(x, calls)
-        return Products(x, work.products, plan.batch_size, self.routing.on_cuda)
+        copies = self.routing.forms.copies(plan.batch_size, x.size // (plan.batch_size * x.shape[-1]))
+        return Products(x, work.products, plan.batch_size, copies)
 
     def _lay_out(self, plan: BatchPlan) -> Work:
         found = ((one, self.stacks.get(one.layout)) for one in plan.passes)

@@ -1,9 +1,8 @@
 """The low-rank terms of mixed rows as matrix products: the form for every device, and for reading prompts.
 
 Where all rows of the batch have the same adapter, plain products; where they differ, `gather_mm`, which reads
-each row's own factors from the stacks, or batched products with factors that were gathered before: for B of
-prompts, and for all on CUDA, where `gather_mm` would be compiled for half a minute first, and takes it for
-granted that matrices lie packed one after the other, which those in a stack do not. Knows no plans.
+each row's own factors from the stacks, or batched products with copies of them: for B of prompts, and where
+the `Forms` say so. Knows no plans.
 """
 
 from __future__ import annotations
@@ -26,11 +25,12 @@ class Products:
     """
 
     def __init__(
-        self, x: mx.array, steps: Sequence[tuple[Pass, Stack]], batch_size: int, on_cuda: bool
+        self, x: mx.array, steps: Sequence[tuple[Pass, Stack]], batch_size: int, copies: bool
     ) -> None:
+        """`copies`: factors are copied, not read by `gather_mm`, where a product has the choice."""
         self._x = x
         self._batch_size = batch_size
-        self._on_cuda = on_cuda
+        self._copies = copies
         rows = _as_rows(x, batch_size)
         self._shrunk = [(one, stack, self._shrink(rows, one, stack)) for one, stack in steps]
 
@@ -46,7 +46,7 @@ class Products:
 
     def _gathers(self, dtype: mx.Dtype) -> bool:
         """Whether `gather_mm` can do it well: on a CPU it knows float32 alone."""
-        return not self._on_cuda and (dtype == mx.float32 or mx.default_device().type == mx.DeviceType.gpu)
+        return not self._copies and (dtype == mx.float32 or mx.default_device().type == mx.DeviceType.gpu)
 
     def _shrink(self, x: mx.array, one: Pass, stack: Stack) -> dict[str, mx.array]:
         """A x of the rows concerned, (E, L, rank), for each projection by path; weighted, if not last."""

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from .forms import Forms, forms_of
 from .kernel import Kernels, on_cuda
 from .plan import BatchPlan, Placement
 from .residents import ResidentAdapter, RowAdapters
@@ -34,12 +35,15 @@ class Routing:
     """The plan of the forward under way, and where the bank keeps its adapters; shared by the layers.
 
     `generation` counts the times that adapters have changed their slots: an older plan points at wrong ones.
-    On a CUDA GPU, `kernels` are the fused ones; with None in their place, all is computed without.
+    On a CUDA GPU, `kernels` are the fused ones; with None in their place, all is computed without. `forms`
+    are those of what has no kernel; whoever sets them does so between two forwards.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, forms: Forms | None = None) -> None:
+        """`forms` None are the device's defaults."""
         self.on_cuda = on_cuda()
         self.kernels = Kernels() if self.on_cuda else None
+        self.forms = forms or Forms.all(forms_of(on_cuda=self.on_cuda)[0])
         self.plan: BatchPlan | None = None
         self.placements: dict[ResidentAdapter, Placement] = {}
         self.generation = 0

@@ -54,7 +54,9 @@ def check(
     ] = None,
     cache_dir: Annotated[
         Path | None,
-        typer.Option("--cache-dir", help="Folder for the demo's model.", show_default=False),
+        typer.Option(
+            "--cache-dir", help="Folder for the demo's model and for what was measured.", show_default=False
+        ),
     ] = None,
     rows: Annotated[
         list[int] | None,
@@ -62,6 +64,10 @@ def check(
             "--rows", min=1, max=256, help="Rows of a batch. Repeatable.", show_default="1, 8 and 32"
         ),
     ] = None,
+    calibration: Annotated[
+        bool,
+        typer.Option("--calibration/--no-calibration", help="Use the forms that `serve` would measure."),
+    ] = True,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Whether speed is measured.")] = True,
     json_file: Annotated[
         Path | None,
@@ -84,16 +90,24 @@ def check(
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
     prepare_mlx()
     from adapters_core.check.model import ROW_COUNTS, check_model
+    from adapters_core.check.rows import Resident
     from adapters_core.errors import AdapterError
+    from server.engine.calibration import choose_forms
     from server.environment import describe_environment, describe_model
 
     with Progress() as progress:
         loaded = _load(model, dtype, revision, cache_dir, progress)
         environment = describe_environment()
         facts = replace(describe_model(loaded.info.path), name=loaded.info.model_id)
+        progress.step("Choosing forms …")
+        forms = choose_forms(loaded.model, cache_dir or default_cache_dir(), measured=calibration)
         try:
             report = check_model(
-                loaded.model, counts=sorted(set(rows or ROW_COUNTS)), with_speed=speed, progress=progress.step
+                loaded.model,
+                lambda model: Resident(model, forms),
+                counts=sorted(set(rows or ROW_COUNTS)),
+                with_speed=speed,
+                progress=progress.step,
             )
         except (AdapterError, OSError) as error:
             progress.stop()

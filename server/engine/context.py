@@ -60,7 +60,7 @@ class ModelContext:
     @classmethod
     def build(cls, loaded: LoadedModel, prompt_cache_bytes: int) -> Self:
         """The context of a model that was just loaded, with no adapter resident."""
-        routing = Routing()
+        routing = Routing(loaded.info.forms)
         return cls(
             model=loaded.model,
             tokenizer=loaded.info.tokenizer,

@@ -32,6 +32,7 @@ from adapters_core.errors import UnsupportedModelError
 from adapters_core.layers.builders import dense_like
 from adapters_core.layers.modules import dense_weight, is_quantized
 from adapters_core.layers.surgery import replace_modules
+from adapters_core.mixed.forms import Forms
 
 from .errors import ModelLoadError
 from .kv_memory import KvSizes
@@ -63,7 +64,7 @@ class ModelInfo:
 
     `model_id` is the last part of its path or hub id; `context_tokens` and `vocabulary_tokens` bound prompts
     and token ids. `digest` tells this base from any other that this process could have loaded. `kv_sizes` is
-    what a row's KV caches take.
+    what a row's KV caches take, `forms` how rows with adapters are computed (None: the device's defaults).
     """
 
     tokenizer: TokenizerWrapper
@@ -74,6 +75,7 @@ class ModelInfo:
     vocabulary_tokens: int
     digest: str
     kv_sizes: KvSizes = field(default_factory=KvSizes)
+    forms: Forms | None = None
 
 
 @dataclass(frozen=True, slots=True)

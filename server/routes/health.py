@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -52,10 +53,15 @@ async def ready(thread: Thread) -> dict[str, Any]:
 
 
 @router.get("/version", dependencies=_KEY)
-async def version() -> dict[str, Any]:
-    """The versions of what computes, and on what kind of device it does."""
+async def version(thread: Thread) -> dict[str, Any]:
+    """The versions of what computes, on what kind of device, and in which forms it computes adapters."""
     found = {name: _version_of(package) for name, package in _PACKAGES.items()}
-    return {**found, "device": mx.default_device().type.name}
+    forms = thread.info.forms
+    return {
+        **found,
+        "device": mx.default_device().type.name,
+        "forms": None if forms is None else asdict(forms),
+    }
 
 
 @router.get("/metrics", dependencies=_KEY, response_class=Response)

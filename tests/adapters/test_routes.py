@@ -459,7 +459,7 @@ async def test_health_and_version(tiny_site: Site) -> None:
     assert await tiny_site.call("GET", "/health") == {"status": "ok"}
     assert await tiny_site.call("GET", "/ready") == {"status": "ready"}
     version = await tiny_site.call("GET", "/version")
-    assert set(version) == {"version", "mlx", "mlx_lm", "device"}
+    assert set(version) == {"version", "mlx", "mlx_lm", "device", "forms"}
     assert version["mlx"].startswith("0.")
     engine = tiny_site.app.state.engine
     await engine.stop(0.0)

@@ -2,64 +2,84 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import fields
 from typing import cast
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from adapters_core.calibration import REGIMES, calibrate
+from adapters_core.calibration import calibrate, compute_with
 from adapters_core.errors import UnsupportedModelError
+from adapters_core.mixed.forms import Form, Forms
 from adapters_core.mixed.routing import Routing
 from adapters_core.timing import fastest, in_turns
 from tests.mixed.architectures import tiny
 from tests.models import snapshot, tiny_llama
+
+BOTH = [Form.GATHER, Form.COPY]
 
 
 def random_state() -> list[bytes]:
     return [np.array(one).tobytes() for one in cast("list[mx.array]", mx.random.state)]
 
 
-def wait(routing: Routing, seconds: float) -> None:
-    time.sleep(seconds)
+class Device:
+    """One on which time passes by the form alone: a second for the fast one, two for others."""
+
+    def __init__(self, fast: Form) -> None:
+        self.seconds = 0.0
+        self._fast = fast
+
+    def use(self, routing: Routing, form: Form) -> None:
+        compute_with(routing, form)
+        self.seconds += 1.0 if form is self._fast else 2.0
+
+    def clock(self) -> float:
+        return self.seconds
 
 
 def test_calibration_takes_the_fastest_form_and_leaves_all_as_it_was() -> None:
     model = tiny_llama()
-    before, state = snapshot(model), random_state()
-    active = mx.get_active_memory()
-    found = calibrate(model, {"more": 0.01, "most": 0.02, "none": 0.0}, wait, REGIMES[:2], limit_seconds=30)
-    assert found.chosen == {regime.name: "none" for regime in REGIMES[:2]}
+    before, state, active = snapshot(model), random_state(), mx.get_active_memory()
+    device = Device(Form.COPY)
+    found = calibrate(model, BOTH, device.use, limit_seconds=120, clock=device.clock)
+    assert device.seconds <= 150
+    assert found.forms == Forms.all(Form.COPY)
+    assert found.seconds.keys() == {field.name for field in fields(Forms)}
     for seconds in found.seconds.values():
-        assert seconds["none"] < seconds["more"] < seconds["most"]
+        assert min(seconds, key=seconds.__getitem__) == Form.COPY
     assert snapshot(model) == before
-    assert mx.get_active_memory() <= active
     assert random_state() == state
+    assert mx.get_active_memory() <= active
 
 
 def test_calibration_keeps_the_default_where_time_is_up() -> None:
-    found = calibrate(tiny_llama(), {"most": 0.06, "none": 0.0}, wait, limit_seconds=0.0)
-    assert set(found.chosen.values()) == {"most"}
-    assert found.seconds == {}
+    device = Device(Form.COPY)
+    found = calibrate(tiny_llama(), BOTH, device.use, limit_seconds=60, clock=device.clock)
+    assert found.forms == Forms(Form.GATHER, Form.COPY, Form.COPY)
+    assert found.seconds.keys() == {"decoding_many", "reading"}
+    device = Device(Form.COPY)
+    found = calibrate(tiny_llama(), BOTH, device.use, limit_seconds=0.0, clock=device.clock)
+    assert (found.forms, found.seconds) == (Forms.all(Form.GATHER), {})
 
 
 def test_calibration_of_one_form_measures_nothing() -> None:
-    def never(routing: Routing, form: int) -> None:
+    def never(routing: Routing, form: Form) -> None:
         raise AssertionError("nothing is to be measured")
 
-    found = calibrate(tiny_llama(), {"only": 1}, never)
-    assert (set(found.chosen.values()), found.seconds) == ({"only"}, {})
+    found = calibrate(tiny_llama(), [Form.COPY], never)
+    assert (found.forms, found.seconds) == (Forms.all(Form.COPY), {})
 
 
 def test_calibration_that_fails_leaves_the_model_as_it_was() -> None:
-    def fail(routing: Routing, form: int) -> None:
+    def fail(routing: Routing, form: Form) -> None:
         raise UnsupportedModelError(["this form fails"])
 
     model = tiny("qwen3_next, recurrent, experts")
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError):
-        calibrate(model, {"one": 1, "two": 2}, fail)
+        calibrate(model, BOTH, fail)
     assert snapshot(model) == before
 
 
