@@ -3,19 +3,19 @@
     o_p = y_p + w·B_p (A_p x)     for each row, with the factors of the row's slot; y_p where it has none;
     o_p = f_p ⊙ (y_p + w·B_p (A_p x))                                                  for DoRA
 
-Launches are what adapters cost on a GPU, not arithmetic, so shrink, expand, scale and addition are one. A
-row's input is split over a cluster of eight blocks, which add their parts of A x up through distributed
-shared memory (NVIDIA Hopper and later; elsewhere each block computes all of it); each block then writes an
-eighth of the outputs. Sums are in float32, and the delta is rounded to the layer's type before it is added,
-as mlx-lm does. The base layers of a group and the kernel are compiled to one function, because the host is
-slower at building graphs than the GPU at computing them. Where with_base.py can, it takes the place of
-both. Knows no routing beyond a pass's packed rows.
+Launches are what adapters cost on a GPU, not arithmetic, so shrink, expand, scale and addition are one, and
+rows of any ranks, targets and kinds share it (launches.py). A row's input is split over a cluster of eight
+blocks, which add their parts of A x up through distributed shared memory (NVIDIA Hopper and later; elsewhere
+each block computes all of it); each block then writes an eighth of the outputs. Sums are in float32, and the
+delta is rounded to the layer's type before it is added, as mlx-lm does. The base layers of a group and the
+kernel are compiled to one function, because the host is slower at building graphs than the GPU at computing
+them. Where with_base.py can, it takes the place of both.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,20 +23,21 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers.modules import compute_dtype
-from .cuda import Function, make_function
-from .kernel_source import kernel_source
+from .cuda import TYPES, Function, make_function
+from .kernel_source import LARGEST_RANK, add_source, rank_class
+from .launches import MOST_PROJECTIONS, MOST_STACKS, Launch, plan_launches
 from .layout import GroupLayout
-from .plan import Pass
+from .plan import BatchPlan, Pass
 from .stacks import Stack
-from .with_base import BaseKernels, base_forward, base_kernels, computes_base
+from .with_base import base_forward, computes_base, product_kernel, shrink_kernel
 
 __all__ = ["Call", "Kernels", "on_cuda", "plan_calls", "run_calls"]
 
 _THREADS = 256
 _BLOCKS = 8  # for each row; also the size of a cluster, which is the most that every such GPU allows
-_LARGEST_RANK = 4096  # of a group: two floats each, of the 48 KiB that a block has
 _CLUSTERS_SINCE = 9  # major compute capability
 _MOST_COMPILED = 1024  # functions, for as many sizes of batch and stack; then all are made anew
+_STACKS = (1, 4, MOST_STACKS)  # that a text may be made for
 
 
 def on_cuda() -> bool:
@@ -45,7 +46,7 @@ def on_cuda() -> bool:
 
 
 class Kernels:
-    """One kernel for each shape of group and type of input, made when first asked for.
+    """The kernels, each made when first asked for.
 
     `clusters` says whether the GPU has clusters of blocks; None finds out. For a benchmark, `with_base`
     False leaves all base layers to MLX, and `compiles` False does so and keeps them apart from the kernel.
@@ -56,74 +57,107 @@ class Kernels:
         self._clusters = int(capability) >= _CLUSTERS_SINCE if clusters is None else clusters
         self._compiles = compiles
         self._with_base = with_base and compiles and self._clusters
-        self._made: dict[str, Function] = {}
+        self._made: dict[tuple[Any, ...], Function] = {}
         self._compiled: dict[tuple[Any, ...], Function] = {}
 
-    def get(self, layout: GroupLayout, dtype: mx.Dtype) -> Function:
-        """The kernel for inputs and outputs of `dtype` and factors in `layout`.
+    def add(self, dtype: mx.Dtype, factors: mx.Dtype, stacks: int, ranks: int) -> Function:
+        """The kernel for inputs and outputs of `dtype`: (x, rows, table, *slabs, *ys) → outputs.
 
-        x (B, 1, in), slab (slots, size), packed rows (B, 2), y_p (B, 1, out_p) → o_p (B, 1, out_p).
+        x (B, 1, in), slabs (slots, size) of `factors`, y_p (B, 1, out_p) → o_p (B, 1, out_p).
         """
-        text = kernel_source(layout, dtype, _THREADS, _BLOCKS, self._clusters)
-        if text.name not in self._made:
-            places = range(len(layout.projections))
-            inputs = ["x", "slab", "rows", *(f"y{place}" for place in places)]
-            self._made[text.name] = make_function(text, inputs, [f"o{place}" for place in places])
-        return self._made[text.name]
+        text = add_source(dtype, factors, stacks, ranks, _THREADS, _BLOCKS, self._clusters)
+        places = range(MOST_PROJECTIONS)
+        slabs, ys = [f"s{at}" for at in range(stacks)], [f"y{at}" for at in places]
+        return make_function(text, ["x", "rows", "table", *slabs, *ys], [f"o{at}" for at in places])
 
-    def base_kernels(self, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels:
-        """The kernels that compute base layers as well, for batches of so many rows."""
-        return base_kernels(layout, dtype, rows)
+    def shrink(self, dtype: mx.Dtype, factors: mx.Dtype, stacks: int) -> Function:
+        """The first of the two kernels that compute base layers as well."""
+        return shrink_kernel(dtype, factors, stacks)
+
+    def product(self, dtype: mx.Dtype, factors: mx.Dtype, stacks: int, rows: int, in_size: int) -> Function:
+        """The second of them, for batches of so many rows."""
+        return product_kernel(dtype, factors, stacks, rows, in_size)
+
+    def adding(self, launch: Launch, dtype: mx.Dtype) -> Function:
+        """(x, rows, table, *slabs, *ys) → the outputs of all projections, for launches like `launch`."""
+        key = dtype, launch.dtype, _stacks(launch), rank_class(launch.rank)
+        kernel = self._kept(("add", *key), lambda: self.add(*key))
+        rows, missing = launch.rows.shape[0], MOST_PROJECTIONS - len(launch.sizes)
+        form: dict[str, Any] = {
+            "grid": (_THREADS * _BLOCKS, rows, 1),
+            "threadgroup": (_THREADS, 1, 1),
+            "output_shapes": [*((rows, 1, size) for size in launch.sizes), *([(1,)] * missing)],
+            "output_dtypes": [dtype] * MOST_PROJECTIONS,
+        }
+        count = len(launch.sizes)
+
+        def forward(x: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
+            return kernel(inputs=[x, *arrays, *(arrays[-1:] * missing)], **form)[:count]
+
+        return forward
 
     def compiled(
-        self, kernel: Function, one: Pass, stack: Stack, dtype: mx.Dtype, linears: Mapping[str, nn.Module]
+        self, launch: Launch, dtype: mx.Dtype, linears: Mapping[str, nn.Module], all_adapted: bool
     ) -> Function | None:
-        """The layers of a group as one function of (x, slab, packed, *the arrays of the layers).
+        """The layers of a group as one function of (x, rows, table, *slabs, *the arrays of the layers).
 
         Layers of the same form share it. None if these are not to be compiled.
         """
-        layout, rows = stack.layout, one.packed.shape[0]
-        mine = [linears[projection.path] for projection in layout.projections]
+        mine = [linears[path] for path in launch.paths]
         if not self._compiles or any(type(linear) not in (nn.Linear, nn.QuantizedLinear) for linear in mine):
             return None
-        with_base = self._with_base and computes_base(layout, dtype, linears, one)
-        key = (kernel, with_base, rows, stack.slab.shape[0], *(_form(linear) for linear in mine))
+        with_base = self._with_base and all_adapted and computes_base(launch, dtype, linears)
+        rows, slabs = launch.rows.shape[0], tuple(slab.shape for slab in _slabs(launch))
+        key = (with_base, dtype, launch.dtype, rows, launch.in_size, launch.sizes, launch.rank, slabs)
+        key += tuple(_form(linear) for linear in mine)
         if key not in self._compiled:
             if len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.clear()
-            if with_base:
-                found = base_forward(self.base_kernels(layout, dtype, rows), layout, dtype, rows)
-            else:
-                # Copies to put other layers' arrays into while the function is traced.
-                copies = [copy.copy(linear) for linear in mine]
-                found = _forward(kernel, _kernel_form(layout, dtype, rows), copies)
-            self._compiled[key] = mx.compile(found)
+            self._compiled[key] = mx.compile(self._forward(launch, dtype, mine, with_base))
         return self._compiled[key]
 
+    def _forward(
+        self, launch: Launch, dtype: mx.Dtype, linears: Sequence[nn.Module], with_base: bool
+    ) -> Function:
+        if not with_base:
+            # Copies to put other layers' arrays into while the function is traced.
+            return _with_layers(self.adding(launch, dtype), _stacks(launch), list(map(copy.copy, linears)))
+        key = dtype, launch.dtype, _stacks(launch)
+        shrink = self._kept(("shrink", *key), lambda: self.shrink(*key))
+        shape = launch.rows.shape[0], launch.in_size
+        product = self._kept(("product", *key, *shape), lambda: self.product(*key, *shape))
+        return base_forward(shrink, product, launch, dtype)
 
-def _kernel_form(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> dict[str, Any]:
-    """How `Kernels.get` is launched for a batch of so many rows, and the form of what it writes."""
-    return {
-        "grid": (_THREADS * _BLOCKS, rows, 1),
-        "threadgroup": (_THREADS, 1, 1),
-        "output_shapes": [(rows, 1, projection.out_size) for projection in layout.projections],
-        "output_dtypes": [dtype] * len(layout.projections),
-    }
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Function]) -> Function:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
-def _forward(kernel: Function, form: dict[str, Any], linears: Sequence[nn.Module]) -> Function:
-    def forward(x: mx.array, slab: mx.array, packed: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
-        left = iter(arrays)
+def _stacks(launch: Launch) -> int:
+    """For how many stacks the text is made that takes those of `launch`."""
+    return next(count for count in _STACKS if len(launch.stacks) <= count)
+
+
+def _slabs(launch: Launch) -> list[mx.array]:
+    """The slabs that the kernel is given: in the places that are left, the first again."""
+    slabs = [stack.slab for stack in launch.stacks]
+    return slabs + slabs[:1] * (_stacks(launch) - len(slabs))
+
+
+def _with_layers(adding: Function, stacks: int, linears: Sequence[nn.Module]) -> Function:
+    def forward(x: mx.array, rows: mx.array, table: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
+        left = iter(arrays[stacks:])
         for linear in linears:
             for name in _array_names(linear):
                 linear[name] = next(left)
-        return kernel(inputs=[x, slab, packed, *(linear(x) for linear in linears)], **form)
+        return adding(x, rows, table, *arrays[:stacks], *(linear(x) for linear in linears))
 
     return forward
 
 
 def _form(linear: nn.Module) -> tuple[Any, ...]:
-    """What decides how a layer computes, beside the shapes that its group's kernel has in it."""
+    """What decides how a layer computes, beside the sizes of its launch."""
     settings = (getattr(linear, name, None) for name in ("bits", "group_size", "mode"))
     return (type(linear), *settings, *((name, linear[name].dtype) for name in _array_names(linear)))
 
@@ -134,18 +168,14 @@ def _array_names(linear: nn.Module) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One launch for one batch: the kernel, what it reads beside the input, and the form of what it writes.
+    """One launch for one batch: `adding` computes it from the outputs of the base layers, `bases`.
 
-    `paths` are the layers in the kernel's order, `bases` their base layers' forwards. `compiled` computes
-    these as well, from `arrays`; None where they cannot be compiled, and in a later call, which adds to what
-    the first computed.
+    `compiled` computes these as well, from `arrays`; None where they cannot be compiled, and in a later
+    call, which adds to what the first computed.
     """
 
-    kernel: Function
-    form: dict[str, Any]
-    stack: Stack
-    packed: mx.array
-    paths: tuple[str, ...]
+    launch: Launch
+    adding: Function
     bases: tuple[Callable[[mx.array], mx.array], ...]
     compiled: Function | None
     arrays: tuple[mx.array, ...]
@@ -153,61 +183,45 @@ class Call:
 
 def plan_calls(
     steps: Sequence[tuple[Pass, Stack]],
+    plan: BatchPlan,
     dtype: mx.Dtype,
     kernels: Kernels,
     linears: Mapping[str, nn.Module],
 ) -> tuple[Call, ...] | None:
     """The launches that compute `steps` for inputs of `dtype`, in order; None where the kernel cannot."""
-    if not all(_fits(stack.layout, dtype, linears) for _, stack in steps):
+    paths: set[str] = set()
+    for _, stack in steps:
+        paths |= stack.layout.ranks.keys()
+    if len(paths) > MOST_PROJECTIONS or not all(_fits(s.layout, dtype, linears) for _, s in steps):
         return None
-    return tuple(
-        _plan_call(one, stack, dtype, kernels, linears, is_first=at == 0)
-        for at, (one, stack) in enumerate(steps)
-    )
+    calls = []
+    for launch in plan_launches(steps, plan.batch_size, plan.known_arrays):
+        mine = [linears[path] for path in launch.paths]
+        is_first = not any(set(launch.paths) & set(call.launch.paths) for call in calls)
+        calls.append(
+            Call(
+                launch=launch,
+                adding=kernels.adding(launch, dtype),
+                bases=tuple(linear.__call__ for linear in mine),
+                compiled=kernels.compiled(launch, dtype, linears, plan.all_adapted) if is_first else None,
+                arrays=tuple(linear[name] for linear in mine for name in _array_names(linear)),
+            )
+        )
+    return tuple(calls)
 
 
-def _plan_call(
-    one: Pass,
-    stack: Stack,
-    dtype: mx.Dtype,
-    kernels: Kernels,
-    linears: Mapping[str, nn.Module],
-    *,
-    is_first: bool,
-) -> Call:
-    projections = stack.layout.projections
-    mine = [linears[projection.path] for projection in projections]
-    kernel = _kernel_of(stack, dtype, kernels)
-    return Call(
-        kernel=kernel,
-        form=_kernel_form(stack.layout, dtype, one.packed.shape[0]),
-        stack=stack,
-        packed=one.packed,
-        paths=tuple(projection.path for projection in projections),
-        bases=tuple(linear.__call__ for linear in mine),
-        compiled=kernels.compiled(kernel, one, stack, dtype, linears) if is_first else None,
-        arrays=tuple(linear[name] for linear in mine for name in _array_names(linear)),
-    )
-
-
-def _kernel_of(stack: Stack, dtype: mx.Dtype, kernels: Kernels) -> Function:
-    """The kernel for a stack, which keeps it: to make its text takes longer than to lay out a batch."""
-    if dtype not in stack.kernels:
-        stack.kernels[dtype] = kernels.get(stack.layout, dtype)
-    return stack.kernels[dtype]
-
-
-def run_calls(x: mx.array, calls: Sequence[Call]) -> dict[str, mx.array]:
+def run_calls(x: mx.array, calls: Iterable[Call]) -> dict[str, mx.array]:
     """The outputs (B, 1, out) of all layers that the calls touch, by path, for x (B, 1, in)."""
     outputs: dict[str, mx.array] = {}
     for call in calls:
+        launch = call.launch
+        given = (x, launch.rows, launch.table, *_slabs(launch))
         if call.compiled is not None:
-            found = call.compiled(x, call.stack.slab, call.packed, *call.arrays)
+            found = call.compiled(*given, *call.arrays)
         else:
-            layers = zip(call.paths, call.bases, strict=True)
-            ys = [outputs[path] if path in outputs else base(x) for path, base in layers]
-            found = call.kernel(inputs=[x, call.stack.slab, call.packed, *ys], **call.form)
-        outputs.update(zip(call.paths, found, strict=True))
+            layers = zip(launch.paths, call.bases, strict=True)
+            found = call.adding(*given, *(outputs[p] if p in outputs else base(x) for p, base in layers))
+        outputs.update(zip(launch.paths, found, strict=True))
     return outputs
 
 
@@ -217,11 +231,13 @@ def _fits(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module]
     It wants whole vectors of 16 bytes, outputs of the input's type, sums that fit into a block's own memory,
     and no bias, neither of a layer whose DoRA would scale it nor of the adapter's own.
     """
-    if layout.has_bias:
+    if layout.has_bias or layout.size >= 1 << 31:
         return False
-    if dtype.size > layout.dtype.size or not mx.issubdtype(dtype, mx.floating) or layout.rank > _LARGEST_RANK:
+    if dtype not in TYPES or layout.dtype not in TYPES or dtype.size > layout.dtype.size:
         return False
-    if any(compute_dtype(linears[p.path], dtype) != dtype for p in layout.projections):
+    if layout.rank > LARGEST_RANK or any(
+        compute_dtype(linears[p.path], dtype) != dtype for p in layout.projections
+    ):
         return False
     width = 16 // layout.dtype.size
     if layout.in_size % width or any(p.out_size % width for p in layout.projections):

@@ -1,7 +1,8 @@
-"""The CUDA source of the fused kernel for one shape of group. Text in, text out; knows no MLX arrays.
+"""The CUDA source of the kernel that adds the low-rank terms of rows of any layouts. Knows no MLX arrays.
 
-Sizes are constants of the source rather than arguments, which costs one compilation for each shape of group
-and spares arguments in every launch. The text is kept short because MLX reads it again for each launch.
+Sizes, ranks and offsets come from the tables of launches.py, so that the text depends on types and on how
+many stacks it may be given, and can be compiled before any adapter comes. It is kept short because MLX reads
+it again for each launch.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import mlx.core as mx
 
 from .cuda import TYPES, Text, named
-from .layout import GroupLayout
+from .launches import STACK_NUMBERS, TABLE_START
 
-__all__ = ["kernel_source"]
+__all__ = ["LARGEST_RANK", "add_source", "of_stack", "rank_class"]
 
 _VECTOR_BYTES = 16
-_ACCUMULATORS = 8  # dot products that a warp computes at a time, and rows of B that a thread loads at a time
+_RANKS = (512, 4096)  # for which a block has room: two floats each, of its 48 KiB
+LARGEST_RANK = _RANKS[-1]
 
 _HEADER = """#include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -45,32 +47,22 @@ f[2*i]=v.x;f[2*i+1]=v.y;
 template<int W>__device__ __forceinline__ void widen(const Raw<W>&r,float*f,float){
 #pragma unroll
 for(int i=0;i<W;++i)f[i]=__uint_as_float(r.q[i]);}
-}
-"""
-
-# Two blocks of a multiprocessor hide each other's waits. The attributes go to the function that MLX writes.
-_ATTRIBUTES = """#undef __global__
-#define __global__ __attribute__((global)) __attribute__((launch_bounds({threads},2))) {cluster}
-"""
-
-_SHRINK = """if(slot>=0){
-constexpr int each=(K/V+KS-1)/KS;
-const int k0=KS>1?g*each:0,k1=min(k0+each,K/V);
-const TX*xr=x+long(row)*K;
-for(int j0=0;j0<WR;j0+=AC){
+template<int AC,int V,int XW,class TX,class TA>__device__ __forceinline__ void shrink(
+const TX*xr,const TA*a,int K,int PR,int k0,int k1,int lane,int warp,int W,float*part){
+for(int j0=0;warp+j0*W<PR;j0+=AC){
 float acc[AC]={};
 #pragma unroll 4
 for(int k=k0+lane;k<k1;k+=32){
-const auto xu=graft::load<XW>(xr+long(k)*V);
-graft::Raw<4> au[AC];
+const auto xu=load<XW>(xr+long(k)*V);
+Raw<4> au[AC];
 #pragma unroll
-for(int j=0;j<AC;++j)au[j]=graft::load<4>(base+long(min(warp+(j0+j)*W,PR-1))*K+long(k)*V);
+for(int j=0;j<AC;++j)au[j]=load<4>(a+long(min(warp+(j0+j)*W,PR-1))*K+long(k)*V);
 float xf[V];
-graft::widen(xu,xf,TX());
+widen(xu,xf,TX());
 #pragma unroll
 for(int j=0;j<AC;++j){
 float af[V];
-graft::widen(au[j],af,TA());
+widen(au[j],af,TA());
 #pragma unroll
 for(int e=0;e<V;++e)acc[j]+=af[e]*xf[e];
 }}
@@ -81,115 +73,120 @@ for(int d=16;d>0;d/=2)acc[j]+=__shfl_xor_sync(0xffffffffu,acc[j],d);
 const int r=warp+(j0+j)*W;
 if(lane==0&&r<PR)part[r]=acc[j];
 }}}
+}
 """
 
+# Two blocks of a multiprocessor hide each other's waits. The attributes go to the function that MLX writes.
+_ATTRIBUTES = """#undef __global__
+#define __global__ __attribute__((global)) __attribute__((launch_bounds({threads},2))) {cluster}
+"""
+
+_SHRINK = """__shared__ float part[CAP];
+__shared__ float h[CAP];
+const int row=blockIdx.y,g=blockIdx.x,t=threadIdx.x,lane=t%32,warp=t/32;
+const int stack=rows[4*row];
+const float weight=__int_as_float(rows[4*row+2]);
+const int*of=table+START+NUMBERS*max(stack,0);
+const TA*base=BASE+long(rows[4*row+1])*of[0];
+const int K=table[3],PR=of[1];
+if(stack>=0){
+const int each=(K/V+KS-1)/KS;
+const int k0=KS>1?g*each:0,k1=min(k0+each,K/V);
+const TX*xr=x+long(row)*K;
+if(PR<=2*W)graft::shrink<2,V,XW>(xr,base,K,PR,k0,k1,lane,warp,W,part);
+else if(PR<=4*W)graft::shrink<4,V,XW>(xr,base,K,PR,k0,k1,lane,warp,W,part);
+else if(PR<=6*W)graft::shrink<6,V,XW>(xr,base,K,PR,k0,k1,lane,warp,W,part);
+else graft::shrink<8,V,XW>(xr,base,K,PR,k0,k1,lane,warp,W,part);
+}
+"""
+
+# Blocks of one cluster have the same row, so that all of them or none meet here.
 _SUM_OF_CLUSTER = """const auto cluster=cg::this_cluster();
+if(stack>=0){
 cluster.sync();
-if(slot>=0)for(int r=t;r<PR;r+=TH){
+for(int r=t;r<PR;r+=TH){
 float s=0.f;
 #pragma unroll
 for(int c=0;c<KS;++c)s+=cluster.map_shared_rank(part,c)[r];
 h[r]=s*weight;
 }
 cluster.sync();
+}
 """
 
-_SUM_OF_BLOCK = """__syncthreads();
-if(slot>=0)for(int r=t;r<PR;r+=TH)h[r]=part[r]*weight;
+_SUM_OF_BLOCK = """if(stack>=0){
 __syncthreads();
+for(int r=t;r<PR;r+=TH)h[r]=part[r]*weight;
+__syncthreads();
+}
 """
 
-_EXPAND = """const auto yu=graft::load<XW>(yp+at);
-float v[V];
+_EXPAND = """const int v0=table[0]/V,v1=v0+table[1]/V,total=v1+table[2]/V;
+const int share=(total+BLOCKS-1)/BLOCKS,last=min((g+1)*share,total);
+for(int i=g*share+t;i<last;i+=TH){
+const int p=(i>=v0)+(i>=v1),on=table[p],c=(i-(p==0?0:p==1?v0:v1))*V;
+const long at=long(row)*on+c;
+const auto yu=graft::load<XW>((p==0?y0:p==1?y1:y2)+at);
+TX*to=(p==0?o0:p==1?o1:o2)+at;
+const int R=stack>=0?of[4+4*p]:0;
+if(R==0){graft::store<XW>(to,yu);continue;}
+const float*hp=h+of[5+4*p];
+const TA*b=base+of[6+4*p]+c;
+const int f0=of[7+4*p];
+float v[V],s[V]={};
 graft::widen(yu,v,TX());
-if(slot>=0){
-float s[V]={};
-for(int r0=0;r0<R;r0+=BR){
-graft::Raw<4> bu[BR];
+for(int r0=0;r0<R;r0+=8){
+graft::Raw<4> bu[8];
 #pragma unroll
-for(int r=0;r<BR;++r)bu[r]=graft::load<4>(base+b0+long(min(r0+r,R-1))*on+long(i-i0)*V);
+for(int r=0;r<8;++r)bu[r]=graft::load<4>(b+long(min(r0+r,R-1))*on);
 #pragma unroll
-for(int r=0;r<BR;++r)if(r0+r<R){
+for(int r=0;r<8;++r)if(r0+r<R){
 float bf[V];
 graft::widen(bu[r],bf,TA());
-const float hr=h[h0+r0+r];
 #pragma unroll
-for(int e=0;e<V;++e)s[e]+=hr*bf[e];
+for(int e=0;e<V;++e)s[e]+=hp[r0+r]*bf[e];
 }}
 #pragma unroll
 for(int e=0;e<V;++e)v[e]+=float(TX(s[e]));
-"""
-
-_SCALE = """float f[V];
-graft::widen(graft::load<4>(base+f0+long(i-i0)*V),f,TA());
+if(f0>=0){
+float f[V];
+graft::widen(graft::load<4>(base+f0+c),f,TA());
 #pragma unroll
 for(int e=0;e<V;++e)v[e]=f[e]*float(TX(v[e]));
-"""
-
-_STORE = """}
+}
 union{TX x[V];graft::Raw<XW> raw;}out;
 #pragma unroll
 for(int e=0;e<V;++e)out.x[e]=TX(v[e]);
-graft::store<XW>(op+at,out.raw);
+graft::store<XW>(to,out.raw);
 }
 """
 
 
-def kernel_source(layout: GroupLayout, dtype: mx.Dtype, threads: int, blocks: int, clusters: bool) -> Text:
-    """The text for `mx.fast.cuda_kernel`; inputs and outputs have `dtype`.
+def add_source(
+    dtype: mx.Dtype, factors: mx.Dtype, stacks: int, ranks: int, threads: int, blocks: int, clusters: bool
+) -> Text:
+    """The text for inputs and outputs of `dtype`, factors of `factors`, and at most so many stacks.
 
-    The grid is (threads·blocks, rows, 1), in groups of (threads, 1, 1).
+    `ranks` is a `rank_class`. The grid is (threads·blocks, rows, 1), in groups of (threads, 1, 1).
     """
+    width = _VECTOR_BYTES // factors.size
     cluster = f"__attribute__((cluster_dims({blocks},1,1)))" if clusters else ""
     header = _HEADER + _ATTRIBUTES.format(threads=threads, cluster=cluster)
-    body = (
-        _constants(layout, dtype, threads, blocks if clusters else 1)
-        + _SHRINK
-        + (_SUM_OF_CLUSTER if clusters else _SUM_OF_BLOCK)
-        + _loop(layout, blocks)
-        + _EXPAND
-        + (_SCALE if layout.is_dora else "")
-        + _STORE
-    )
+    constants = f"""using TX={TYPES[dtype]};
+using TA={TYPES[factors]};
+constexpr int V={width},XW={width * dtype.size // 4},CAP={ranks},TH={threads},W={threads // 32};
+constexpr int BLOCKS={blocks},KS={blocks if clusters else 1},START={TABLE_START},NUMBERS={STACK_NUMBERS};
+"""
+    shrink = _SHRINK.replace("BASE", of_stack(stacks))
+    body = constants + shrink + (_SUM_OF_CLUSTER if clusters else _SUM_OF_BLOCK) + _EXPAND
     return named("add", header, body)
 
 
-def _constants(layout: GroupLayout, dtype: mx.Dtype, threads: int, parts: int) -> str:
-    width = _VECTOR_BYTES // layout.dtype.size
-    warps = threads // 32
-    per_warp = -(-layout.rank // warps)
-    largest = max(projection.rank for projection in layout.projections)
-    return f"""using TX={TYPES[dtype]};
-using TA={TYPES[layout.dtype]};
-constexpr int V={width},XW={width * dtype.size // 4},K={layout.in_size},PR={layout.rank};
-constexpr int TH={threads},W={warps};
-constexpr int WR={per_warp},AC={min(per_warp, _ACCUMULATORS)},BR={min(largest, _ACCUMULATORS)},KS={parts};
-__shared__ float part[PR];
-__shared__ float h[PR];
-const int row=blockIdx.y,g=blockIdx.x,t=threadIdx.x,lane=t%32,warp=t/32,slot=rows[2*row];
-const float weight=__int_as_float(rows[2*row+1]);
-const TA*base=slab+long(slot)*{layout.size};
-"""
+def of_stack(stacks: int) -> str:
+    """The expression for the slab of the stack whose number is `stack`."""
+    return "(" + "".join(f"stack=={at}?s{at}:" for at in range(1, stacks)) + "s0)"
 
 
-def _loop(layout: GroupLayout, blocks: int) -> str:
-    """The head of the loop over a block's share of the outputs, which finds the projection of each vector."""
-    width = _VECTOR_BYTES // layout.dtype.size
-    total = sum(projection.out_size for projection in layout.projections) // width
-    share = -(-total // blocks)
-    lines = [
-        f"const int last=min((g+1)*{share},{total});",
-        f"for(int i=g*{share}+t;i<last;i+=TH){{",
-        "int on=0,i0=0,R=0,h0=0;long b0=0,f0=0;const TX*yp=nullptr;TX*op=nullptr;",
-    ]
-    start = 0
-    for index, projection in enumerate(layout.projections):
-        factor = layout.factors[projection.path].start if layout.is_dora else 0
-        lines.append(
-            f"if(i>={start}){{on={projection.out_size};i0={start};R={projection.rank};"
-            f"h0={layout.ranks[projection.path].start};b0={layout.b[projection.path].start};f0={factor};"
-            f"yp=y{index};op=o{index};}}"
-        )
-        start += projection.out_size // width
-    lines.append("const long at=long(row)*on+long(i-i0)*V;")
-    return "\n".join(lines) + "\n"
+def rank_class(rank: int) -> int:
+    """The least of the ranks that a text may be made for which is not below `rank`, at most LARGEST_RANK."""
+    return next(one for one in _RANKS if rank <= one)

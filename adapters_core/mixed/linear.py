@@ -85,7 +85,7 @@ class ProjectionGroup:
         if not has_rows and not (len(shape) == 2 and plan.is_flat(shape[0])):
             raise UnsupportedModelError([_strange(path, shape, plan.batch_size)])
         if len(shape) == 3 and shape[1] == 1 and self.routing.kernels is not None:
-            calls = work.calls_for(x.dtype, self.routing.kernels, self.bases)
+            calls = work.calls_for(x.dtype, plan, self.routing.kernels, self.bases)
             if calls is not None:
                 return run_calls(x, calls)
         copies = self.routing.forms.copies(plan.batch_size, x.size // (plan.batch_size * x.shape[-1]))
@@ -110,11 +110,11 @@ class Work:
         self._calls: dict[mx.Dtype, tuple[Call, ...] | None] = {}
 
     def calls_for(
-        self, dtype: mx.Dtype, kernels: Kernels, bases: dict[str, nn.Module]
+        self, dtype: mx.Dtype, plan: BatchPlan, kernels: Kernels, bases: dict[str, nn.Module]
     ) -> tuple[Call, ...] | None:
         """The kernel calls for inputs of `dtype`; None where the kernel cannot compute them."""
         if dtype not in self._calls:
-            self._calls[dtype] = plan_calls(self.products, dtype, kernels, bases)
+            self._calls[dtype] = plan_calls(self.products, plan, dtype, kernels, bases)
         return self._calls[dtype]
 
 

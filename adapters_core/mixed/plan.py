@@ -36,12 +36,12 @@ class Pass:
     `rows` (E,) uint32 are their positions in the batch, or None when they are all of it in order. `slots`
     (E,) uint32 say where the stacks keep each one's factors; `slot` is the number where all rows of the batch
     have the same. `select` (B,) uint32 rebuilds the batch from [all B old rows, then the E new ones].
-    `is_weighted` says whether any row's scale times request weight is not 1.
+    `is_weighted` says whether any row's scale times request weight is not 1. `entries` are (row, slot, weight).
     """
 
     def __init__(self, layout: Layout, entries: Sequence[tuple[int, int, float]], batch_size: int) -> None:
         self.layout = layout
-        self._entries = entries
+        self.entries = tuple(entries)
         self._batch_size = batch_size
         self._weights: dict[mx.Dtype, mx.array] = {}
         rows = [row for row, _, _ in entries]
@@ -73,20 +73,20 @@ class Pass:
         """Scale times request weight of each row, (E, 1, 1)."""
         found = self._weights.get(dtype)
         if found is None:
-            factors = mx.array([factor for _, _, factor in self._entries], dtype=mx.float32)
+            factors = mx.array([factor for _, _, factor in self.entries], dtype=mx.float32)
             found = self._weights[dtype] = factors.reshape(-1, 1, 1).astype(dtype)
         return found
 
     @property
     def slot_numbers(self) -> list[int]:
         """The slot of each row concerned."""
-        return [slot for _, slot, _ in self._entries]
+        return [slot for _, slot, _ in self.entries]
 
     @cached_property
     def packed(self) -> mx.array:
-        """(B, 2) int32 for a kernel: each row's slot, -1 where there is none, and the bits of its weight."""
+        """(B, 2) int32 for experts: each row's slot, -1 where there is none, and the bits of its weight."""
         packed = np.full((self._batch_size, 2), -1, dtype=np.int32)
-        for row, slot, factor in self._entries:
+        for row, slot, factor in self.entries:
             packed[row] = slot, np.float32(factor).view(np.int32)
         return mx.array(packed)
 
@@ -95,11 +95,14 @@ class BatchPlan:
     """The rows of one batch, laid out once and used by every layer of every forward until they change.
 
     `memo` is for what layers of one forward share; it is emptied when the forward ends. `length` is how many
-    tokens of each row the forward under way reads.
+    tokens of each row the forward under way reads. `all_adapted` says whether every row has an adapter.
+    `known_arrays` are those that launches of several groups share, by their numbers.
     """
 
     def __init__(self, rows: Sequence[RowAdapters], placements: Mapping[ResidentAdapter, Placement]) -> None:
         self.batch_size = len(rows)
+        self.all_adapted = all(rows)
+        self.known_arrays: dict[bytes, mx.array] = {}
         self.length: int | None = None
         self.memo: dict[Any, Any] = {}
         self._work: dict[Any, Any] = {}

@@ -6,7 +6,7 @@ view of it, and the stack lets go of them before it writes. Runs on the thread t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
@@ -19,13 +19,12 @@ __all__ = ["Shelf", "Stack"]
 class Stack:
     """One group's rows of several adapters: `slab` (slots, layout.size).
 
-    Views are not to be kept beyond a forward. `kernels` are the fused ones for this layout, by input type.
+    Views are not to be kept beyond a forward.
     """
 
     def __init__(self, layout: GroupLayout) -> None:
         self.layout = layout
         self.slab = mx.zeros((0, layout.size), dtype=layout.dtype)
-        self.kernels: dict[mx.Dtype, Callable[..., Sequence[mx.array]]] = {}
         self._views: dict[tuple[str, int | None], mx.array] = {}
 
     def a(self, slot: int | None = None) -> mx.array:

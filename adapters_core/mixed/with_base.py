@@ -5,20 +5,18 @@
 As in kernel.py, but W x is computed here as well, so that a group takes two launches in place of one for
 each base layer and one more. Sums are in float32, and the base's output and the delta are rounded to the
 layer's type before they are added, as mlx-lm does; what the base's sums give differs from MLX's own in their
-order alone. Says which layers and rows these kernels compute; knows no routing beyond a pass.
+order alone. Says which layers and rows these kernels compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .cuda import Function, make_function
-from .layout import GroupLayout
-from .plan import Pass
+from .launches import MOST_PROJECTIONS, Launch
 from .with_base_source import (
     INPUTS_MULTIPLE,
     MOST_ROWS,
@@ -30,38 +28,22 @@ from .with_base_source import (
     shrink_source,
 )
 
-__all__ = ["BaseKernels", "base_forward", "base_kernels", "computes_base"]
+__all__ = ["base_forward", "computes_base", "product_kernel", "shrink_kernel"]
 
 
-@dataclass(frozen=True, slots=True)
-class BaseKernels:
-    """The two kernels for one layout: (x, slab, packed) → h, and (x, h, slab, packed, *weights) → o_p.
+def computes_base(launch: Launch, dtype: mx.Dtype, linears: Mapping[str, nn.Module]) -> bool:
+    """Whether these kernels compute the layers of a launch that the kernel of its own computes.
 
-    x (B, 1, in), slab (slots, size), packed rows (B, 2), h (B, rank) in float32, weights (out_p, in),
-    o_p (B, 1, out_p).
+    They want plain weights of half precision without a bias, sizes in whole tiles, and few rows. The caller
+    sees to it that every row has an adapter: one without is to have the very bits that the base alone gives.
     """
-
-    shrink: Function
-    product: Function
-
-
-def computes_base(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module], one: Pass) -> bool:
-    """Whether these kernels compute the layers of a group that the kernel of its own computes.
-
-    They want plain weights of half precision without a bias, sizes in whole tiles, and few rows, each with
-    an adapter of this layout: a row without one is to have the very bits that the base alone gives it.
-    """
-    if one.rows is not None or one.packed.shape[0] > MOST_ROWS:
+    if launch.rows.shape[0] > MOST_ROWS or launch.in_size % INPUTS_MULTIPLE:
         return False
-    if (
-        dtype not in (mx.bfloat16, mx.float16)
-        or layout.dtype not in (dtype, mx.float32)
-        or layout.in_size % INPUTS_MULTIPLE
-    ):
+    if dtype not in (mx.bfloat16, mx.float16) or launch.dtype not in (dtype, mx.float32):
         return False
     return all(
-        p.out_size % OUTPUTS_PER_CLUSTER == 0 and _is_plain(linears[p.path], dtype)
-        for p in layout.projections
+        size % OUTPUTS_PER_CLUSTER == 0 and _is_plain(linears[path], dtype)
+        for path, size in zip(launch.paths, launch.sizes, strict=True)
     )
 
 
@@ -69,32 +51,39 @@ def _is_plain(linear: nn.Module, dtype: mx.Dtype) -> bool:
     return type(linear) is nn.Linear and "bias" not in linear and linear.weight.dtype == dtype
 
 
-def base_kernels(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels:
-    """The kernels for `layout`, inputs and outputs of `dtype`, and batches of so many rows."""
-    weights = [f"w{index}" for index in range(len(layout.projections))]
-    outputs = [f"o{index}" for index in range(len(layout.projections))]
-    return BaseKernels(
-        make_function(shrink_source(layout, dtype), ["x", "slab", "rows"], ["h"]),
-        make_function(product_source(layout, dtype, rows), ["x", "h", "slab", "rows", *weights], outputs),
-    )
+def shrink_kernel(dtype: mx.Dtype, factors: mx.Dtype, stacks: int) -> Function:
+    """(x, rows, table, *slabs) → h: x (B, 1, in), slabs (slots, size), h (B, rank) in float32."""
+    slabs = [f"s{at}" for at in range(stacks)]
+    return make_function(shrink_source(dtype, factors, stacks), ["x", "rows", "table", *slabs], ["h"])
 
 
-def base_forward(kernels: BaseKernels, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> Function:
-    """(x, slab, packed, *weights) → the outputs of all projections of `layout`, for so many rows."""
+def product_kernel(dtype: mx.Dtype, factors: mx.Dtype, stacks: int, rows: int, in_size: int) -> Function:
+    """(x, h, rows, table, *slabs, *weights) → o_p: weights (out_p, in), o_p (B, 1, out_p)."""
+    places = range(MOST_PROJECTIONS)
+    inputs = ["x", "h", "rows", "table", *(f"s{at}" for at in range(stacks)), *(f"w{at}" for at in places)]
+    text = product_source(dtype, factors, stacks, rows, in_size)
+    return make_function(text, inputs, [f"o{at}" for at in places])
+
+
+def base_forward(shrink: Function, product: Function, launch: Launch, dtype: mx.Dtype) -> Function:
+    """(x, rows, table, *slabs, *weights) → the outputs of all projections, for launches like `launch`."""
+    rows, missing = launch.rows.shape[0], MOST_PROJECTIONS - len(launch.sizes)
     group = {"threadgroup": (THREADS, 1, 1)}
-    shrink = group | {
-        "grid": (THREADS * -(-layout.rank // SHRINK_RANKS), rows, 1),
-        "output_shapes": [(rows, layout.rank)],
+    shrunk = group | {
+        "grid": (THREADS * -(-launch.rank // SHRINK_RANKS), rows, 1),
+        "output_shapes": [(rows, launch.rank)],
         "output_dtypes": [mx.float32],
     }
-    product = group | {
-        "grid": (THREADS * product_blocks(layout, rows), 1, 1),
-        "output_shapes": [(rows, 1, projection.out_size) for projection in layout.projections],
-        "output_dtypes": [dtype] * len(layout.projections),
+    made = group | {
+        "grid": (THREADS * product_blocks(launch.sizes, rows), 1, 1),
+        "output_shapes": [*((rows, 1, size) for size in launch.sizes), *([(1,)] * missing)],
+        "output_dtypes": [dtype] * MOST_PROJECTIONS,
     }
 
-    def forward(x: mx.array, slab: mx.array, packed: mx.array, *weights: mx.array) -> Sequence[mx.array]:
-        [h] = kernels.shrink(inputs=[x, slab, packed], **shrink)
-        return kernels.product(inputs=[x, h, slab, packed, *weights], **product)
+    def forward(x: mx.array, rows: mx.array, table: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
+        slabs, weights = arrays[: -len(launch.sizes)], arrays[-len(launch.sizes) :]
+        [h] = shrink(inputs=[x, rows, table, *slabs], **shrunk)
+        weights += weights[:1] * missing
+        return product(inputs=[x, h, rows, table, *slabs, *weights], **made)[: len(launch.sizes)]
 
     return forward

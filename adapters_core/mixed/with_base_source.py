@@ -5,15 +5,19 @@ each warp takes two outputs as matrix times vector. For more, a cluster of eight
 one projection and divides the inputs between its blocks. Each warp multiplies 16 rows of W by all rows of the
 batch on the tensor cores, straight from memory: the order in which a sum runs over the inputs is free, so
 each thread takes 16 bytes in one piece. The parts are added up through distributed shared memory; each block
-then adds the low-rank terms of its sixteen outputs and writes them. Knows no MLX arrays.
+then adds the low-rank terms of its sixteen outputs and writes them. As in kernel_source.py, what adapters and
+layers differ in comes from the tables of launches.py. Knows no MLX arrays.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from .cuda import TYPES, Text, named
-from .layout import GroupLayout
+from .kernel_source import of_stack
+from .launches import STACK_NUMBERS, TABLE_START
 
 __all__ = [
     "INPUTS_MULTIPLE",
@@ -78,16 +82,18 @@ _ATTRIBUTES = """#undef __global__
 #define __global__ __attribute__((global)) __attribute__((launch_bounds({threads},{blocks}))) {cluster}
 """
 
-# In the texts: T and A are the types of input and factors. K is the inputs, PR the rank of all layers of
-# the group, SIZE the numbers of a slot; RB the rows of A for a block, TH its threads; NT the tiles of eight
-# rows, U the vectors a thread reads ahead, CB the blocks of a cluster and BM its outputs. `on`, `R`, `w`,
-# `to` are a layer's outputs, rank, weights and what it writes; `h0`, `b0`, `f0` where its part of h, its B
-# and its DoRA factors begin, `first` the number of its first cluster, or block.
+# In the texts: T and A are the types of input and factors. K is the inputs; RB the rows of A for a block, TH
+# its threads; NT the tiles of eight rows, U the vectors a thread reads ahead, CB the blocks of a cluster and BM
+# its outputs. `p` is the projection, `on` its outputs, `w` its weights, `to` what it writes, and `first` the
+# number of its first cluster, or block; HS is the stride of h.
 _SHRINK = """__shared__ float part[TH/32];
 const int row=blockIdx.y,t=threadIdx.x,lane=t%32,warp=t/32,each=TH/RB;
+const int stack=rows[4*row];
+const int*of=table+START+NUMBERS*max(stack,0);
+const int K=table[3],HS=table[4],PR=of[1];
+if(stack<0||blockIdx.x*RB>=PR)return;
 const int r=blockIdx.x*RB+t/each;
-const long slot=rows[2*row];
-const A*a=slab+slot*SIZE+long(min(r,PR-1))*K;
+const A*a=BASE+long(rows[4*row+1])*of[0]+long(min(r,PR-1))*K;
 const T*xr=x+long(row)*K;
 float s=0.f;
 #pragma unroll 4
@@ -106,7 +112,7 @@ if(t%each==0&&r<PR){
 s=0.f;
 #pragma unroll
 for(int w=0;w<each/32;++w)s+=part[warp+w];
-h[row*PR+r]=s*__int_as_float(rows[2*row+1]);
+h[row*HS+r]=s*__int_as_float(rows[4*row+2]);
 }
 """
 
@@ -115,12 +121,17 @@ _VECTOR = """const int t=threadIdx.x,lane=t%32,half=lane/16;
 const long column=long(blockIdx.x-first)*BM+t/32*2;
 const T*wr=w+column*K+8*lane;
 const T*xr=x+8*lane;
-const A*base=slab+long(rows[0])*SIZE;
+const int stack=rows[0];
+const int*of=table+START+NUMBERS*max(stack,0);
+const A*base=BASE+long(rows[1])*of[0];
+const int R=stack>=0?of[4+4*p]:0,f0=of[7+4*p];
+const float*hp=h+of[5+4*p];
+const A*b=base+of[6+4*p]+column+half;
 uint4 lo[U],hi[U];
 #pragma unroll
 for(int u=0;u<U;++u){lo[u]=graft::stream(wr+256*u);hi[u]=graft::stream(wr+K+256*u);}
 float s=0.f,y0=0.f,y1=0.f;
-for(int r=lane%16;r<R;r+=16)s+=h[h0+r]*float(__ldg(base+b0+long(r)*on+column+half));
+for(int r=lane%16;r<R;r+=16)s+=hp[r]*float(__ldg(b+long(r)*on));
 for(int k=0;k<K;k+=256*U){
 uint4 nlo[U],nhi[U];
 const int next=k+256*U<K?k+256*U:0;
@@ -146,12 +157,8 @@ if(d<16)s+=__shfl_xor_sync(0xffffffffu,s,d);
 }
 if(lane%16==0){
 T out=T(float(T(half?y1:y0))+float(T(s)));
-"""
-
-_SCALE_ONE = """out=T(float(__ldg(base+f0+column+half))*float(out));
-"""
-
-_STORE_ONE = """to[column+half]=out;
+if(R>0&&f0>=0)out=T(float(__ldg(base+f0+column+half))*float(out));
+to[column+half]=out;
 }
 """
 
@@ -187,17 +194,24 @@ constexpr int EACH=16/NT;
 const int unit=t/EACH,sub=t%EACH,row=unit/2;
 const int within=rank*16+unit%2*8;
 const long column=long(tile-first)*BM+within;
-const A*base=slab;
+const A*base=s0;
+int f0=-1;
 float s[8]={};
-if(row<count){
-base+=long(rows[2*row])*SIZE;
+const int stack=row<count?rows[4*row]:-1;
+if(stack>=0){
+const int*of=table+START+NUMBERS*stack;
+base=BASE+long(rows[4*row+1])*of[0];
+const int R=of[4+4*p];
+const float*hp=h+row*HS+of[5+4*p];
+const A*b=base+of[6+4*p]+column;
+if(R>0)f0=of[7+4*p];
 #pragma unroll 4
 for(int r=sub;r<R;r+=EACH){
-float b[8];
-graft::widen(base+b0+long(r)*on+column,b);
-const float hr=h[row*PR+h0+r];
+float bf[8];
+graft::widen(b+long(r)*on,bf);
+const float hr=hp[r];
 #pragma unroll
-for(int e=0;e<8;++e)s[e]+=hr*b[e];
+for(int e=0;e<8;++e)s[e]+=hr*bf[e];
 }}
 asm volatile("barrier.cluster.wait.acquire.aligned;":::"memory");
 float y[8]={};
@@ -221,15 +235,24 @@ union{T x[8];uint4 raw;}out;
 for(int e=0;e<8;++e)out.x[e]=T(float(T(y[e]))+float(T(s[e])));
 """
 
-_SCALE = """float f[8];
+_STORE = """if(f0>=0){
+float f[8];
 graft::widen(base+f0+column,f);
 #pragma unroll
 for(int e=0;e<8;++e)out.x[e]=T(f[e]*float(out.x[e]));
-"""
-
-_STORE = """*reinterpret_cast<uint4*>(to+long(row)*on+column)=out.raw;
+}
+*reinterpret_cast<uint4*>(to+long(row)*on+column)=out.raw;
 }
 asm volatile("barrier.cluster.wait.acquire.aligned;":::"memory");
+"""
+
+
+# Which projection a cluster, or a block of its own, computes.
+_PLACE = """const int n0=table[0]/BM,n1=n0+table[1]/BM,at=blockIdx.x/CB;
+const int p=(at>=n0)+(at>=n1),on=table[p],first=p==0?0:p==1?n0:n1;
+const T*w=p==0?w0:p==1?w1:w2;
+T*to=p==0?o0:p==1?o1:o2;
+const int K=table[3],HS=table[4];
 """
 
 
@@ -238,71 +261,46 @@ def _row_tiles(rows: int) -> int:
     return 0 if rows == 1 else 1 if rows <= 8 else 2 if rows <= 16 else 4
 
 
-def product_blocks(layout: GroupLayout, rows: int) -> int:
-    """How many blocks of THREADS the second kernel takes."""
-    outputs = sum(projection.out_size for projection in layout.projections)
-    return outputs // _VECTOR_OUTPUTS if rows == 1 else outputs // OUTPUTS_PER_CLUSTER * _CLUSTER_BLOCKS
+def product_blocks(sizes: Sequence[int], rows: int) -> int:
+    """How many blocks of THREADS the second kernel takes for layers of these output sizes."""
+    return sum(sizes) // _VECTOR_OUTPUTS if rows == 1 else sum(sizes) // OUTPUTS_PER_CLUSTER * _CLUSTER_BLOCKS
 
 
-def shrink_source(layout: GroupLayout, dtype: mx.Dtype) -> Text:
+def shrink_source(dtype: mx.Dtype, factors: mx.Dtype, stacks: int) -> Text:
     """The text of the kernel that computes h = weight·A x (B, rank), in float32.
 
-    From x of `dtype`, slab and packed rows, all of which have a slot. The grid is
+    From x of `dtype`, at most so many slabs of `factors`, and the arrays of a launch. The grid is
     (THREADS·rank/SHRINK_RANKS, B, 1), in groups of THREADS.
     """
     header = _HEADER + "}\n" + _ATTRIBUTES.format(threads=THREADS, blocks=4, cluster="")
-    body = f"""using T={TYPES[dtype]};
-using A={TYPES[layout.dtype]};
-constexpr int K={layout.in_size},PR={layout.rank},RB={SHRINK_RANKS},TH={THREADS};
-constexpr long SIZE={layout.size};
-"""
-    return named("shrink", header, body + _SHRINK)
+    body = _types(dtype, factors) + f"constexpr int RB={SHRINK_RANKS},TH={THREADS};\n" + _SHRINK
+    return named("shrink", header, body.replace("BASE", of_stack(stacks)))
 
 
-def product_source(layout: GroupLayout, dtype: mx.Dtype, rows: int) -> Text:
-    """The text of the kernel that computes the outputs from x, h, slab, packed rows and weights.
+def product_source(dtype: mx.Dtype, factors: mx.Dtype, stacks: int, rows: int, in_size: int) -> Text:
+    """The text of the kernel that computes the outputs from x, h, slabs, the arrays of a launch and weights.
 
     The grid is (THREADS·product_blocks, 1, 1), in groups of THREADS. The text is the same for 2 to 8 rows,
-    for 9 to 16 and for 17 to 32.
+    for 9 to 16 and for 17 to 32, and for most input sizes.
     """
     tiles = _row_tiles(rows)
     if tiles == 0:
         own, resident, cluster = "", 4, ""
-        per, blocks, unroll = _VECTOR_OUTPUTS, 1, 2
-        parts = (_VECTOR, _SCALE_ONE, _STORE_ONE)
+        per, blocks, unroll, last = _VECTOR_OUTPUTS, 1, 2, _VECTOR
     else:
         own, resident = _MULTIPLY.replace("KIND", _KINDS[dtype]), 3
         cluster = f"__attribute__((cluster_dims({_CLUSTER_BLOCKS},1,1)))"
-        per, blocks, unroll = OUTPUTS_PER_CLUSTER, _CLUSTER_BLOCKS, 4
-        parts = (_PRODUCT, _SCALE, _STORE)
-    steps = layout.in_size // INPUTS_MULTIPLE
-    unroll = next(count for count in (unroll, 2, 1) if steps % count == 0)
+        per, blocks, unroll, last = OUTPUTS_PER_CLUSTER, _CLUSTER_BLOCKS, 4, _PRODUCT + _STORE
+    unroll = next(count for count in (unroll, 2, 1) if in_size // INPUTS_MULTIPLE % count == 0)
     header = _HEADER + _STREAM + own + "}\n"
     header += _ATTRIBUTES.format(threads=THREADS, blocks=resident, cluster=cluster)
-    body = f"""using T={TYPES[dtype]};
-using A={TYPES[layout.dtype]};
-constexpr int K={layout.in_size},PR={layout.rank},NT={tiles},U={unroll};
-constexpr int CB={blocks},BM={per};
-constexpr long SIZE={layout.size};
+    constants = f"constexpr int NT={tiles},U={unroll},CB={blocks},BM={per};\n"
+    body = _types(dtype, factors) + constants + _PLACE + last
+    return named("product", header, body.replace("BASE", of_stack(stacks)))
+
+
+def _types(dtype: mx.Dtype, factors: mx.Dtype) -> str:
+    return f"""using T={TYPES[dtype]};
+using A={TYPES[factors]};
+constexpr int START={TABLE_START},NUMBERS={STACK_NUMBERS};
 """
-    first, scale, last = parts
-    body += _places(layout, per) + first + (scale if layout.is_dora else "") + last
-    return named("product", header, body)
-
-
-def _places(layout: GroupLayout, per: int) -> str:
-    """Which projection a cluster, or a block of its own, computes, and where its factors lie."""
-    lines = [
-        "int on=0,R=0,h0=0,first=0;long b0=0,f0=0;const T*w=nullptr;T*to=nullptr;",
-        "{const int at=blockIdx.x/CB;",
-    ]
-    start = 0
-    for index, projection in enumerate(layout.projections):
-        path = projection.path
-        factor = layout.factors[path].start if layout.is_dora else 0
-        lines.append(
-            f"if(at>={start}){{on={projection.out_size};R={projection.rank};h0={layout.ranks[path].start};"
-            f"first={start};b0={layout.b[path].start};f0={factor};w=w{index};to=o{index};}}"
-        )
-        start += projection.out_size // per
-    return "\n".join(lines) + "}\n"

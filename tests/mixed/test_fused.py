@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import pytest
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
+from adapters_core.mixed.cuda import Function
 from adapters_core.mixed.kernel import Kernels, on_cuda
-from adapters_core.mixed.kernel_source import kernel_source
-from adapters_core.mixed.layout import GroupLayout
+from adapters_core.mixed.kernel_source import add_source
+from adapters_core.mixed.launches import MOST_STACKS
 from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row
 from adapters_core.mixed.routing import RoutedModel, Routing
-from adapters_core.mixed.with_base import BaseKernels
 from adapters_core.mixed.with_base_source import product_source, shrink_source
 from tests.mixed.architectures import tiny
 from tests.mixed.resident import Resident, only
@@ -35,60 +35,103 @@ from tests.models import (
 ALL = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
+WIDEST = 64  # the most that the ranks of a group come to here
+
+
 class StandIn(Kernels):
-    """Plain products of what a kernel is given, so that a CPU can run all but the kernel itself."""
+    """Plain sums of what a kernel is given, so that a CPU can run all but the kernel itself."""
 
     def __init__(self, compiles: bool) -> None:
         super().__init__(compiles, clusters=True)
         self.traces = self.products = 0
         self.texts: set[tuple[str, str, str]] = set()
 
-    def get(self, layout: GroupLayout, dtype: mx.Dtype) -> Callable[..., Sequence[mx.array]]:
-        name, *_ = kernel_source(layout, dtype, 256, 8, clusters=True)
-        return self._made.setdefault(name, self._stand_in(layout))
-
-    def _stand_in(self, layout: GroupLayout) -> Callable[..., Sequence[mx.array]]:
-        places = range(len(layout.projections))
-        ranks, bs, factors = (list(part.values()) for part in (layout.ranks, layout.b, layout.factors))
+    def add(self, dtype: mx.Dtype, factors: mx.Dtype, stacks: int, ranks: int) -> Function:
+        self.texts.add(add_source(dtype, factors, stacks, ranks, 256, 8, clusters=True))
 
         def kernel(inputs: list[mx.array], output_shapes: list[Any], **_: Any) -> list[mx.array]:
             self.traces += 1
-            x, slab, packed, *ys = inputs
-            assert [tuple(y.shape) for y in ys] == output_shapes
-            concerned = (packed[:, 0] >= 0)[:, None, None]
-            rows = slab[mx.maximum(packed[:, 0], 0)]
-            a = rows[:, : layout.rank * layout.in_size].reshape(-1, layout.rank, layout.in_size)
-            h = (x.astype(slab.dtype) @ a.swapaxes(-1, -2)) * packed[:, 1:, None].view(mx.float32)
-            outputs = []
-            for at, p, y in zip(places, layout.projections, ys, strict=True):
-                b = rows[:, bs[at]].reshape(-1, p.rank, p.out_size)
-                new = y + (h[..., ranks[at]] @ b).astype(y.dtype)
-                if layout.is_dora:
-                    new = rows[:, factors[at]][:, None, :].astype(y.dtype) * new
-                outputs.append(mx.where(concerned, new, y))
-            return outputs
+            x, rows, table, *rest = inputs
+            slabs, ys = rest[:stacks], rest[stacks:]
+            assert [slab.dtype for slab in slabs] == [factors] * stacks
+            told = Told(rows, table, slabs)
+            outputs = told.expanded(told.shrunk(x), ys)
+            return [
+                y if y.shape == tuple(shape) else mx.zeros(shape)
+                for y, shape in zip(outputs, output_shapes, strict=True)
+            ]
 
         return kernel
 
-    def base_kernels(self, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels:
-        self.texts |= {shrink_source(layout, dtype), product_source(layout, dtype, rows)}
-        add = self._stand_in(layout)
+    def shrink(self, dtype: mx.Dtype, factors: mx.Dtype, stacks: int) -> Function:
+        self.texts.add(shrink_source(dtype, factors, stacks))
 
-        def shrink(inputs: list[mx.array], output_shapes: list[Any], **_: Any) -> list[mx.array]:
-            x, slab, packed = inputs
-            a = slab[packed[:, 0]][:, layout.a].reshape(-1, layout.rank, layout.in_size)
-            h = (x @ a.swapaxes(-1, -2)) * packed[:, 1:, None].view(mx.float32)
-            assert [(h.shape[0], h.shape[2])] == output_shapes
-            return [h[:, 0]]
+        def kernel(inputs: list[mx.array], output_shapes: list[Any], **_: Any) -> list[mx.array]:
+            x, rows, table, *slabs = inputs
+            [(batch, rank)] = output_shapes
+            assert (batch, len(slabs)) == (len(x), stacks)
+            return [Told(rows, table, slabs).shrunk(x)[:, :rank]]
 
-        def product(inputs: list[mx.array], **form: Any) -> Sequence[mx.array]:
+        return kernel
+
+    def product(self, dtype: mx.Dtype, factors: mx.Dtype, stacks: int, rows: int, in_size: int) -> Function:
+        self.texts.add(product_source(dtype, factors, stacks, rows, in_size))
+
+        def kernel(inputs: list[mx.array], output_shapes: list[Any], **_: Any) -> list[mx.array]:
             self.products += 1
-            x, h, slab, packed, *weights = inputs
-            assert h.shape == (len(x), layout.rank)
-            assert len(x) == rows
-            return add([x, slab, packed, *(x @ weight.T for weight in weights)], **form)
+            x, h, of_rows, table, *rest = inputs
+            assert (len(x), x.shape[-1]) == (rows, in_size)
+            ys = [x @ weight.T for weight in rest[stacks:]]
+            outputs = Told(of_rows, table, rest[:stacks]).expanded(h, ys)
+            return [
+                y if y.shape == tuple(shape) else mx.zeros(shape)
+                for y, shape in zip(outputs, output_shapes, strict=True)
+            ]
 
-        return BaseKernels(shrink, product)
+        return kernel
+
+
+class Told:
+    """What a launch's two arrays say, read as a kernel reads them."""
+
+    def __init__(self, rows: mx.array, table: mx.array, slabs: list[mx.array]) -> None:
+        self.stack, self.slot = rows[:, 0], rows[:, 1]
+        self.weight = rows[:, 2:3].view(mx.float32)
+        self.table = table
+        self.flat = [slab.reshape(-1) for slab in slabs]
+
+    def of(self, number: int) -> mx.array:
+        return self.table[8 + 16 * mx.maximum(self.stack, 0) + number]
+
+    def read(self, at: mx.array) -> mx.array:
+        """The numbers at `at` (B, …) of each row's slot."""
+        more = [1] * (at.ndim - 1)
+        at = at + (self.slot * self.of(0)).reshape(-1, *more)
+        found = mx.zeros(at.shape)
+        for number, flat in enumerate(self.flat):
+            mine = (self.stack == number).reshape(-1, *more)
+            found = mx.where(mine, flat[mx.clip(at, 0, flat.size - 1)].astype(mx.float32), found)
+        return found
+
+    def shrunk(self, x: mx.array) -> mx.array:
+        r, size = mx.arange(WIDEST)[None, :, None], x.shape[-1]
+        a = self.read(mx.broadcast_to(r * size + mx.arange(size), (len(x), WIDEST, size)))
+        a = mx.where(r < self.of(1)[:, None, None], a, 0)
+        return (a @ x.astype(mx.float32).swapaxes(-1, -2))[..., 0] * self.weight
+
+    def expanded(self, h: mx.array, ys: list[mx.array]) -> list[mx.array]:
+        outputs = []
+        for p, y in enumerate(ys):
+            rank, h0, b0, f0 = (self.of(4 + 4 * p + number)[:, None] for number in range(4))
+            r, size = mx.arange(WIDEST)[None], y.shape[-1]
+            hp = mx.take_along_axis(h, mx.minimum(h0 + r, h.shape[1] - 1), axis=1)
+            hp = mx.where(r < rank, hp, 0)
+            b = self.read(b0[..., None] + r[..., None] * size + mx.arange(size))
+            new = y + (hp[:, None] @ b).astype(y.dtype)
+            scaled = self.read(f0 + mx.arange(size))[:, None].astype(y.dtype) * new
+            new = mx.where((f0 >= 0)[..., None], scaled, new)
+            outputs.append(mx.where(((self.stack[:, None] >= 0) & (rank > 0))[..., None], new, y))
+        return outputs
 
 
 class Served:
@@ -190,14 +233,81 @@ def test_what_is_blended_in_is_added_to_what_the_first_kernels_compute(tmp_path:
     assert relative_error(found, served.logits(None, rows, steps=3)) < 0.02
 
 
-def test_adapters_of_two_layouts_leave_the_base_layers_to_mlx(tmp_path: Path) -> None:
+MIXES: dict[str, list[dict[str, Any]]] = {
+    "three ranks": [{"rank": rank, "keys": ALL} for rank in (8, 16, 12)],
+    "nine layouts": [
+        {"rank": rank, "keys": keys} for rank in (4, 8, 16) for keys in (ALL[:3:2], ALL[:4], ALL)
+    ],
+    "LoRA with DoRA": [{"rank": 8, "keys": ALL}, {"rank": 8, "keys": ALL, "kind": "dora"}],
+    "queries with values": [{"rank": 8, "keys": ALL[:1]}, {"rank": 4, "keys": ALL[2:3], "kind": "dora"}],
+}
+
+
+def mixed(served: Served, root: Path, mix: str) -> list[ResidentAdapter]:
+    recipes = MIXES[mix]
+    return [
+        served.add(
+            make_adapter(
+                root / f"{mix} {at}",
+                served.routed.model,
+                **{"kind": "lora", "seed": 50 + at, "size": 0.05, "scale": 0.9} | recipe,
+            )
+        )
+        for at, recipe in enumerate(recipes)
+    ]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("rows", [1, 3, 18])
+def test_one_launch_serves_rows_of_any_layouts(mix: str, rows: int, tmp_path: Path) -> None:
     served = Served(tmp_path, half_precision(), size=0.05)
-    rows = [make_row([(served.adapters[1], 1.0)]), make_row([(served.adapters[3], 1.0)])]
+    mine = shared_out(mixed(served, tmp_path, mix), rows)
     kernels = StandIn(compiles=True)
-    found = served.logits(kernels, rows, steps=3)
+    expected = served.logits(None, mine, steps=2)
+    assert relative_error(served.logits(kernels, mine, steps=2), expected) < 0.02
+    assert kernels.products == (4 if mix != "queries with values" else 1), "one for each group"
+    assert kernels.traces == 0
+    assert relative_error(served.logits(None, [()] * rows, steps=2), expected) > 0.02, "no effect"
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_base_rows_between_rows_of_any_layouts_keep_their_bits(mix: str, tmp_path: Path) -> None:
+    served = Served(tmp_path, half_precision(), size=0.05)
+    rows: list[RowAdapters] = [(), *shared_out(mixed(served, tmp_path, mix), 9), ()]
+    kernels = StandIn(compiles=True)
+    found, expected = served.logits(kernels, rows), served.logits(None, rows)
     assert kernels.products == 0
-    assert kernels.traces > 0
-    assert relative_error(found, served.logits(None, rows, steps=3)) < 0.02
+    assert relative_error(found, expected) < 0.02
+    base = served.logits(None, [()] * len(rows))
+    assert np.array_equal(found[[0, -1]], base[[0, -1]])
+
+
+def test_more_stacks_than_a_launch_takes_are_served_by_several(tmp_path: Path) -> None:
+    served = Served(tmp_path, tiny_llama(attention_bias=False, mlp_bias=False))
+    adapters = [
+        served.add(make_adapter(tmp_path / f"of {rank}", served.routed.model, rank=rank, seed=rank, size=0.2))
+        for rank in range(4, 4 * (MOST_STACKS + 2), 4)
+        if rank <= 32 or rank % 16 == 0
+    ]
+    keys = [["self_attn.q_proj"], ["self_attn.q_proj", "self_attn.o_proj"]]
+    adapters += [
+        served.add(
+            make_adapter(
+                tmp_path / f"of {rank}, {len(key)}",
+                served.routed.model,
+                rank=rank,
+                keys=key,
+                seed=rank,
+                size=0.2,
+            )
+        )
+        for rank in (4, 8, 12, 16, 20)
+        for key in keys
+    ]
+    rows = shared_out(adapters, len(adapters))
+    kernels = StandIn(compiles=False)
+    found = served.logits(kernels, rows)
+    assert relative_error(found, served.logits(None, rows)) < 1e-5
 
 
 def test_rows_without_an_adapter_keep_the_base_layers_own_bits(tmp_path: Path) -> None:
@@ -214,9 +324,9 @@ class Counting(Kernels):
 
     count = 0
 
-    def base_kernels(self, layout: GroupLayout, dtype: mx.Dtype, rows: int) -> BaseKernels:
+    def product(self, dtype: mx.Dtype, factors: mx.Dtype, stacks: int, rows: int, in_size: int) -> Function:
         self.count += 1
-        return super().base_kernels(layout, dtype, rows)
+        return super().product(dtype, factors, stacks, rows, in_size)
 
 
 @pytest.mark.skipif(not on_cuda(), reason="needs a CUDA GPU")
@@ -230,7 +340,26 @@ def test_the_kernels_themselves_compute_what_the_products_do(rows: int, tmp_path
         for each in (kernels, Kernels(with_base=False), Kernels(compiles=False)):
             assert relative_error(served.logits(each, mine, steps=3), expected) < 0.02
         has_clusters = int(mx.device_info(mx.default_device())["compute_capability_major"]) >= 9
-        assert kernels.count == (4 if has_clusters and rows <= 32 else 0)
+        assert (kernels.count > 0) == (has_clusters and rows <= 32)
+
+
+@pytest.mark.skipif(not on_cuda(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("rows", [1, 2, 8, 17, 32])
+def test_the_kernels_themselves_serve_rows_of_any_layouts(mix: str, rows: int, tmp_path: Path) -> None:
+    served = Served(tmp_path, half_precision(), size=0.05)
+    adapters = mixed(served, tmp_path, mix)
+    for between in (False, True):
+        mine = shared_out(adapters, rows)
+        if between:
+            mine[::3] = [()] * len(mine[::3])
+        expected = served.logits(None, mine, steps=3)
+        base = served.logits(None, [()] * rows, steps=3)
+        for each in every_kind_of_kernel():
+            found = served.logits(each, mine, steps=3)
+            assert relative_error(found, expected) < 0.02
+            if between:
+                assert np.array_equal(found[::3], base[::3])
 
 
 # By scale: of A and B, so that the scale times x A leaves float16's range where the delta is about 1.

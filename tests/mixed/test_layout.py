@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters_core.mixed.kernel_source import kernel_source
+from adapters_core.mixed.kernel_source import add_source
 from adapters_core.mixed.layout import (
     Factors,
     GroupLayout,
@@ -109,16 +109,18 @@ def test_projections_that_share_an_input_form_a_group_in_a_fixed_order() -> None
     ]
 
 
-@pytest.mark.parametrize("is_dora", [False, True])
 @pytest.mark.parametrize("clusters", [False, True])
-def test_the_kernels_name_follows_its_text_since_mlx_keeps_kernels_by_name(
-    is_dora: bool, clusters: bool
-) -> None:
-    layout = GroupLayout((Projection("q", 16, 64, 64), Projection("v", 8, 64, 32)), is_dora, mx.float32)
-    same = GroupLayout((Projection("k", 16, 64, 64), Projection("o", 8, 64, 32)), is_dora, mx.float32)
-    other = GroupLayout((Projection("q", 16, 64, 64), Projection("v", 8, 64, 64)), is_dora, mx.float32)
-    name, header, source = kernel_source(layout, mx.bfloat16, 256, 8, clusters)
-    assert ("cluster_dims" in header) == ("this_cluster" in source) == clusters
-    assert kernel_source(same, mx.bfloat16, 256, 8, clusters) == (name, header, source)
-    assert name != kernel_source(other, mx.bfloat16, 256, 8, clusters)[0]
-    assert name != kernel_source(layout, mx.float32, 256, 8, clusters)[0]
+def test_the_kernels_name_follows_its_text_since_mlx_keeps_kernels_by_name(clusters: bool) -> None:
+    text = add_source(mx.bfloat16, mx.float32, 4, 512, 256, 8, clusters)
+    assert ("cluster_dims" in text.header) == ("this_cluster" in text.body) == clusters
+    others = {
+        add_source(*of, 256, 8, clusters).name
+        for of in (
+            (mx.float32, mx.float32, 4, 512),
+            (mx.bfloat16, mx.bfloat16, 4, 512),
+            (mx.bfloat16, mx.float32, 16, 512),
+            (mx.bfloat16, mx.float32, 4, 4096),
+        )
+    }
+    assert len(others) == 4
+    assert text.name not in others
