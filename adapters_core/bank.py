@@ -84,6 +84,17 @@ class AdapterBank:
         """What the bank really takes, free slots included. May be read on any thread."""
         return sum(shelf.size_bytes for shelf in tuple(self._shelves.values()))
 
+    def warm(self) -> int:
+        """Compile what decoding needs on this device, for any adapter; returns how many kernels.
+
+        Without it, the first adapter of a kind waits for a compiler, and so does who decodes beside it.
+        """
+        kernels = self._routing.kernels
+        if kernels is None:
+            return 0
+        linears = [one for _, one in self._model.named_modules() if isinstance(one, nn.Linear)]
+        return kernels.warm(self._float_dtype, linears)
+
     def prepare(self, container: AdapterContainer) -> PreparedAdapter:
         """Check `container` against the model and lay its weights out; changes nothing.
 

@@ -6,10 +6,14 @@ Imports no MLX, and is called before anything does. What the user has set stays.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import MutableMapping
+from importlib import metadata
+from pathlib import Path
 
 __all__ = ["set_mlx_variables"]
 
+_GPUS = Path("/proc/driver/nvidia/gpus")
 _DEFAULTS = {
     # cuDNN plans attention anew for each length of prompt and KV cache, which takes longer than to read a
     # prompt; without it, attention to a prompt is two products and a softmax.
@@ -20,7 +24,32 @@ _DEFAULTS = {
 }
 
 
-def set_mlx_variables(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set in `environment` what fits a server and is not set there; other back ends ignore it."""
+def set_mlx_variables(cache_dir: Path, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set in `environment` what fits a server and is not set there; other back ends ignore it.
+
+    Kernels that MLX compiles are kept under `cache_dir` for the next start, by its version and the GPU, in
+    files that MLX names by their texts.
+    """
+    folder = cache_dir / "kernels" / f"mlx-{_mlx_version()}" / _gpu_name()
+    environment.setdefault("MLX_PTX_CACHE_DIR", str(folder))
     for name, value in _DEFAULTS.items():
         environment.setdefault(name, value)
+
+
+def _gpu_name() -> str:
+    """The model of the NVIDIA GPUs, fit for a folder; "gpu" where the driver does not tell."""
+    try:
+        texts = [path.read_text() for path in sorted(_GPUS.glob("*/information"))]
+    except OSError:
+        texts = []
+    models = {
+        line.partition(":")[2].strip() for text in texts for line in text.splitlines() if "Model:" in line
+    }
+    return re.sub(r"[^A-Za-z0-9]+", "-", " ".join(sorted(models))).strip("-") or "gpu"
+
+
+def _mlx_version() -> str:
+    try:
+        return metadata.version("mlx")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -15,8 +15,9 @@ them. Where with_base.py can, it takes the place of both.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -26,10 +27,11 @@ from ..layers.modules import compute_dtype
 from .cuda import TYPES, Function, make_function
 from .kernel_source import LARGEST_RANK, add_source, rank_class
 from .launches import MOST_PROJECTIONS, MOST_STACKS, Launch, plan_launches
-from .layout import GroupLayout
+from .layout import GroupLayout, Layout, Projection
 from .plan import BatchPlan, Pass
 from .stacks import Stack
-from .with_base import base_forward, computes_base, product_kernel, shrink_kernel
+from .with_base import base_forward, computes_base, is_plain, product_kernel, shrink_kernel
+from .with_base_source import INPUTS_MULTIPLE, OUTPUTS_PER_CLUSTER, TILED_ROWS, unrolled
 
 __all__ = ["Call", "Kernels", "on_cuda", "plan_calls", "run_calls"]
 
@@ -37,7 +39,7 @@ _THREADS = 256
 _BLOCKS = 8  # for each row; also the size of a cluster, which is the most that every such GPU allows
 _CLUSTERS_SINCE = 9  # major compute capability
 _MOST_COMPILED = 1024  # functions, for as many sizes of batch and stack; then all are made anew
-_STACKS = (1, 4, MOST_STACKS)  # that a text may be made for
+_STACKS = (4, MOST_STACKS)  # that a text may be made for
 
 
 def on_cuda() -> bool:
@@ -96,6 +98,30 @@ class Kernels:
 
         return forward
 
+    def warm(self, dtype: mx.Dtype, linears: Sequence[nn.Module]) -> int:
+        """Compile the texts for adapters of `linears`, by launching each on noughts; returns how many.
+
+        Ranks above 512 in one group are left out: their text is compiled when one comes.
+        """
+        done: list[Sequence[mx.array]] = []
+        dtypes = [one for one in (dtype, mx.float32) if one.size >= dtype.size]
+        for factors, stacks in itertools.product(dict.fromkeys(dtypes), _STACKS):
+            launch = _nought(1, INPUTS_MULTIPLE, factors, stacks)
+            x = mx.zeros((1, 1, launch.in_size), dtype)
+            y = mx.zeros((1, 1, *launch.sizes), dtype)
+            done.append(self.adding(launch, dtype)(x, launch.rows, launch.table, *_slabs(launch), y))
+        plain = [linear for linear in linears if is_plain(linear, dtype)] if self._with_base else []
+        steps = {unrolled(linear.weight.shape[1]) for linear in plain}
+        for factors, stacks, step in itertools.product(dict.fromkeys(dtypes), _STACKS, sorted(steps)):
+            for rows in TILED_ROWS:
+                launch = _nought(rows, step * INPUTS_MULTIPLE, factors, stacks)
+                x = mx.zeros((rows, 1, launch.in_size), dtype)
+                weight = mx.zeros((*launch.sizes, launch.in_size), dtype)
+                forward = self._forward(launch, dtype, plain[:1], with_base=True)
+                done.append(forward(x, launch.rows, launch.table, *_slabs(launch), weight))
+        mx.eval(done)
+        return len(self._made)
+
     def compiled(
         self, launch: Launch, dtype: mx.Dtype, linears: Mapping[str, nn.Module], all_adapted: bool
     ) -> Function | None:
@@ -132,6 +158,16 @@ class Kernels:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+
+def _nought(rows: int, in_size: int, factors: mx.Dtype, stacks: int) -> Launch:
+    """A launch of rows whose factors are nought, as if of so many stacks."""
+    layout = GroupLayout((Projection("", 4, in_size, OUTPUTS_PER_CLUSTER),), False, factors)
+    stack = Stack(layout)
+    stack.grow(1)
+    one = Pass(Layout({"": layout}), [(row, 0, 1.0) for row in range(rows)], rows)
+    [launch] = plan_launches([(one, stack)], rows, {})
+    return replace(launch, stacks=(stack,) * stacks)
 
 
 def _stacks(launch: Launch) -> int:

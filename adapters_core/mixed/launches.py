@@ -7,9 +7,9 @@ second term, that of a blend, falls into a second launch. Knows no CUDA.
     rows   (B, 4) int32: the stack's number, -1 where the row has no term; its slot; the bits of its float32
            weight; 0
     table  (8 + 16·stacks,) int32: the output size of each projection, 0 where there is none; the input
-           size; the rank of the longest row; then for each stack the size of a slot, the rank of all projections,
-           two noughts, and for each projection its rank, where its part of A x begins, where its B begins in a
-           slot, and where its DoRA factors begin, -1 without
+           size; the rank of the longest row; then for each stack the size of a slot, the rank of all
+           projections, two noughts, and for each projection its rank, where its part of A x begins, where
+           its B begins in a slot, and where its DoRA factors begin, -1 without
 """
 
 from __future__ import annotations

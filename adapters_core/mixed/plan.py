@@ -36,7 +36,8 @@ class Pass:
     `rows` (E,) uint32 are their positions in the batch, or None when they are all of it in order. `slots`
     (E,) uint32 say where the stacks keep each one's factors; `slot` is the number where all rows of the batch
     have the same. `select` (B,) uint32 rebuilds the batch from [all B old rows, then the E new ones].
-    `is_weighted` says whether any row's scale times request weight is not 1. `entries` are (row, slot, weight).
+    `is_weighted` says whether any row's scale times request weight is not 1. `entries` are
+    (row, slot, weight).
     """
 
     def __init__(self, layout: Layout, entries: Sequence[tuple[int, int, float]], batch_size: int) -> None:

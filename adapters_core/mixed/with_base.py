@@ -28,7 +28,7 @@ from .with_base_source import (
     shrink_source,
 )
 
-__all__ = ["base_forward", "computes_base", "product_kernel", "shrink_kernel"]
+__all__ = ["base_forward", "computes_base", "is_plain", "product_kernel", "shrink_kernel"]
 
 
 def computes_base(launch: Launch, dtype: mx.Dtype, linears: Mapping[str, nn.Module]) -> bool:
@@ -42,12 +42,13 @@ def computes_base(launch: Launch, dtype: mx.Dtype, linears: Mapping[str, nn.Modu
     if dtype not in (mx.bfloat16, mx.float16) or launch.dtype not in (dtype, mx.float32):
         return False
     return all(
-        size % OUTPUTS_PER_CLUSTER == 0 and _is_plain(linears[path], dtype)
+        size % OUTPUTS_PER_CLUSTER == 0 and is_plain(linears[path], dtype)
         for path, size in zip(launch.paths, launch.sizes, strict=True)
     )
 
 
-def _is_plain(linear: nn.Module, dtype: mx.Dtype) -> bool:
+def is_plain(linear: nn.Module, dtype: mx.Dtype) -> bool:
+    """Whether a layer is a product with weights of `dtype` and nothing else."""
     return type(linear) is nn.Linear and "bias" not in linear and linear.weight.dtype == dtype
 
 

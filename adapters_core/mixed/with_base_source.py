@@ -25,9 +25,11 @@ __all__ = [
     "OUTPUTS_PER_CLUSTER",
     "SHRINK_RANKS",
     "THREADS",
+    "TILED_ROWS",
     "product_blocks",
     "product_source",
     "shrink_source",
+    "unrolled",
 ]
 
 THREADS = 256
@@ -82,10 +84,10 @@ _ATTRIBUTES = """#undef __global__
 #define __global__ __attribute__((global)) __attribute__((launch_bounds({threads},{blocks}))) {cluster}
 """
 
-# In the texts: T and A are the types of input and factors. K is the inputs; RB the rows of A for a block, TH
-# its threads; NT the tiles of eight rows, U the vectors a thread reads ahead, CB the blocks of a cluster and BM
-# its outputs. `p` is the projection, `on` its outputs, `w` its weights, `to` what it writes, and `first` the
-# number of its first cluster, or block; HS is the stride of h.
+# In the texts: T and A are the types of input and factors. K is the inputs; RB the rows of A for a block,
+# TH its threads; NT the tiles of eight rows, U the vectors a thread reads ahead, CB the blocks of a cluster
+# and BM its outputs. `p` is the projection, `on` its outputs, `w` its weights, `to` what it writes, and
+# `first` the number of its first cluster, or block; HS is the stride of h.
 _SHRINK = """__shared__ float part[TH/32];
 const int row=blockIdx.y,t=threadIdx.x,lane=t%32,warp=t/32,each=TH/RB;
 const int stack=rows[4*row];
@@ -165,6 +167,23 @@ to[column+half]=out;
 # A warp multiplies 16 outputs by 8 rows and 16 inputs at a time: thread 4g+q has outputs g and g+8 of W, row
 # g of x, and of the sums rows 2q and 2q+1.
 _PRODUCT = """__shared__ __align__(16) float part[8*NT][BM+4];
+__shared__ const A*bs[8*NT];
+__shared__ const A*fs[8*NT];
+__shared__ int rs[8*NT],hs[8*NT];
+if(threadIdx.x<8*NT){
+const int row=threadIdx.x,stack=row<rows_shape[0]?rows[4*row]:-1;
+const int*of=table+START+NUMBERS*max(stack,0);
+const A*base=BASE;
+int R=0;
+if(stack>=0){
+base+=long(rows[4*row+1])*of[0];
+R=of[4+4*p];
+}
+rs[row]=R;hs[row]=row*HS+of[5+4*p];
+bs[row]=base+of[6+4*p];
+fs[row]=R>0&&of[7+4*p]>=0?base+of[7+4*p]:nullptr;
+}
+__syncthreads();
 const int t=threadIdx.x,lane=t%32,warp=t/32,g=lane/4,q=lane%4;
 const int rank=blockIdx.x%CB,tile=blockIdx.x/CB,count=rows_shape[0];
 const T*wr=w+(long(tile-first)*BM+warp*16+g)*K+rank*(K/CB)+8*q;
@@ -194,17 +213,10 @@ constexpr int EACH=16/NT;
 const int unit=t/EACH,sub=t%EACH,row=unit/2;
 const int within=rank*16+unit%2*8;
 const long column=long(tile-first)*BM+within;
-const A*base=s0;
-int f0=-1;
 float s[8]={};
-const int stack=row<count?rows[4*row]:-1;
-if(stack>=0){
-const int*of=table+START+NUMBERS*stack;
-base=BASE+long(rows[4*row+1])*of[0];
-const int R=of[4+4*p];
-const float*hp=h+row*HS+of[5+4*p];
-const A*b=base+of[6+4*p]+column;
-if(R>0)f0=of[7+4*p];
+const int R=rs[row];
+const float*hp=h+hs[row];
+const A*b=bs[row]+column;
 #pragma unroll 4
 for(int r=sub;r<R;r+=EACH){
 float bf[8];
@@ -212,7 +224,7 @@ graft::widen(b+long(r)*on,bf);
 const float hr=hp[r];
 #pragma unroll
 for(int e=0;e<8;++e)s[e]+=hr*bf[e];
-}}
+}
 asm volatile("barrier.cluster.wait.acquire.aligned;":::"memory");
 float y[8]={};
 const auto cluster=cg::this_cluster();
@@ -235,9 +247,9 @@ union{T x[8];uint4 raw;}out;
 for(int e=0;e<8;++e)out.x[e]=T(float(T(y[e]))+float(T(s[e])));
 """
 
-_STORE = """if(f0>=0){
+_STORE = """if(fs[row]){
 float f[8];
-graft::widen(base+f0+column,f);
+graft::widen(fs[row]+column,f);
 #pragma unroll
 for(int e=0;e<8;++e)out.x[e]=T(f[e]*float(out.x[e]));
 }
@@ -256,6 +268,9 @@ const int K=table[3],HS=table[4];
 """
 
 
+TILED_ROWS = (1, 2, 9, 17)  # the least batch for each text of the second kernel
+
+
 def _row_tiles(rows: int) -> int:
     """How often eight rows the second kernel computes for a batch of `rows`: 1, 2 or 4; 0 for one row."""
     return 0 if rows == 1 else 1 if rows <= 8 else 2 if rows <= 16 else 4
@@ -264,6 +279,11 @@ def _row_tiles(rows: int) -> int:
 def product_blocks(sizes: Sequence[int], rows: int) -> int:
     """How many blocks of THREADS the second kernel takes for layers of these output sizes."""
     return sum(sizes) // _VECTOR_OUTPUTS if rows == 1 else sum(sizes) // OUTPUTS_PER_CLUSTER * _CLUSTER_BLOCKS
+
+
+def unrolled(in_size: int) -> int:
+    """How many vectors a thread may read ahead: the text is the same for sizes for which it is."""
+    return next(count for count in (4, 2, 1) if in_size // INPUTS_MULTIPLE % count == 0)
 
 
 def shrink_source(dtype: mx.Dtype, factors: mx.Dtype, stacks: int) -> Text:
@@ -291,7 +311,7 @@ def product_source(dtype: mx.Dtype, factors: mx.Dtype, stacks: int, rows: int, i
         own, resident = _MULTIPLY.replace("KIND", _KINDS[dtype]), 3
         cluster = f"__attribute__((cluster_dims({_CLUSTER_BLOCKS},1,1)))"
         per, blocks, unroll, last = OUTPUTS_PER_CLUSTER, _CLUSTER_BLOCKS, 4, _PRODUCT + _STORE
-    unroll = next(count for count in (unroll, 2, 1) if in_size // INPUTS_MULTIPLE % count == 0)
+    unroll = min(unroll, unrolled(in_size))
     header = _HEADER + _STREAM + own + "}\n"
     header += _ATTRIBUTES.format(threads=THREADS, blocks=resident, cluster=cluster)
     constants = f"constexpr int NT={tiles},U={unroll},CB={blocks},BM={per};\n"

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from server.cli.clean import default_cache_dir
 from server.cli.output import fail
 from server.cli.serve import prepare_mlx
 
@@ -84,7 +85,7 @@ def bench(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random adapters.")] = 0,
 ) -> None:
     """Measure this server against itself, against a bare generator and against mlx_lm.server."""
-    prepare_mlx()
+    prepare_mlx(default_cache_dir())
 
     from benchmarks.command import Options, goal_sizes, list_cases
     from benchmarks.command import bench as run

@@ -88,7 +88,7 @@ def check(
         fail(f"--json: there is no folder {str(json_file.parent)!r}.", code=2)
     # By default, CUDA rounds float32 products to 10 bits, too coarse to compare by.
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
-    prepare_mlx()
+    prepare_mlx(cache_dir or default_cache_dir())
     from adapters_core.check.model import ROW_COUNTS, check_model
     from adapters_core.check.rows import Resident
     from adapters_core.errors import AdapterError

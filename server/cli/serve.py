@@ -64,15 +64,15 @@ def valid_settings(flags: dict[str, Any]) -> Settings:
     return settings
 
 
-def prepare_mlx() -> None:
+def prepare_mlx(cache_dir: Path) -> None:
     """Give MLX a fast BLAS where it needs one and its variables, and mlx-lm no say in the process' limits.
 
-    To be called before anything imports MLX or mlx-lm.
+    To be called before anything imports MLX or mlx-lm. MLX's compiled kernels are kept under `cache_dir`.
     """
     from server.blas import load_openblas
     from server.mlx_variables import set_mlx_variables
 
-    set_mlx_variables()
+    set_mlx_variables(cache_dir)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_openblas()
@@ -110,7 +110,7 @@ def serve_model(
     url = url_of(settings.host, sockets)
     tell = _log.info if writes_json(settings.log_format) else warn
     with Progress(tell) as progress:
-        prepare_mlx()
+        prepare_mlx(settings.cache_dir)
         keep_beside_others()
         with _interrupts_raised():
             settings = prepare(progress)

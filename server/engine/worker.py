@@ -106,6 +106,9 @@ class GenerationThread:
             if self.memory.limit_bytes is not None:
                 _log.info("memory for requests and kept prompts", limit_bytes=self.memory.limit_bytes)
             context = ModelContext.build(loaded, self._prompt_cache_bytes)
+            began = time.monotonic()
+            if kernels := context.bank.warm():
+                _log.info("kernels compiled", kernels=kernels, seconds=round(time.monotonic() - began, 1))
             loop = GenerationLoop(context, self._options, memory=self.memory)
         except BaseException as error:
             self.started.set_exception(error)

@@ -35,7 +35,7 @@ from tests.models import (
 ALL = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
-WIDEST = 64  # the most that the ranks of a group come to here
+WIDEST = 48  # the most that the ranks of a group come to here
 
 
 class StandIn(Kernels):
@@ -194,7 +194,7 @@ def test_layers_of_one_form_share_a_compiled_function(tmp_path: Path) -> None:
 
 def half_precision(dtype: mx.Dtype = mx.bfloat16) -> nn.Module:
     """A model whose sizes are whole tiles of the kernels that compute base layers as well."""
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 2048}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = tiny_llama(attention_bias=False, mlp_bias=False, **sizes, **heads)
     model.set_dtype(dtype)
@@ -239,7 +239,11 @@ MIXES: dict[str, list[dict[str, Any]]] = {
         {"rank": rank, "keys": keys} for rank in (4, 8, 16) for keys in (ALL[:3:2], ALL[:4], ALL)
     ],
     "LoRA with DoRA": [{"rank": 8, "keys": ALL}, {"rank": 8, "keys": ALL, "kind": "dora"}],
-    "queries with values": [{"rank": 8, "keys": ALL[:1]}, {"rank": 4, "keys": ALL[2:3], "kind": "dora"}],
+    # With one token to attend to, queries are of no effect.
+    "values with queries": [
+        {"rank": 4, "keys": ALL[2:3], "kind": "dora"},
+        {"rank": 8, "keys": ALL[:1]},
+    ],
 }
 
 
@@ -257,23 +261,30 @@ def mixed(served: Served, root: Path, mix: str) -> list[ResidentAdapter]:
     ]
 
 
+def groups_of(rows: Sequence[RowAdapters]) -> set[tuple[str, ...]]:
+    """The kinds of groups that the rows' adapters touch."""
+    names = {path.rpartition(".")[2] for row in rows for adapter, _ in row for path in adapter.paths}
+    families = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    return {family for family in families if names & set(family)}
+
+
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("rows", [1, 3, 18])
+@pytest.mark.parametrize("rows", [1, 10])
 def test_one_launch_serves_rows_of_any_layouts(mix: str, rows: int, tmp_path: Path) -> None:
     served = Served(tmp_path, half_precision(), size=0.05)
     mine = shared_out(mixed(served, tmp_path, mix), rows)
     kernels = StandIn(compiles=True)
-    expected = served.logits(None, mine, steps=2)
-    assert relative_error(served.logits(kernels, mine, steps=2), expected) < 0.02
-    assert kernels.products == (4 if mix != "queries with values" else 1), "one for each group"
+    expected = served.logits(None, mine)
+    assert relative_error(served.logits(kernels, mine), expected) < 0.02
+    assert kernels.products == len(groups_of(mine)), "one for each kind of group"
     assert kernels.traces == 0
-    assert relative_error(served.logits(None, [()] * rows, steps=2), expected) > 0.02, "no effect"
+    assert relative_error(served.logits(None, [()] * rows), expected) > 0.01, "no effect to be checked"
 
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_base_rows_between_rows_of_any_layouts_keep_their_bits(mix: str, tmp_path: Path) -> None:
     served = Served(tmp_path, half_precision(), size=0.05)
-    rows: list[RowAdapters] = [(), *shared_out(mixed(served, tmp_path, mix), 9), ()]
+    rows: list[RowAdapters] = [(), *shared_out(mixed(served, tmp_path, mix), 4), ()]
     kernels = StandIn(compiles=True)
     found, expected = served.logits(kernels, rows), served.logits(None, rows)
     assert kernels.products == 0
@@ -284,30 +295,20 @@ def test_base_rows_between_rows_of_any_layouts_keep_their_bits(mix: str, tmp_pat
 
 def test_more_stacks_than_a_launch_takes_are_served_by_several(tmp_path: Path) -> None:
     served = Served(tmp_path, tiny_llama(attention_bias=False, mlp_bias=False))
+    recipes: list[dict[str, Any]] = [
+        {"rank": rank, "kind": kind, "keys": keys}
+        for rank in (4, 8, 12, 16)
+        for kind in ("lora", "dora")
+        for keys in (ALL[:1], ALL[:2], ALL[:3])
+    ]
     adapters = [
-        served.add(make_adapter(tmp_path / f"of {rank}", served.routed.model, rank=rank, seed=rank, size=0.2))
-        for rank in range(4, 4 * (MOST_STACKS + 2), 4)
-        if rank <= 32 or rank % 16 == 0
+        served.add(make_adapter(tmp_path / f"{at}", served.routed.model, seed=at, size=0.2, **recipe))
+        for at, recipe in enumerate(recipes)
     ]
-    keys = [["self_attn.q_proj"], ["self_attn.q_proj", "self_attn.o_proj"]]
-    adapters += [
-        served.add(
-            make_adapter(
-                tmp_path / f"of {rank}, {len(key)}",
-                served.routed.model,
-                rank=rank,
-                keys=key,
-                seed=rank,
-                size=0.2,
-            )
-        )
-        for rank in (4, 8, 12, 16, 20)
-        for key in keys
-    ]
+    assert len(adapters) > MOST_STACKS
     rows = shared_out(adapters, len(adapters))
-    kernels = StandIn(compiles=False)
-    found = served.logits(kernels, rows)
-    assert relative_error(found, served.logits(None, rows)) < 1e-5
+    found = served.logits(StandIn(compiles=False), rows, steps=2)
+    assert relative_error(found, served.logits(None, rows, steps=2)) < 1e-5
 
 
 def test_rows_without_an_adapter_keep_the_base_layers_own_bits(tmp_path: Path) -> None:
