@@ -21,9 +21,10 @@ from typing import Annotated
 
 import typer
 
+from server.cli.clean import default_cache_dir
 from server.cli.serve import prepare_mlx
 
-prepare_mlx()
+prepare_mlx(default_cache_dir())
 
 from mlx_lm import generate, load  # noqa: E402
 

@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers.modules import compute_dtype
+from ..layers.modules import compute_dtype, weight_shape
 from .cuda import TYPES, Function, make_function
 from .kernel_source import LARGEST_RANK, add_source, rank_class
 from .launches import MOST_PROJECTIONS, MOST_STACKS, Launch, plan_launches
@@ -111,7 +111,7 @@ class Kernels:
             y = mx.zeros((1, 1, *launch.sizes), dtype)
             done.append(self.adding(launch, dtype)(x, launch.rows, launch.table, *_slabs(launch), y))
         plain = [linear for linear in linears if is_plain(linear, dtype)] if self._with_base else []
-        steps = {unrolled(linear.weight.shape[1]) for linear in plain}
+        steps = {unrolled(weight_shape(linear)[1]) for linear in plain}
         for factors, stacks, step in itertools.product(dict.fromkeys(dtypes), _STACKS, sorted(steps)):
             for rows in TILED_ROWS:
                 launch = _nought(rows, step * INPUTS_MULTIPLE, factors, stacks)
