@@ -13,14 +13,25 @@ __all__ = ["LinearFit", "Pace", "first_read"]
 
 # Reading may take the time of so many decoding steps,
 _DECODE_STEPS = 2.0
+# or so many times what a forward costs before its first token: else the gap is not worth it,
+_FIXED_COSTS = 2.0
 # and so many times as much again where it lets as many rows join as decode.
 _FINISHED_WEIGHT = 5.0
+# but no more than so many times as much,
+_MOST_WORTH = 4.0
 # What is read while nothing is known of the times yet.
 _UNKNOWN_TOKENS = 256
-# What a forward costs besides its tokens, in tokens: reading in one go saves it, padding wastes it.
+# What a forward costs besides its tokens, in tokens, while nothing is known of the times yet: reading in one
+# go saves it, padding wastes it.
 _FORWARD_TOKENS = 64
+# Where nobody decodes, a step may take so long before it sees who has come or gone meanwhile.
+_IDLE_SECONDS = 1.0
+# A measurement above so many times what was expected counts as that: a compiler took it, or another process.
+_OUTLIER = 4.0
 # Prompts that need a little more than the budget are finished in the same step.
 _STRETCH = 1.25
+# How far sizes are to lie apart for a fixed cost to be known.
+_TRUSTED_SPREAD = 0.05
 # How much of what was learnt is left after each further measurement.
 _MEMORY = 0.98
 
@@ -37,7 +48,9 @@ class LinearFit:
         return self._weight > 0
 
     def observe(self, size: float, seconds: float) -> None:
-        """One more measurement; sizes are above 0."""
+        """One more measurement; sizes are above 0. One that is far too long counts as less."""
+        if self.known:
+            seconds = min(seconds, _OUTLIER * self.seconds(size))
         self._weight = _MEMORY * self._weight + 1
         self._x = _MEMORY * self._x + size
         self._y = _MEMORY * self._y + seconds
@@ -47,14 +60,23 @@ class LinearFit:
     def _fit(self) -> tuple[float, float]:
         """Seconds at size 0, and for each one of size; neither is negative."""
         x, y = self._x / self._weight, self._y / self._weight
-        variance = self._xx / self._weight - x * x
-        if (
-            variance <= 1e-3 * x * x
-        ):  # one size alone tells nothing of others: half of it is taken to be fixed
+        if self._spread <= 1e-3:  # one size alone tells nothing of others: half of it is taken to be fixed
             return y / 2, y / 2 / x
+        variance = self._xx / self._weight - x * x
         slope = (self._xy / self._weight - x * y) / variance
         slope = min(max(slope, 0.0), y / x)
         return y - slope * x, slope
+
+    @property
+    def fixed_seconds(self) -> float:
+        """What any size takes at least; 0 while all that was measured is of about one size."""
+        return self._fit()[0] if self._spread > _TRUSTED_SPREAD else 0.0
+
+    @property
+    def _spread(self) -> float:
+        """The variance of the sizes, in squares of their mean."""
+        x = self._x / self._weight
+        return self._xx / self._weight / (x * x) - 1
 
     def seconds(self, size: float) -> float:
         """What a size is likely to take."""
@@ -97,28 +119,49 @@ class Pace:
         """Tokens to read in the next step, all prompts and their padding together, while rows decode.
 
         `left_tokens` are what the prompts lack. Reading that finishes none of them takes about two decoding
-        steps' time. Prompts that can be finished at once are worth a longer gap, the more of them there are
-        against the rows that they hold up: once they decode too, every step serves them all.
+        steps' time, or twice its fixed cost, where that is more. Prompts that can be finished at once are worth
+        a longer gap, the more of them there are against the rows that they hold up: once they decode too, every
+        step serves them all.
         """
         if not (self._decoding.known and self._reading.known):
             return min(max(self._min_tokens, _UNKNOWN_TOKENS), self._max_tokens)
-        seconds = _DECODE_STEPS * self._decoding.seconds(decoding_rows)
-        budget = max(self._reading.size(seconds), self._min_tokens)
+        gap = _DECODE_STEPS * self._decoding.seconds(decoding_rows)
+        longer = max(gap, _FIXED_COSTS * self._reading.fixed_seconds)
+        budget = max(self._reading.size(longer), self._min_tokens)
         for finished, left in enumerate(sorted(left_tokens), start=1):
             needed = left * len(left_tokens)
-            worth = seconds * (1 + _FINISHED_WEIGHT * finished / max(decoding_rows, 1))
+            share = _FINISHED_WEIGHT * finished / max(decoding_rows, 1)
+            worth = gap * (1 + min(share, _MOST_WORTH))
             if self._reading.seconds(needed) <= worth:
                 budget = max(budget, needed)
         return int(min(budget, self._max_tokens))
 
+    @property
+    def idle_tokens(self) -> int:
+        """Tokens to read in the next step, all prompts and their padding together, while nobody decodes."""
+        if not self._reading.known:
+            return self._max_tokens
+        return int(min(max(self._reading.size(_IDLE_SECONDS), self._min_tokens), self._max_tokens))
 
-def first_read(left_tokens: Sequence[int], budget_tokens: int, max_tokens: int) -> int:
+    @property
+    def forward_tokens(self) -> int:
+        """What a forward that reads costs besides its tokens, in tokens."""
+        if not self._reading.known:
+            return _FORWARD_TOKENS
+        fixed = self._reading.fixed_seconds
+        slope = self._reading.seconds(1) - fixed
+        return int(min(fixed / slope, self._max_tokens)) if slope > 0 else self._max_tokens
+
+
+def first_read(
+    left_tokens: Sequence[int], budget_tokens: int, max_tokens: int, forward_tokens: int = _FORWARD_TOKENS
+) -> int:
     """How many tokens of each prompt to read next, all being read as one rectangle.
 
     `left_tokens` (at least one prompt, each at least 1) are what the prompts lack; a shorter one is padded.
     Short prompts are not padded to a long one's length where reading them first, in a forward of their own
     length, is cheaper; prompts of like length are read in one go. At most `max_tokens` of each, and about
-    `budget_tokens` of all.
+    `budget_tokens` of all. A forward costs as much as `forward_tokens` besides.
     """
     cap = max(1, budget_tokens // len(left_tokens))
     longest = max(left_tokens)
@@ -131,7 +174,7 @@ def first_read(left_tokens: Sequence[int], budget_tokens: int, max_tokens: int) 
     stop = ends[-1]
     for start in [*reversed(ends[:-1]), 0]:
         rows = sum(left > start for left in left_tokens)
-        ways = {end: rows * (end - start) + _FORWARD_TOKENS + cost[end] for end in ends if end > start}
+        ways = {end: rows * (end - start) + forward_tokens + cost[end] for end in ends if end > start}
         stop = min(ways, key=lambda end: (ways[end], -end))
         cost[start] = ways[stop]
     return stop

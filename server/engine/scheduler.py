@@ -33,7 +33,8 @@ _MIN_READ_TOKENS = 32
 class LoopOptions:
     """`max_batch_size` rows decode together; `prefill_batch_size` prompts are read together.
 
-    At most `prefill_step_tokens` of each prompt are read in one step, and of all together while rows decode.
+    At most `prefill_step_tokens` of each prompt are read in one step; less, by what is measured, while rows
+    decode and where a step would take too long.
     The running requests use at most `max_batch_adapters` different adapters (None: no limit), unless one
     alone needs more. A prompt's KV caches are kept as soon as they are read if they cover
     `keep_prompt_tokens` more than what was kept already.
@@ -69,7 +70,8 @@ class Scheduler:
         self.waiting: FairQueue[Request] = FairQueue()
         self.running: dict[str, Request] = {}
         self.reading: dict[int, Reading] = {}  # by the generator's uid
-        self.pace = Pace(min_tokens=_MIN_READ_TOKENS, max_tokens=options.prefill_step_tokens)
+        together = options.prefill_step_tokens * options.prefill_batch_size
+        self.pace = Pace(min_tokens=_MIN_READ_TOKENS, max_tokens=together)
         # Scoring costs more for each token than reading: it needs the logits of all.
         self.scoring_pace = Pace(min_tokens=_MIN_READ_TOKENS, max_tokens=options.prefill_step_tokens)
 
@@ -193,7 +195,7 @@ class Scheduler:
 
     def _budget_tokens(self, left_tokens: list[int]) -> int:
         if self.decoding_rows == 0:
-            budget = self.options.prefill_step_tokens * self.options.prefill_batch_size
+            budget = self.pace.idle_tokens
         else:
             budget = self.pace.budget_tokens(left_tokens, self.decoding_rows)
             budget = max(1, budget // 2) if self.is_scoring else budget
@@ -236,5 +238,7 @@ class Scheduler:
         if not reading:
             return options.prefill_step_tokens
         left = [one.left_tokens for one in reading]
-        step_tokens = first_read(left, self._budget_tokens(left), options.prefill_step_tokens)
+        step_tokens = first_read(
+            left, self._budget_tokens(left), options.prefill_step_tokens, self.pace.forward_tokens
+        )
         return step_tokens if all(one.padded for one in reading) else min(step_tokens, *left)

@@ -31,6 +31,34 @@ def test_reading_takes_about_twice_as_long_as_decoding(rows: int) -> None:
         assert budget == 512 or fixed + budget * for_a_token == pytest.approx(wanted, rel=0.05)
 
 
+@pytest.mark.parametrize("fixed", [0.05, 0.3])
+def test_a_gap_that_cannot_be_shorter_is_worth_it(fixed: float) -> None:
+    pace = Pace(min_tokens=32, max_tokens=16384)
+    for size in (1, 2, 8, 16):
+        pace.observe(0.01, decoded_rows=size, read_tokens=0)
+        pace.observe(fixed + 30 * size * 1e-4, decoded_rows=0, read_tokens=30 * size)
+    budget = pace.budget_tokens([100000], 8)
+    assert budget * 1e-4 == pytest.approx(fixed, rel=0.05)
+    assert pace.forward_tokens == pytest.approx(fixed / 1e-4, rel=0.05)
+
+
+def test_a_compilers_seconds_count_as_an_outlier() -> None:
+    pace = measured(0.01, 0.0001, 0.00005)
+    budget = pace.budget_tokens(LONG, 8)
+    pace.observe(20.0, decoded_rows=0, read_tokens=200)
+    for size in (1, 2, 8, 16) * 4:
+        pace.observe(0.01 + 30 * size * 0.00005, decoded_rows=0, read_tokens=30 * size)
+    assert pace.budget_tokens(LONG, 8) == pytest.approx(budget, rel=0.3)
+
+
+def test_idle_reading_is_bounded_by_a_second() -> None:
+    pace = Pace(min_tokens=32, max_tokens=16384)
+    assert pace.idle_tokens == 16384
+    for size in (1, 2, 8, 16):
+        pace.observe(size / 10, decoded_rows=0, read_tokens=30 * size)
+    assert pace.idle_tokens == pytest.approx(300, rel=0.01)
+
+
 def test_the_budget_is_kept_within_its_limits() -> None:
     assert measured(0.001, 0.0, 0.01).budget_tokens(LONG, 8) == 32
     assert measured(1.0, 0.1, 0.001).budget_tokens(LONG, 8) == 512
