@@ -222,11 +222,11 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(default=32, ge=1, le=4096, json_schema_extra=_group("Limits"))
     """Rows that are decoded together; one choice of one request is a row."""
 
-    prefill_batch_size: int = Field(default=8, ge=1, le=4096, json_schema_extra=_group("Limits"))
-    """Prompts that are read together."""
+    prefill_batch_size: int = Field(default=32, ge=1, le=4096, json_schema_extra=_group("Limits"))
+    """Prompts that are read together, at most; beyond eight only short ones."""
 
-    prefill_step_tokens: int = Field(default=512, ge=1, le=65536, json_schema_extra=_group("Limits"))
-    """Tokens of a prompt that are read in one step; of all prompts together while others decode."""
+    prefill_step_tokens: int = Field(default=2048, ge=1, le=65536, json_schema_extra=_group("Limits"))
+    """Tokens of a prompt that are read in one step, at most."""
 
     max_batch_adapters: int | None = Field(default=None, ge=1, json_schema_extra=_group("Limits"))
     """Different adapters that decode together, a blend counting each of its own; no limit when unset."""

@@ -15,12 +15,17 @@ __all__ = ["LinearFit", "Pace", "first_read"]
 _DECODE_STEPS = 2.0
 # or so many times what a forward costs before its first token: else the gap is not worth it,
 _FIXED_COSTS = 2.0
+# so many times while nobody notices a gap of so many seconds,
+_UNNOTICED_COSTS = 10.0
+_UNNOTICED_SECONDS = 0.1
 # and so many times as much again where it lets as many rows join as decode.
 _FINISHED_WEIGHT = 5.0
 # but no more than so many times as much,
 _MOST_WORTH = 4.0
 # What is read while nothing is known of the times yet.
 _UNKNOWN_TOKENS = 256
+# The same where nobody decodes.
+_UNKNOWN_IDLE_TOKENS = 4096
 # What a forward costs besides its tokens, in tokens, while nothing is known of the times yet: reading in one
 # go saves it, padding wastes it.
 _FORWARD_TOKENS = 64
@@ -70,7 +75,7 @@ class LinearFit:
     @property
     def fixed_seconds(self) -> float:
         """What any size takes at least; 0 while all that was measured is of about one size."""
-        return self._fit()[0] if self._spread > _TRUSTED_SPREAD else 0.0
+        return self._fit()[0] if self.known and self._spread > _TRUSTED_SPREAD else 0.0
 
     @property
     def _spread(self) -> float:
@@ -119,14 +124,16 @@ class Pace:
         """Tokens to read in the next step, all prompts and their padding together, while rows decode.
 
         `left_tokens` are what the prompts lack. Reading that finishes none of them takes about two decoding
-        steps' time, or twice its fixed cost, where that is more. Prompts that can be finished at once are worth
-        a longer gap, the more of them there are against the rows that they hold up: once they decode too, every
-        step serves them all.
+        steps' time, or twice its fixed cost (ten times, up to a tenth of a second), where that is more.
+        Prompts that can be finished at once are worth a longer gap, the more of them there are against the
+        rows that they hold up: once they decode too, every step serves them all.
         """
         if not (self._decoding.known and self._reading.known):
             return min(max(self._min_tokens, _UNKNOWN_TOKENS), self._max_tokens)
-        gap = _DECODE_STEPS * self._decoding.seconds(decoding_rows)
-        longer = max(gap, _FIXED_COSTS * self._reading.fixed_seconds)
+        fixed = self._reading.fixed_seconds
+        unnoticed = min(_UNNOTICED_COSTS * fixed, _UNNOTICED_SECONDS)
+        gap = max(_DECODE_STEPS * self._decoding.seconds(decoding_rows), unnoticed)
+        longer = max(gap, _FIXED_COSTS * fixed)
         budget = max(self._reading.size(longer), self._min_tokens)
         for finished, left in enumerate(sorted(left_tokens), start=1):
             needed = left * len(left_tokens)
@@ -140,15 +147,15 @@ class Pace:
     def idle_tokens(self) -> int:
         """Tokens to read in the next step, all prompts and their padding together, while nobody decodes."""
         if not self._reading.known:
-            return self._max_tokens
+            return min(self._max_tokens, _UNKNOWN_IDLE_TOKENS)
         return int(min(max(self._reading.size(_IDLE_SECONDS), self._min_tokens), self._max_tokens))
 
     @property
     def forward_tokens(self) -> int:
         """What a forward that reads costs besides its tokens, in tokens."""
-        if not self._reading.known:
+        fixed = self._reading.fixed_seconds if self._reading.known else 0.0
+        if fixed == 0:
             return _FORWARD_TOKENS
-        fixed = self._reading.fixed_seconds
         slope = self._reading.seconds(1) - fixed
         return int(min(fixed / slope, self._max_tokens)) if slope > 0 else self._max_tokens
 

@@ -27,11 +27,17 @@ _MAX_LOOK_UPS = 8
 # How many requests that wait for another's reading are passed by in a step, for later ones of their key.
 _MAX_FOLLOWING = 32
 _MIN_READ_TOKENS = 32
+# So many prompts are read together in any case; more of them only where they are short against the fixed cost
+# of a forward: to read them in turn would cost more, and to wait for all of them gains none of them anything.
+_READ_TOGETHER = 8
+_SHORT_FORWARDS = 4
+# The logits of all tokens that are scored in a step are there at once.
+_MOST_SCORED_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
-    """`max_batch_size` rows decode together; `prefill_batch_size` prompts are read together.
+    """`max_batch_size` rows decode together; at most `prefill_batch_size` prompts are read together.
 
     At most `prefill_step_tokens` of each prompt are read in one step; less, by what is measured, while rows
     decode and where a step would take too long.
@@ -41,8 +47,8 @@ class LoopOptions:
     """
 
     max_batch_size: int = 32
-    prefill_batch_size: int = 8
-    prefill_step_tokens: int = 512
+    prefill_batch_size: int = 32
+    prefill_step_tokens: int = 2048
     max_batch_adapters: int | None = None
     keep_prompt_tokens: int = 128
 
@@ -73,7 +79,11 @@ class Scheduler:
         together = options.prefill_step_tokens * options.prefill_batch_size
         self.pace = Pace(min_tokens=_MIN_READ_TOKENS, max_tokens=together)
         # Scoring costs more for each token than reading: it needs the logits of all.
-        self.scoring_pace = Pace(min_tokens=_MIN_READ_TOKENS, max_tokens=options.prefill_step_tokens)
+        self.scoring_pace = Pace(min_tokens=_MIN_READ_TOKENS, max_tokens=self._most_scored_tokens)
+
+    @property
+    def _most_scored_tokens(self) -> int:
+        return min(self.options.prefill_step_tokens, _MOST_SCORED_TOKENS)
 
     @property
     def batch_adapters(self) -> int:
@@ -182,9 +192,11 @@ class Scheduler:
             return True
         if len(reading) >= self.options.prefill_batch_size:
             return False
+        left = [left_tokens, *(other.left_tokens for other in reading)]
+        if len(reading) >= _READ_TOGETHER:
+            return len(left) * max(left) <= _SHORT_FORWARDS * self.pace.forward_tokens
         if all(other.request.share != request.share for other in reading):
             return True
-        left = [left_tokens, *(other.left_tokens for other in reading)]
         budget = self._budget_tokens(left)
         return budget // len(left) >= min(left_tokens, _MIN_READ_TOKENS, budget // 2)
 
@@ -214,7 +226,7 @@ class Scheduler:
         than one prompt's share of a step, since the logits of all these tokens are there at once.
         """
         if self.decoding_rows == 0:
-            budget = self.options.prefill_step_tokens
+            budget = self._most_scored_tokens
         else:
             budget = self.scoring_pace.budget_tokens((), self.decoding_rows)
             budget = max(1, budget // 2) if self.reading else budget
