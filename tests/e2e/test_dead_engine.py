@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,17 @@ class Patient:
     wishes: Path
     log: Path
 
-    def chat(self, model: str, tokens: int = 2) -> httpx.Response:
+    def chat(
+        self, model: str, tokens: int = 2, told: Callable[[str, Any], None] | None = None
+    ) -> httpx.Response:
+        """Ask; `told` hears of each step on the way."""
         body = {
             "model": model,
             "messages": [{"role": "user", "content": "hello"}],
             "max_tokens": tokens,
         }
-        return self.http.post("/v1/chat/completions", json=body)
+        extensions = {"trace": told} if told else None
+        return self.http.post("/v1/chat/completions", json=body, extensions=extensions)
 
     def refused(self, method: str, path: str, **arguments: Any) -> str:
         """The code of a 503."""
@@ -90,12 +94,19 @@ def patient(folders: tuple[Path, Path], tmp_path: Path) -> Iterator[Patient]:
 
 
 class Asked:
-    """A request on a thread of its own."""
+    """A request on a thread of its own, which has been sent."""
 
     def __init__(self, patient: Patient, model: str) -> None:
         self.replies: list[httpx.Response] = []
-        self._thread = threading.Thread(target=lambda: self.replies.append(patient.chat(model)))
+        sent = threading.Event()
+
+        def told(step: str, _: Any) -> None:
+            if step == "http11.send_request_body.complete":
+                sent.set()
+
+        self._thread = threading.Thread(target=lambda: self.replies.append(patient.chat(model, told=told)))
         self._thread.start()
+        assert sent.wait(STOP_SECONDS)
 
     def reply(self) -> httpx.Response:
         self._thread.join(STOP_SECONDS)
