@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -26,8 +26,8 @@ import mlx.nn as nn
 from ..layers.modules import compute_dtype, weight_shape
 from .cuda import TYPES, Function, make_function
 from .kernel_source import LARGEST_RANK, add_source, rank_class
-from .launches import MOST_PROJECTIONS, MOST_STACKS, Launch, plan_launches
-from .layout import GroupLayout, Layout, Projection
+from .launches import MOST_PROJECTIONS, STACK_COUNTS, Launch, make_launch, plan_launches
+from .layout import GroupLayout, Projection
 from .plan import BatchPlan, Pass
 from .stacks import Stack
 from .with_base import base_forward, computes_base, is_plain, product_kernel, shrink_kernel
@@ -39,7 +39,6 @@ _THREADS = 256
 _BLOCKS = 8  # for each row; also the size of a cluster, which is the most that every such GPU allows
 _CLUSTERS_SINCE = 9  # major compute capability
 _MOST_COMPILED = 1024  # functions, for as many sizes of batch and stack; then all are made anew
-_STACKS = (4, MOST_STACKS)  # that a text may be made for
 
 
 def on_cuda() -> bool:
@@ -82,7 +81,7 @@ class Kernels:
 
     def adding(self, launch: Launch, dtype: mx.Dtype) -> Function:
         """(x, rows, table, *slabs, *ys) → the outputs of all projections, for launches like `launch`."""
-        key = dtype, launch.dtype, _stacks(launch), rank_class(launch.rank)
+        key = dtype, launch.dtype, len(launch.stacks), rank_class(launch.rank)
         kernel = self._kept(("add", *key), lambda: self.add(*key))
         rows, missing = launch.rows.shape[0], MOST_PROJECTIONS - len(launch.sizes)
         form: dict[str, Any] = {
@@ -99,26 +98,26 @@ class Kernels:
         return forward
 
     def warm(self, dtype: mx.Dtype, linears: Sequence[nn.Module]) -> int:
-        """Compile the texts for adapters of `linears`, by launching each on noughts; returns how many.
+        """Compile the texts for adapters of `linears`, by launching each on zeros; returns how many.
 
         Ranks above 512 in one group are left out: their text is compiled when one comes.
         """
         done: list[Sequence[mx.array]] = []
         dtypes = [one for one in (dtype, mx.float32) if one.size >= dtype.size]
-        for factors, stacks in itertools.product(dict.fromkeys(dtypes), _STACKS):
-            launch = _nought(1, INPUTS_MULTIPLE, factors, stacks)
+        for factors, stacks in itertools.product(dict.fromkeys(dtypes), STACK_COUNTS):
+            launch = _empty_launch(1, INPUTS_MULTIPLE, factors, stacks)
             x = mx.zeros((1, 1, launch.in_size), dtype)
             y = mx.zeros((1, 1, *launch.sizes), dtype)
-            done.append(self.adding(launch, dtype)(x, launch.rows, launch.table, *_slabs(launch), y))
+            done.append(self.adding(launch, dtype)(x, launch.rows, launch.table, *launch.slabs, y))
         plain = [linear for linear in linears if is_plain(linear, dtype)] if self._with_base else []
         steps = {unrolled(weight_shape(linear)[1]) for linear in plain}
-        for factors, stacks, step in itertools.product(dict.fromkeys(dtypes), _STACKS, sorted(steps)):
+        for factors, stacks, step in itertools.product(dict.fromkeys(dtypes), STACK_COUNTS, sorted(steps)):
             for rows in TILED_ROWS:
-                launch = _nought(rows, step * INPUTS_MULTIPLE, factors, stacks)
+                launch = _empty_launch(rows, step * INPUTS_MULTIPLE, factors, stacks)
                 x = mx.zeros((rows, 1, launch.in_size), dtype)
                 weight = mx.zeros((*launch.sizes, launch.in_size), dtype)
                 forward = self._forward(launch, dtype, plain[:1], with_base=True)
-                done.append(forward(x, launch.rows, launch.table, *_slabs(launch), weight))
+                done.append(forward(x, launch.rows, launch.table, *launch.slabs, weight))
         mx.eval(done)
         return len(self._made)
 
@@ -133,7 +132,7 @@ class Kernels:
         if not self._compiles or any(type(linear) not in (nn.Linear, nn.QuantizedLinear) for linear in mine):
             return None
         with_base = self._with_base and all_adapted and computes_base(launch, dtype, linears)
-        rows, slabs = launch.rows.shape[0], tuple(slab.shape for slab in _slabs(launch))
+        rows, slabs = launch.rows.shape[0], tuple(slab.shape for slab in launch.slabs)
         key = (with_base, dtype, launch.dtype, rows, launch.in_size, launch.sizes, launch.rank, slabs)
         key += tuple(_form(linear) for linear in mine)
         if key not in self._compiled:
@@ -147,8 +146,8 @@ class Kernels:
     ) -> Function:
         if not with_base:
             # Copies to put other layers' arrays into while the function is traced.
-            return _with_layers(self.adding(launch, dtype), _stacks(launch), list(map(copy.copy, linears)))
-        key = dtype, launch.dtype, _stacks(launch)
+            return _with_layers(self.adding(launch, dtype), len(launch.stacks), list(map(copy.copy, linears)))
+        key = dtype, launch.dtype, len(launch.stacks)
         shrink = self._kept(("shrink", *key), lambda: self.shrink(*key))
         shape = launch.rows.shape[0], launch.in_size
         product = self._kept(("product", *key, *shape), lambda: self.product(*key, *shape))
@@ -160,25 +159,11 @@ class Kernels:
         return self._made[key]
 
 
-def _nought(rows: int, in_size: int, factors: mx.Dtype, stacks: int) -> Launch:
-    """A launch of rows whose factors are nought, as if of so many stacks."""
-    layout = GroupLayout((Projection("", 4, in_size, OUTPUTS_PER_CLUSTER),), False, factors)
-    stack = Stack(layout)
+def _empty_launch(rows: int, in_size: int, factors: mx.Dtype, stacks: int) -> Launch:
+    """A launch of rows that all compute with factors of zeros, in one stack that is given so many times."""
+    stack = Stack(GroupLayout((Projection("", 4, in_size, OUTPUTS_PER_CLUSTER),), False, factors))
     stack.grow(1)
-    one = Pass(Layout({"": layout}), [(row, 0, 1.0) for row in range(rows)], rows)
-    [launch] = plan_launches([(one, stack)], rows, {})
-    return replace(launch, stacks=(stack,) * stacks)
-
-
-def _stacks(launch: Launch) -> int:
-    """For how many stacks the text is made that takes those of `launch`."""
-    return next(count for count in _STACKS if len(launch.stacks) <= count)
-
-
-def _slabs(launch: Launch) -> list[mx.array]:
-    """The slabs that the kernel is given: in the places that are left, the first again."""
-    slabs = [stack.slab for stack in launch.stacks]
-    return slabs + slabs[:1] * (_stacks(launch) - len(slabs))
+    return make_launch([stack] * stacks, mx.zeros((rows, 4), mx.int32), BatchPlan([()] * rows, {}))
 
 
 def _with_layers(adding: Function, stacks: int, linears: Sequence[nn.Module]) -> Function:
@@ -204,17 +189,17 @@ def _array_names(linear: nn.Module) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One launch for one batch: `adding` computes it from the outputs of the base layers, `bases`.
+    """One launch for one batch: `function` of (x, rows, table, *slabs, …) gives the outputs of its layers.
 
-    `compiled` computes these as well, from `arrays`; None where they cannot be compiled, and in a later
-    call, which adds to what the first computed.
+    Where the layers are compiled with it, their `arrays` follow. Else, and in a later call, which adds to
+    what an earlier one computed, `arrays` is None, and the layers' outputs so far follow, at first those of
+    their `bases`.
     """
 
     launch: Launch
-    adding: Function
+    function: Function
+    arrays: tuple[mx.array, ...] | None
     bases: tuple[Callable[[mx.array], mx.array], ...]
-    compiled: Function | None
-    arrays: tuple[mx.array, ...]
 
 
 def plan_calls(
@@ -225,22 +210,20 @@ def plan_calls(
     linears: Mapping[str, nn.Module],
 ) -> tuple[Call, ...] | None:
     """The launches that compute `steps` for inputs of `dtype`, in order; None where the kernel cannot."""
-    paths: set[str] = set()
-    for _, stack in steps:
-        paths |= stack.layout.ranks.keys()
-    if len(paths) > MOST_PROJECTIONS or not all(_fits(s.layout, dtype, linears) for _, s in steps):
+    paths = {path for _, stack in steps for path in stack.layout.ranks}
+    if len(paths) > MOST_PROJECTIONS or not all(_fits(stack, dtype, linears) for _, stack in steps):
         return None
-    calls = []
-    for launch in plan_launches(steps, plan.batch_size, plan.known_arrays):
+    calls: list[Call] = []
+    for launch in plan_launches(steps, plan):
         mine = [linears[path] for path in launch.paths]
         is_first = not any(set(launch.paths) & set(call.launch.paths) for call in calls)
+        compiled = kernels.compiled(launch, dtype, linears, plan.all_adapted) if is_first else None
         calls.append(
             Call(
-                launch=launch,
-                adding=kernels.adding(launch, dtype),
-                bases=tuple(linear.__call__ for linear in mine),
-                compiled=kernels.compiled(launch, dtype, linears, plan.all_adapted) if is_first else None,
-                arrays=tuple(linear[name] for linear in mine for name in _array_names(linear)),
+                launch,
+                compiled or kernels.adding(launch, dtype),
+                tuple(linear[name] for linear in mine for name in _array_names(linear)) if compiled else None,
+                tuple(linear.__call__ for linear in mine),
             )
         )
     return tuple(calls)
@@ -250,19 +233,24 @@ def run_calls(x: mx.array, calls: Iterable[Call]) -> dict[str, mx.array]:
     """The outputs (B, 1, out) of all layers that the calls touch, by path, for x (B, 1, in)."""
     outputs: dict[str, mx.array] = {}
     for call in calls:
-        launch = call.launch
-        given = (x, launch.rows, launch.table, *_slabs(launch))
-        if call.compiled is not None:
-            found = call.compiled(*given, *call.arrays)
-        else:
+        launch, arrays = call.launch, call.arrays
+        if arrays is None:
             layers = zip(launch.paths, call.bases, strict=True)
-            found = call.adding(*given, *(outputs[p] if p in outputs else base(x) for p, base in layers))
+            arrays = tuple(outputs[path] if path in outputs else base(x) for path, base in layers)
+        found = call.function(x, launch.rows, launch.table, *launch.slabs, *arrays)
         outputs.update(zip(launch.paths, found, strict=True))
     return outputs
 
 
-def _fits(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module]) -> bool:
-    """Whether the kernel computes this.
+def _fits(stack: Stack, dtype: mx.Dtype, linears: Mapping[str, nn.Module]) -> bool:
+    """Whether the kernel computes this; found out once, since batches change often and layers do not."""
+    if dtype not in stack.fits:
+        stack.fits[dtype] = _computes(stack.layout, dtype, linears)
+    return stack.fits[dtype]
+
+
+def _computes(layout: GroupLayout, dtype: mx.Dtype, linears: Mapping[str, nn.Module]) -> bool:
+    """Whether the kernel computes rows of this layout.
 
     It wants whole vectors of 16 bytes, outputs of the input's type, sums that fit into a block's own memory,
     and no bias, neither of a layer whose DoRA would scale it nor of the adapter's own.

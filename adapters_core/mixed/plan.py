@@ -97,13 +97,11 @@ class BatchPlan:
 
     `memo` is for what layers of one forward share; it is emptied when the forward ends. `length` is how many
     tokens of each row the forward under way reads. `all_adapted` says whether every row has an adapter.
-    `known_arrays` are those that launches of several groups share, by their numbers.
     """
 
     def __init__(self, rows: Sequence[RowAdapters], placements: Mapping[ResidentAdapter, Placement]) -> None:
         self.batch_size = len(rows)
         self.all_adapted = all(rows)
-        self.known_arrays: dict[bytes, mx.array] = {}
         self.length: int | None = None
         self.memo: dict[Any, Any] = {}
         self._work: dict[Any, Any] = {}

@@ -36,7 +36,7 @@ class Routing:
 
     `generation` counts the times that adapters have changed their slots: an older plan points at wrong ones.
     On a CUDA GPU, `kernels` are the fused ones; with None in their place, all is computed without. `forms`
-    are those of what has no kernel; whoever sets them does so between two forwards.
+    say how the rest is computed. Both are set between two forwards only.
     """
 
     def __init__(self, forms: Forms | None = None) -> None:

@@ -19,12 +19,13 @@ __all__ = ["Shelf", "Stack"]
 class Stack:
     """One group's rows of several adapters: `slab` (slots, layout.size).
 
-    Views are not to be kept beyond a forward.
+    Views are not to be kept beyond a forward. `fits` says whether CUDA's kernels compute it, by input type.
     """
 
     def __init__(self, layout: GroupLayout) -> None:
         self.layout = layout
         self.slab = mx.zeros((0, layout.size), dtype=layout.dtype)
+        self.fits: dict[mx.Dtype, bool] = {}
         self._views: dict[tuple[str, int | None], mx.array] = {}
 
     def a(self, slot: int | None = None) -> mx.array:
