@@ -11,27 +11,26 @@ from collections.abc import Sequence
 
 __all__ = ["LinearFit", "Pace", "first_read"]
 
-# Reading may take the time of so many decoding steps,
+# A read may take the time of so many decoding steps.
 _DECODE_STEPS = 2.0
-# or so many times what a forward costs before its first token: else the gap is not worth it,
+# It may take so many times its fixed cost, where that is longer: a shorter read is mostly fixed cost.
 _FIXED_COSTS = 2.0
-# so many times while nobody notices a gap of so many seconds,
-_UNNOTICED_COSTS = 10.0
+# Up to so many seconds, which nobody notices in a stream, it may take this many times its fixed cost.
 _UNNOTICED_SECONDS = 0.1
-# and so many times as much again where it lets as many rows join as decode.
+_UNNOTICED_COSTS = 10.0
+# A read that finishes as many prompts as there are rows that decode may take so many times as long again,
 _FINISHED_WEIGHT = 5.0
-# but no more than so many times as much,
+# and none so long as to exceed this many times.
 _MOST_WORTH = 4.0
-# What is read while nothing is known of the times yet.
+# What is read while no times are known, beside rows that decode and without any.
 _UNKNOWN_TOKENS = 256
-# The same where nobody decodes.
 _UNKNOWN_IDLE_TOKENS = 4096
-# What a forward costs besides its tokens, in tokens, while nothing is known of the times yet: reading in one
-# go saves it, padding wastes it.
+# The fixed cost of a read in tokens, while no times are known: reading in one go saves it, padding wastes it.
 _FORWARD_TOKENS = 64
 # Where nobody decodes, a step may take so long before it sees who has come or gone meanwhile.
 _IDLE_SECONDS = 1.0
-# A measurement above so many times what was expected counts as that: a compiler took it, or another process.
+# A measurement counts as at most so many times what was expected: the rest is a compiler's, say. One that is
+# so many times shorter shows that those before it were too long: nothing takes less than it has to.
 _OUTLIER = 4.0
 # Prompts that need a little more than the budget are finished in the same step.
 _STRETCH = 1.25
@@ -53,9 +52,16 @@ class LinearFit:
         return self._weight > 0
 
     def observe(self, size: float, seconds: float) -> None:
-        """One more measurement; sizes are above 0. One that is far too long counts as less."""
+        """One more measurement; sizes are above 0. One that is far too long counts as less.
+
+        After one that is far too short, all before it are forgotten.
+        """
         if self.known:
-            seconds = min(seconds, _OUTLIER * self.seconds(size))
+            expected = self.seconds(size)
+            if _OUTLIER * seconds < expected:
+                self._weight = self._x = self._y = self._xx = self._xy = 0.0
+            else:
+                seconds = min(seconds, _OUTLIER * expected)
         self._weight = _MEMORY * self._weight + 1
         self._x = _MEMORY * self._x + size
         self._y = _MEMORY * self._y + seconds
@@ -153,7 +159,7 @@ class Pace:
     @property
     def forward_tokens(self) -> int:
         """What a forward that reads costs besides its tokens, in tokens."""
-        fixed = self._reading.fixed_seconds if self._reading.known else 0.0
+        fixed = self._reading.fixed_seconds
         if fixed == 0:
             return _FORWARD_TOKENS
         slope = self._reading.seconds(1) - fixed

@@ -49,6 +49,16 @@ def test_a_compilers_seconds_count_as_an_outlier() -> None:
     assert pace.budget_tokens(LONG, 8) == pytest.approx(budget, rel=0.3)
 
 
+def test_a_compilers_seconds_are_forgotten_though_they_come_first() -> None:
+    pace = Pace(min_tokens=32, max_tokens=512)
+    pace.observe(15.0, decoded_rows=1, read_tokens=0)
+    pace.observe(20.0, decoded_rows=0, read_tokens=200)
+    for size in (1, 2, 8, 16):
+        pace.observe(0.01 + size * 0.0001, decoded_rows=size, read_tokens=0)
+        pace.observe(0.01 + 30 * size * 0.00005, decoded_rows=0, read_tokens=30 * size)
+    assert pace.budget_tokens(LONG, 8) == measured(0.01, 0.0001, 0.00005).budget_tokens(LONG, 8)
+
+
 def test_idle_reading_is_bounded_by_a_second() -> None:
     pace = Pace(min_tokens=32, max_tokens=16384)
     assert pace.idle_tokens == 4096  # nothing is known yet
