@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.clean import default_cache_dir
+from server.cache_dir import default_cache_dir
 from server.cli.serve import prepare_mlx
 
 prepare_mlx(default_cache_dir())
@@ -33,7 +33,7 @@ from benchmarks.adapters import RANK_8_QV  # noqa: E402
 from benchmarks.library import AdapterLibrary, AdapterSet  # noqa: E402
 from benchmarks.loads import stories  # noqa: E402
 from benchmarks.sides import Question, Side, SideContext, SideKind, SideSpec, open_side  # noqa: E402
-from server.demo.model import default_cache_dir, demo_model  # noqa: E402
+from server.demo.model import demo_model  # noqa: E402
 
 _ADAPTERS = AdapterSet(RANK_8_QV, 5)
 _TOKENS = 4

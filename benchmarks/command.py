@@ -31,7 +31,8 @@ from benchmarks.runner import Progress, run_cases
 from benchmarks.sides import SideContext
 from benchmarks.sizes import GOAL_SIZES, GPU_SIZES, Sizes
 from benchmarks.tables import show
-from server.demo.model import DemoModelError, default_cache_dir, demo_model
+from server.cache_dir import default_cache_dir
+from server.demo.model import DemoModelError, demo_model
 from server.environment import describe_environment, describe_model
 
 __all__ = ["Options", "bench", "goal_sizes", "list_cases", "measure", "run_to_end"]

@@ -45,7 +45,8 @@ from benchmarks.fusing_report import (  # noqa: E402
 from benchmarks.page import fill_blocks  # noqa: E402
 from server.adapters.bare import bare_copy  # noqa: E402
 from server.adapters.fusing.probes import probe_rows  # noqa: E402
-from server.demo.model import MODEL_NAME, default_cache_dir, demo_model  # noqa: E402
+from server.cache_dir import default_cache_dir  # noqa: E402
+from server.demo.model import MODEL_NAME, demo_model  # noqa: E402
 from server.environment import describe_environment  # noqa: E402
 
 _PAGE = Path(__file__).resolve().parents[1] / "docs" / "fusing.md"

@@ -32,12 +32,15 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-__all__ = ["ENV_PREFIX", "GROUPS", "LogFormat", "LogLevel", "Settings", "is_loopback"]
+from server.cache_dir import default_cache_dir
+
+__all__ = ["ENV_PREFIX", "GROUPS", "Dtype", "LogFormat", "LogLevel", "Settings", "is_loopback"]
 
 ENV_PREFIX = "GRAFT_"
 GROUPS = ("Model", "Adapters", "Network", "Limits", "Memory", "Timeouts", "Logs")
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _group(name: str) -> dict[str, Any]:
@@ -101,10 +104,6 @@ def _check_key(key: SecretStr) -> SecretStr:
     return key
 
 
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mlx-graft"
-
-
 def is_loopback(host: str) -> bool:
     """Whether nobody but this machine can reach a server that listens on `host`."""
     try:
@@ -151,12 +150,10 @@ class Settings(BaseSettings):
     served_model_name: Text | None = Field(default=None, max_length=128, json_schema_extra=_group("Model"))
     """Name of the base in requests and answers; the last part of the model's path or id when unset."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", json_schema_extra=_group("Model")
-    )
+    dtype: Dtype = Field(default="auto", json_schema_extra=_group("Model"))
     """Type that weights are computed in; auto is float32 on a CPU and the model's own on a GPU."""
 
-    cache_dir: PlainPath = Field(default_factory=_default_cache_dir, json_schema_extra=_group("Model"))
+    cache_dir: PlainPath = Field(default_factory=default_cache_dir, json_schema_extra=_group("Model"))
     """Folder for the converted demo model, what was measured, and copies of adapters' versions."""
 
     calibration: bool = Field(default=True, json_schema_extra=_group("Model"))

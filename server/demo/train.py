@@ -29,8 +29,9 @@ from mlx_lm.tuner.trainer import TrainingArgs, train  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from adapters_core import AdapterContainer  # noqa: E402
+from server.cache_dir import default_cache_dir  # noqa: E402
 from server.demo.gguf import Variant  # noqa: E402
-from server.demo.model import default_cache_dir, demo_model  # noqa: E402
+from server.demo.model import demo_model  # noqa: E402
 from server.demo.recipes import Recipe, RecipeError, read_recipes  # noqa: E402
 
 __all__ = ["answers", "train_adapter"]

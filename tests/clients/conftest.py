@@ -53,7 +53,7 @@ def pirate_answer(server: Served) -> str:
 def _demo_model() -> str:
     """The folder of the demo's model, which is converted first if no run before has done so."""
     program = (
-        "from server.demo.model import default_cache_dir, demo_model;"
+        "from server.cache_dir import default_cache_dir; from server.demo.model import demo_model;"
         "print(demo_model('float32', default_cache_dir(), progress=lambda message: None))"
     )
     done = subprocess.run(

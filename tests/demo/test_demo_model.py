@@ -18,11 +18,11 @@ from mlx_lm import generate
 from mlx_lm import load as load_model
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from server.cache_dir import default_cache_dir
 from server.demo.model import (
     MODEL_NAME,
     DemoPackageCorruptError,
     DemoPackageMissingError,
-    default_cache_dir,
     demo_model,
 )
 

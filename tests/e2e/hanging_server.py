@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from server.cli.clean import default_cache_dir
+from server.cache_dir import default_cache_dir
 from server.cli.serve import prepare_mlx
 
 prepare_mlx(default_cache_dir())
