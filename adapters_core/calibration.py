@@ -39,18 +39,17 @@ _FEWEST_TURNS, _MOST_TURNS = 5, 15
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """Batches that one form is chosen for, by a field of `Forms`: so many rows, tokens of each, and ranks."""
+    """Batches that one form is chosen for, by a field of `Forms`: so many rows, and tokens of each."""
 
     name: str
     rows: int
     tokens: int
-    ranks: int
 
 
 REGIMES = (
-    Regime("decoding_few", MANY_ROWS // 2, 1, 3),
-    Regime("decoding_many", 2 * MANY_ROWS, 1, 3),
-    Regime("reading", 4, 64, 3),
+    Regime("decoding_few", MANY_ROWS // 2, 1),
+    Regime("decoding_many", 2 * MANY_ROWS, 1),
+    Regime("reading", 4, 64),
 )
 
 
@@ -142,9 +141,8 @@ class _Sample:
 
     def run(self, form: Form, regime: Regime) -> Callable[[], float]:
         """What computes the layers with `form` for a batch of `regime`, and returns the seconds it took."""
-        adapters = self._adapters[: regime.ranks]
         rows: list[RowAdapters] = [
-            make_row([(adapters[row % len(adapters)], 1.0)]) for row in range(regime.rows)
+            make_row([(self._adapters[row % len(self._adapters)], 1.0)]) for row in range(regime.rows)
         ]
         batch = AdapterRows(rows)
         inputs: dict[tuple[int, mx.Dtype], mx.array] = {}

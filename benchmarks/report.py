@@ -206,7 +206,7 @@ def _notes(outcome: CaseOutcome) -> Iterator[str]:
     most = max(map(len, samples.values()))
     for measure, rounds in samples.items():
         if len(rounds) < most:
-            yield f"{measure.name}: {len(rounds)} of {most} rounds, for want of time"
+            yield f"{measure.name}: {len(rounds)} of {most} rounds: there was no time for more"
 
 
 def _figure(figure: Figure, samples: Samples) -> FigureRecord:

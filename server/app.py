@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -29,11 +28,11 @@ from server.adapters.service import AdapterService, ServiceOptions
 from server.auth import require_api_key
 from server.bodies import BodyLimits, BodyMiddleware
 from server.connections import ConnectionLimits, Connections
-from server.engine.calibration import choose_forms
+from server.engine.calibration import with_forms
 from server.engine.engine import Engine
 from server.engine.loop import LoopOptions
 from server.engine.memory_limits import headroom_bytes, return_freed_memory
-from server.engine.model import LoadedModel, ModelInfo, load_model
+from server.engine.model import ModelInfo, load_model
 from server.errors import install
 from server.leftovers import sweep_cache, sweep_folders
 from server.metrics import Metrics, MetricsMiddleware
@@ -120,7 +119,11 @@ def _make_engine(settings: Settings) -> Engine:
     )
     return_freed_memory()
     return Engine(
-        lambda: _load(settings),
+        lambda: with_forms(
+            load_model(settings.model, dtype=settings.dtype, revision=settings.revision),
+            settings.cache_dir,
+            measured=settings.calibration,
+        ),
         options,
         prompt_cache_bytes=settings.prompt_cache_bytes,
         max_waiting=settings.max_waiting,
@@ -128,13 +131,6 @@ def _make_engine(settings: Settings) -> Engine:
         grace_seconds=_GRACE_SECONDS,
         stuck_seconds=settings.health_timeout_seconds,
     )
-
-
-def _load(settings: Settings) -> LoadedModel:
-    """The model, and how its rows are to be computed. Runs on the generation thread."""
-    loaded = load_model(settings.model, dtype=settings.dtype, revision=settings.revision)
-    forms = choose_forms(loaded.model, settings.cache_dir, measured=settings.calibration)
-    return replace(loaded, info=replace(loaded.info, forms=forms))
 
 
 def _free_for_rows(settings: Settings) -> int:

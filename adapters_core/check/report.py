@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 __all__ = ["CheckReport", "Finding", "Memory", "Ratio"]
@@ -66,7 +66,6 @@ class CheckReport:
     memory: Memory
     forms: dict[str, Any]
     layouts: int
-    notes: tuple[str, ...] = field(default=())
     seconds: float = 0.0
 
     @property

@@ -14,15 +14,17 @@ import sys
 import time
 from collections.abc import Sequence
 
-from server.blas import load_openblas
+from server.cache_dir import default_cache_dir
+from server.cli.serve import prepare_mlx
 
-load_openblas()
+prepare_mlx(default_cache_dir())
 
 from mlx_lm.generate import BatchGenerator  # noqa: E402 (MLX may be imported only from here on)
 
 from adapters_core.container import AdapterContainer  # noqa: E402
 from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row  # noqa: E402
 from benchmarks.workers.generators import private_output  # noqa: E402
+from server.engine.calibration import with_forms  # noqa: E402
 from server.engine.context import ModelContext  # noqa: E402
 from server.engine.model import load_model  # noqa: E402
 
@@ -34,7 +36,8 @@ _MOST_TOKENS = 1 << 20
 def main() -> None:
     """Answer lines until the input ends."""
     answers = private_output()
-    context = ModelContext.build(load_model(sys.argv[1]), prompt_cache_bytes=0)
+    loaded = with_forms(load_model(sys.argv[1]), default_cache_dir())
+    context = ModelContext.build(loaded, prompt_cache_bytes=0)
     resident: dict[str, ResidentAdapter] = {}
     batches: dict[str, BatchGenerator] = {}
     for line in sys.stdin:

@@ -3,7 +3,8 @@
 The first is what the hardware and mlx-lm give without a server, the second what the engine gives without
 HTTP, threads and text. Reads one JSON line per load from standard input and answers with one; ends with the
 input. The clock runs from tokens to tokens: reading the prompts' text and writing the answers' is left out.
-Base rows only; no prompt is cached.
+Base rows only; no prompt is cached. Both have the server's BLAS and variables of MLX, so that they differ in
+nothing else.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
-from server.blas import load_openblas
+from server.cache_dir import default_cache_dir
+from server.cli.serve import prepare_mlx
 
-load_openblas()
+prepare_mlx(default_cache_dir())
 
 from mlx_lm import load  # noqa: E402 (MLX may be imported only from here on)
 from mlx_lm.generate import BatchGenerator  # noqa: E402
@@ -31,11 +33,11 @@ from server.engine.loop import GenerationLoop, LoopOptions  # noqa: E402
 from server.engine.messages import Failed, Finished, SamplingParams, Submit, Token  # noqa: E402
 from server.engine.model import load_model  # noqa: E402
 
-__all__ = ["Generator", "bare_generator", "generate", "loop_generator", "private_output"]
+__all__ = ["Generation", "bare_generator", "generate", "loop_generator", "private_output"]
 
 
-class Generator(NamedTuple):
-    """`insert(index, prompt, max_tokens)` begins a row; `step()` tells what came of one step.
+class Generation(NamedTuple):
+    """Rows under way: `insert(index, prompt, max_tokens)` begins one; `step()` tells what came of one step.
 
     That is (index, token, ended): a token that is None was a stop token, which is counted and is no text, or
     was told before.
@@ -70,7 +72,7 @@ def private_output() -> TextIO:
     return output
 
 
-def bare_generator(model: Any, tokenizer: TokenizerWrapper) -> Generator:
+def bare_generator(model: Any, tokenizer: TokenizerWrapper) -> Generation:
     """mlx-lm's, with its own defaults."""
     generator = BatchGenerator(model, stop_tokens=[[token] for token in tokenizer.eos_token_ids])
     indexes: dict[int, int] = {}
@@ -84,10 +86,10 @@ def bare_generator(model: Any, tokenizer: TokenizerWrapper) -> Generator:
             token = None if response.finish_reason == "stop" else response.token
             yield indexes[response.uid], token, response.finish_reason is not None
 
-    return Generator(insert, step, generator.close)
+    return Generation(insert, step, generator.close)
 
 
-def loop_generator(context: ModelContext) -> Generator:
+def loop_generator(context: ModelContext) -> Generation:
     """This project's loop, with the server's defaults."""
     loop = GenerationLoop(context, LoopOptions())
     stops = frozenset(context.tokenizer.eos_token_ids)
@@ -104,11 +106,11 @@ def loop_generator(context: ModelContext) -> Generator:
                 ended = isinstance(event, Finished)
                 yield int(name), None if ended else event.token, ended
 
-    return Generator(insert, step, lambda: None)
+    return Generation(insert, step, lambda: None)
 
 
 def generate(
-    generator: Generator,
+    generation: Generation,
     tokenizer: TokenizerWrapper,
     chats: Sequence[list[dict[str, str]]],
     max_tokens: Sequence[int],
@@ -130,8 +132,8 @@ def generate(
             continue
         while coming and arrivals[coming[0]] <= now:
             index = coming.popleft()
-            generator.insert(index, prompts[index], max_tokens[index])
-        found = list(generator.step())
+            generation.insert(index, prompts[index], max_tokens[index])
+        found = list(generation.step())
         now = time.perf_counter() - start
         for index, token, ended in found:
             if token is not None:
@@ -140,7 +142,7 @@ def generate(
             if ended:
                 ended_seconds[index] = now
     seconds = time.perf_counter() - start
-    generator.close()
+    generation.close()
     answers = [
         Answer(
             text=tokenizer.decode(tokens[index]),

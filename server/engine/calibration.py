@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +25,9 @@ from adapters_core.mixed.forms import Form, Forms, forms_of
 from adapters_core.mixed.kernel import on_cuda
 from server.environment import describe_environment
 
-__all__ = ["choose_forms", "kept_or_measured"]
+from .model import LoadedModel
+
+__all__ = ["choose_forms", "kept_or_measured", "with_forms"]
 
 _log = structlog.get_logger(__name__)
 
@@ -40,6 +42,12 @@ class _Kept(BaseModel):
     key: dict[str, str]
     forms: Forms
     seconds: dict[str, dict[str, float]]
+
+
+def with_forms(loaded: LoadedModel, cache_dir: Path, *, measured: bool = True) -> LoadedModel:
+    """`loaded`, and in its description how rows with adapters are to be computed."""
+    forms = choose_forms(loaded.model, cache_dir, measured=measured)
+    return replace(loaded, info=replace(loaded.info, forms=forms))
 
 
 def choose_forms(model: nn.Module, cache_dir: Path, *, measured: bool = True) -> Forms:
