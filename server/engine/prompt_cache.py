@@ -229,7 +229,10 @@ def _finite(cache: Sequence[Any]) -> mx.array:
 
 
 def _own_arrays(cache: Iterable[Any]) -> None:
-    """Copy recurrent state out of the batch's arrays, of which mlx-lm's extract leaves it a view."""
+    """Copy recurrent state out of the batch's arrays, of which mlx-lm's extract leaves it a view.
+
+    By `where`, which always computes: `contiguous` copies no view of an array that is at most 16 KiB larger.
+    """
     for part in parts(cache):
         if isinstance(part, ArraysCache):
-            part.cache = [None if array is None else mx.contiguous(array) for array in part.cache]
+            part.cache = [None if array is None else mx.where(True, array, array) for array in part.cache]

@@ -57,17 +57,23 @@ def parrot_tokenizer(template: str | None = TEMPLATE) -> TokenizerWrapper:
 
 
 class Parrot(llama.Model):
-    """Raises when it reads the trap, as a failing kernel would. Says it after the token `before` alone."""
+    """Raises when it reads the trap, as a failing kernel would.
 
-    trap: int = -1
-    before: int = -1
+    Says the tokens `way`, of which the last is the trap, after one another alone, never by chance.
+    """
+
+    way: tuple[int, ...]
 
     def __call__(self, inputs: mx.array, *args: Any, **options: Any) -> mx.array:
-        if (inputs == self.trap).any().item():
+        trap = self.way[-1]
+        if (inputs == trap).any().item():
             raise RuntimeError("a secret of the inside: /etc/passwd")
         logits = super().__call__(inputs, *args, **options)
-        chance = mx.arange(logits.shape[-1]) == self.trap  # never by chance, whatever is sampled or adapted
-        return mx.where(chance & (inputs != self.before)[..., None], -1e4, logits)
+        # Whatever is sampled or adapted; the first one never, since nothing comes after the trap.
+        for before, token in zip((trap, *self.way), self.way, strict=False):
+            chance = (mx.arange(logits.shape[-1]) == token) & (inputs != before)[..., None]
+            logits = mx.where(chance, -1e4, logits)
+        return logits
 
 
 def load_parrot(template: str | None = TEMPLATE, context_tokens: int = CONTEXT_TOKENS) -> LoadedModel:
@@ -89,7 +95,7 @@ def load_parrot(template: str | None = TEMPLATE, context_tokens: int = CONTEXT_T
             tie_word_embeddings=False,
         )
     )
-    model.trap, model.before = vocabulary[TRAP], vocabulary["ouch"]
+    model.way = (vocabulary["fall"], vocabulary["ouch"], vocabulary[TRAP])
     table = mx.zeros((size, width))
     for first, line in LINES.items():
         for token, successor in zip([first, *line], line, strict=False):
