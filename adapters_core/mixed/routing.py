@@ -24,7 +24,7 @@ from .residents import ResidentAdapter, RowAdapters
 
 __all__ = [
     "AdapterRows",
-    "LogitSums",
+    "HighestLogits",
     "RoutedModel",
     "Routing",
     "RowWatch",
@@ -49,14 +49,15 @@ class Routing:
         self.generation = 0
 
 
-class LogitSums:
-    """log Σ exp of the last logits of each row of one forward, as (B,) in `lazy`.
+class HighestLogits:
+    """The highest of the last logits of each row of one forward, as (B,) in `lazy`.
 
-    It is finite exactly where no logit is NaN or +inf and not all are -inf, which rules single tokens out.
+    It is finite exactly where no logit is NaN (then the maximum is too), none is +inf, and not all are
+    -inf, which rules single tokens out.
     """
 
     def __init__(self, logits: mx.array) -> None:
-        self.lazy = mx.logsumexp(logits[:, -1, :], axis=-1)
+        self.lazy = mx.max(logits[:, -1, :], axis=-1)
 
     @cached_property
     def finite(self) -> list[bool]:
@@ -72,11 +73,11 @@ class RowWatch:
     """
 
     def __init__(self) -> None:
-        self._before: tuple[LogitSums, int] | None = None
-        self._last: tuple[LogitSums, int] | None = None
+        self._before: tuple[HighestLogits, int] | None = None
+        self._last: tuple[HighestLogits, int] | None = None
 
     @property
-    def last(self) -> LogitSums | None:
+    def last(self) -> HighestLogits | None:
         """Of the last forward."""
         return None if self._last is None else self._last[0]
 
@@ -85,9 +86,9 @@ class RowWatch:
         """Whether the row's logits were, in the forward before the last."""
         return self._before is None or self._before[0].finite[self._before[1]]
 
-    def note(self, sums: LogitSums, row: int) -> None:
+    def note(self, highest: HighestLogits, row: int) -> None:
         """There was one more forward, in which this was row number `row`."""
-        self._before, self._last = self._last, (sums, row)
+        self._before, self._last = self._last, (highest, row)
 
 
 class AdapterRows:
@@ -120,10 +121,10 @@ class AdapterRows:
     def note(self, logits: mx.array) -> None:
         """Tell those who watch of the logits (B, L, vocabulary) of these rows."""
         if any(self.watches):
-            sums = LogitSums(logits)
+            highest = HighestLogits(logits)
             for row, watch in enumerate(self.watches):
                 if watch is not None:
-                    watch.note(sums, row)
+                    watch.note(highest, row)
 
     def _set(self, rows: tuple[RowAdapters, ...], watches: tuple[RowWatch | None, ...]) -> None:
         self.watches = watches

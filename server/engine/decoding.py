@@ -161,7 +161,7 @@ class Decoder:
         started = self._clock()
         prompts, responses = self._generator.next()
         # With the forward that is under way, so that the next step finds them without a wait of their own.
-        mx.async_eval([sums.lazy for sums in {row.watch.last for row in self._rows.values()} if sums])
+        mx.async_eval([logits.lazy for logits in {row.watch.last for row in self._rows.values()} if logits])
         seconds = self._clock() - started
         read_tokens = len(lengths) * max(lengths, default=0)
         if decoding == len(responses):  # rows that begin to decode in a step take time of their own

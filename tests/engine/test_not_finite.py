@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from adapters_core.container import AdapterContainer
 from adapters_core.mixed.residents import RowAdapters, make_row
-from adapters_core.mixed.routing import LogitSums
+from adapters_core.mixed.routing import HighestLogits
 from server.engine.context import ModelContext
 from server.engine.loop import GenerationLoop
 from server.engine.messages import Failed, Finished, SamplingParams, Scored, Scoring, Update
@@ -185,7 +185,7 @@ def test_tokens_that_are_ruled_out_are_no_error(sampling: SamplingParams) -> Non
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_sums_of_logits_are_finite_where_a_token_can_be_drawn(dtype: mx.Dtype) -> None:
+def test_highest_logits_are_finite_where_a_token_can_be_drawn(dtype: mx.Dtype) -> None:
     nan, inf = float("nan"), float("inf")
     rows = [
         [0, 1, 2],
@@ -196,8 +196,18 @@ def test_sums_of_logits_are_finite_where_a_token_can_be_drawn(dtype: mx.Dtype) -
         [6e4, -6e4, 6e4],
         [-inf, nan, 0],
     ]
-    found = LogitSums(mx.array(rows, dtype=dtype)[:, None, :]).finite
+    found = HighestLogits(mx.array(rows, dtype=dtype)[:, None, :]).finite
     assert found == [True, False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("vocabulary", [5, 257, 49_153])
+def test_one_logit_that_is_not_a_number_is_seen_wherever_it_stands(dtype: mx.Dtype, vocabulary: int) -> None:
+    places = [0, 1, vocabulary // 2, vocabulary - 2, vocabulary - 1]
+    logits = mx.random.normal((len(places) + 1, 1, vocabulary)).astype(dtype)
+    for row, place in enumerate(places):
+        logits[row, 0, place] = float("nan")
+    assert HighestLogits(logits).finite == [False] * len(places) + [True]
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
