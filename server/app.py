@@ -116,6 +116,7 @@ def _make_engine(settings: Settings) -> Engine:
         prefill_batch_size=settings.prefill_batch_size,
         prefill_step_tokens=settings.prefill_step_tokens,
         max_batch_adapters=settings.max_batch_adapters,
+        warm=True,
     )
     return_freed_memory()
     return Engine(

@@ -18,6 +18,10 @@ _DEFAULTS = {
     # cuDNN plans attention anew for each length of prompt and KV cache, which takes longer than to read a
     # prompt; without it, attention to a prompt is two products and a softmax.
     "MLX_CUDA_USE_CUDNN_SDPA": "0",
+    # To build a CUDA graph of a step, and to change the one of the step before into it, takes the host longer
+    # than to launch its kernels, most of all where the batch has changed. And clusters of blocks, which our
+    # kernels use, fail in graphs that are changed.
+    "MLX_USE_CUDA_GRAPHS": "0",
     # MLX takes it for an error of the program if shapes differ more often than its plans and graphs are kept.
     # Those of a server always do in the end, and the error would fail all running requests.
     "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",

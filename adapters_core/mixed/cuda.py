@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-__all__ = ["TYPES", "Function", "Text", "make_function", "named"]
+__all__ = ["TYPES", "Function", "Text", "has_clusters", "make_function", "named"]
 
 TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float"}
+
+_CLUSTERS_SINCE = 9  # major compute capability
 
 Function = Callable[..., Sequence[mx.array]]
 
@@ -21,6 +24,16 @@ class Text(NamedTuple):
     name: str
     header: str
     body: str
+
+
+def has_clusters() -> bool:
+    """Whether kernels may run in clusters of blocks: the GPU can, and MLX launches kernels one by one.
+
+    MLX changes CUDA graphs into others of the same form and does not see clusters that a kernel's text asks
+    for: such a graph fails on the GPU, unseen, and all that is computed afterwards is wrong.
+    """
+    capability = mx.device_info(mx.default_device()).get("compute_capability_major", 0)
+    return int(capability) >= _CLUSTERS_SINCE and os.environ.get("MLX_USE_CUDA_GRAPHS") == "0"
 
 
 def named(part: str, header: str, body: str) -> Text:

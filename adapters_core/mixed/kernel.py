@@ -5,7 +5,7 @@
 
 Launches are what adapters cost on a GPU, not arithmetic, so shrink, expand, scale and addition are one, and
 rows of any ranks, targets and kinds share it (launches.py). A row's input is split over a cluster of eight
-blocks, which add their parts of A x up through distributed shared memory (NVIDIA Hopper and later; elsewhere
+blocks, which add their parts of A x up through distributed shared memory (where `has_clusters`; elsewhere
 each block computes all of it); each block then writes an eighth of the outputs. Sums are in float32, and the
 delta is rounded to the layer's type before it is added, as mlx-lm does. The base layers of a group and the
 kernel are compiled to one function, because the host is slower at building graphs than the GPU at computing
@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers.modules import compute_dtype, weight_shape
-from .cuda import TYPES, Function, make_function
+from .cuda import TYPES, Function, has_clusters, make_function
 from .kernel_source import LARGEST_RANK, add_source, rank_class
 from .launches import MOST_PROJECTIONS, STACK_COUNTS, Launch, make_launch, plan_launches
 from .layout import GroupLayout, Projection
@@ -37,7 +37,6 @@ __all__ = ["Call", "Kernels", "on_cuda", "plan_calls", "run_calls"]
 
 _THREADS = 256
 _BLOCKS = 8  # for each row; also the size of a cluster, which is the most that every such GPU allows
-_CLUSTERS_SINCE = 9  # major compute capability
 _MOST_COMPILED = 1024  # functions, for as many sizes of batch and stack; then all are made anew
 
 
@@ -49,13 +48,12 @@ def on_cuda() -> bool:
 class Kernels:
     """The kernels, each made when first asked for.
 
-    `clusters` says whether the GPU has clusters of blocks; None finds out. For a benchmark, `with_base`
+    `clusters` says whether kernels run in clusters of blocks; None finds out. For a benchmark, `with_base`
     False leaves all base layers to MLX, and `compiles` False does so and keeps them apart from the kernel.
     """
 
     def __init__(self, compiles: bool = True, with_base: bool = True, clusters: bool | None = None) -> None:
-        capability = mx.device_info(mx.default_device()).get("compute_capability_major", 0)
-        self._clusters = int(capability) >= _CLUSTERS_SINCE if clusters is None else clusters
+        self._clusters = has_clusters() if clusters is None else clusters
         self._compiles = compiles
         self._with_base = with_base and compiles and self._clusters
         self._made: dict[tuple[Any, ...], Function] = {}

@@ -163,9 +163,8 @@ class Decoder:
         # With the forward that is under way, so that the next step finds them without a wait of their own.
         mx.async_eval([logits.lazy for logits in {row.watch.last for row in self._rows.values()} if logits])
         seconds = self._clock() - started
-        read_tokens = len(lengths) * max(lengths, default=0)
-        if decoding == len(responses):  # rows that begin to decode in a step take time of their own
-            work.seconds, work.decoded_rows, work.read_tokens = seconds, decoding, read_tokens
+        work.seconds, work.read_tokens = seconds, len(lengths) * max(lengths, default=0)
+        work.decoded_rows, work.joined_rows = len(responses), decoding - len(responses)
         self._process_prompts(prompts, step_tokens)
         return self._process_tokens(responses)
 

@@ -28,6 +28,7 @@ from .requests import Request
 from .sampling import draw_seed
 from .scheduler import LoopOptions, Scheduler, StepWork
 from .scoring import Scorer
+from .warming import warm
 
 __all__ = ["GenerationLoop", "LoopOptions", "LoopStats"]
 
@@ -73,12 +74,30 @@ class GenerationLoop:
     ) -> None:
         """`clock` tells seconds; `memory` bounds what rows and kept prompts take (None: nothing does)."""
         self._context = context
+        self._clock = clock
         self._scheduler = Scheduler(options, memory)
         self._decoder = Decoder(context, options, self._scheduler, self._emit, clock)
         self._scorer = Scorer(context, options, self._scheduler, self._emit, clock)
         self._updates: deque[Update] = deque()
         self._events: list[tuple[str, Event]] = []
         self._failures = 0
+
+    def warm(self, context_tokens: int) -> None:
+        """Let the model compute a little before the first request; a failure is told in the log alone.
+
+        Rows have no more than `context_tokens`.
+        """
+        scheduler = self._scheduler
+        try:
+            warm(
+                self._context,
+                scheduler.pace,
+                self._clock,
+                context_tokens=context_tokens,
+                most_tokens=scheduler.memory.most_read_tokens(0),
+            )
+        except Exception:
+            _log.exception("the model could not be warmed")
 
     # Messages
 

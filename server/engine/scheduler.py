@@ -27,10 +27,6 @@ _MAX_LOOK_UPS = 8
 # How many requests that wait for another's reading are passed by in a step, for later ones of their key.
 _MAX_FOLLOWING = 32
 _MIN_READ_TOKENS = 32
-# So many prompts are read together in any case; more of them only where they are short against the fixed cost
-# of a forward: to read them in turn would cost more, and to wait for all of them gains none of them anything.
-_READ_TOGETHER = 8
-_SHORT_FORWARDS = 4
 # The logits of all tokens that are scored in a step are there at once.
 _MOST_SCORED_TOKENS = 512
 
@@ -43,7 +39,8 @@ class LoopOptions:
     decode and where a step would take too long.
     The running requests use at most `max_batch_adapters` different adapters (None: no limit), unless one
     alone needs more. A prompt's KV caches are kept as soon as they are read if they cover
-    `keep_prompt_tokens` more than what was kept already.
+    `keep_prompt_tokens` more than what was kept already. With `warm`, the model computes a little before the
+    first request.
     """
 
     max_batch_size: int = 32
@@ -51,6 +48,7 @@ class LoopOptions:
     prefill_step_tokens: int = 2048
     max_batch_adapters: int | None = None
     keep_prompt_tokens: int = 128
+    warm: bool = False
 
 
 @dataclass(slots=True)
@@ -58,11 +56,13 @@ class StepWork:
     """What one step computed, padding included, and how long it took (0: not known).
 
     `seconds` are those of decoding and reading, `scoring_seconds` those of the scoring after that.
+    `joined_rows` are those whose prompt had been read, and that begin to decode.
     """
 
     seconds: float = 0.0
     scoring_seconds: float = 0.0
     decoded_rows: int = 0
+    joined_rows: int = 0
     read_tokens: int = 0
     scored_tokens: int = 0
 
@@ -188,17 +188,17 @@ class Scheduler:
         Not if that spreads the step's budget too thin; but a share of which nothing is read may always.
         """
         reading = self.reading.values()
-        if left_tokens <= 0 or not reading or request.is_scoring:
+        if left_tokens <= 0 or request.is_scoring:
             return True
-        if len(reading) >= self.options.prefill_batch_size:
+        rests = self.pace.rests and self.decoding_rows > 0 and not reading
+        if rests or len(reading) >= self.options.prefill_batch_size:
             return False
         left = [left_tokens, *(other.left_tokens for other in reading)]
-        if len(reading) >= _READ_TOGETHER:
-            return len(left) * max(left) <= _SHORT_FORWARDS * self.pace.forward_tokens
-        if all(other.request.share != request.share for other in reading):
-            return True
         budget = self._budget_tokens(left)
-        return budget // len(left) >= min(left_tokens, _MIN_READ_TOKENS, budget // 2)
+        if not reading or len(left) * max(left) <= budget:
+            return True
+        is_new = all(other.request.share != request.share for other in reading)
+        return is_new and budget // len(left) >= min(left_tokens, _MIN_READ_TOKENS)
 
     @property
     def decoding_rows(self) -> int:
@@ -237,7 +237,13 @@ class Scheduler:
         """Learn from a step. What one forward leaves to be computed is waited for in the next one's time."""
         decoded, read, scored = work.decoded_rows, work.read_tokens, work.scored_tokens
         if read or not scored:
-            self.pace.observe(work.seconds, decoded_rows=decoded, read_tokens=read)
+            self.pace.observe(
+                work.seconds,
+                decoded_rows=decoded,
+                read_tokens=read,
+                waiting_rows=len(self.reading) + len(self.waiting),
+                joined=work.joined_rows > 0,
+            )
         if not read:
             seconds = work.seconds + work.scoring_seconds
             self.scoring_pace.observe(seconds, decoded_rows=decoded, read_tokens=scored)

@@ -110,6 +110,8 @@ class GenerationThread:
             if kernels := context.bank.warm():
                 _log.info("kernels compiled", kernels=kernels, seconds=round(time.monotonic() - began, 1))
             loop = GenerationLoop(context, self._options, memory=self.memory)
+            if self._options.warm:
+                loop.warm(loaded.info.context_tokens)
         except BaseException as error:
             self.started.set_exception(error)
             return None

@@ -72,7 +72,7 @@ def make_engine(
     prompt_cache_bytes: int = 1 << 22,
     grace_seconds: float = WAIT_SECONDS,
     memory_limit: Callable[[], int | None] = lambda: None,
-    **options: int,
+    **options: Any,
 ) -> Engine:
     return Engine(
         load,

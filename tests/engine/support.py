@@ -43,7 +43,7 @@ def make_context(model: nn.Module, prompt_cache_bytes: int = 1 << 24) -> ModelCo
     return ModelContext.build(loaded(model), prompt_cache_bytes)
 
 
-def make_loop(model: nn.Module, prompt_cache_bytes: int = 1 << 24, **options: int) -> GenerationLoop:
+def make_loop(model: nn.Module, prompt_cache_bytes: int = 1 << 24, **options: Any) -> GenerationLoop:
     return GenerationLoop(make_context(model, prompt_cache_bytes), LoopOptions(**options))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from server.engine.messages import Submit
@@ -15,7 +15,7 @@ from server.engine.prompt_cache import PromptMatch
 from server.engine.requests import Reading, Request
 from server.engine.scheduler import LoopOptions, Scheduler, StepWork
 
-BOUND = 0.4
+BOUND = 0.93
 WAIT = 6
 FIXED_BUDGETS = (64, 256, 1024, 4096, 16384)
 
@@ -60,6 +60,7 @@ class Simulation:
         self.scheduler.pace = pace or self.scheduler.pace
         self.first: dict[str, float] = {}
         self.gaps: list[float] = []
+        self._joining: set[int] = set()  # rows whose prompt was read in the step before
 
     def run(self, name: str, requests: list[tuple[float, int, int]]) -> float:
         """Seconds for all (when, prompt tokens, answer tokens), sorted by when, from now on."""
@@ -87,24 +88,29 @@ class Simulation:
             self.uid += 1
             one.uids[0] = self.uid
             scheduler.reading[self.uid] = Reading(one, 0, [tokens], kept=False, anywhere=True, padded=True)
-        read_uids = set(scheduler.reading)
-        decoding = [one for one in scheduler.running.values() if one.uids[0] not in read_uids]
+        rows = {one.uids[0]: one for one in scheduler.running.values()}
+        joining, self._joining = self._joining & rows.keys(), set()
+        decoding = [one for uid, one in rows.items() if uid not in joining and uid not in scheduler.reading]
         step_tokens = scheduler.step_tokens()
         lengths = [min(reading.left_tokens, step_tokens) for reading in scheduler.reading.values()]
         read = len(lengths) * max(lengths, default=0)
-        seconds = self.costs.decoding(len(decoding)) + self.costs.reading(read)
+        costs = self.costs
+        seconds = costs.decoding(len(decoding)) + costs.decoding(len(joining)) + costs.reading(read)
         self.now += seconds
         for uid, reading in list(scheduler.reading.items()):
             reading.advance(min(reading.left_tokens, step_tokens))
             if not reading.segments:
                 del scheduler.reading[uid]
+                self._joining.add(uid)
         for one in decoding:
             self.first.setdefault(one.request_id, self.now - came[one.request_id])
             self.gaps.append(seconds)
             left[one.request_id] -= 1
             if left[one.request_id] == 0:
                 scheduler.end(one)
-        scheduler.observe(StepWork(seconds, decoded_rows=len(decoding), read_tokens=read))
+        scheduler.observe(
+            StepWork(seconds, decoded_rows=len(decoding), joined_rows=len(joining), read_tokens=read)
+        )
 
 
 COSTS = st.builds(
@@ -121,9 +127,9 @@ def traffic(random: Random, gap: float) -> list[tuple[float, int, int]]:
     return [(number * gap, random.randint(30, 600), 128) for number in range(48)]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(COSTS, st.sampled_from([0.0, 0.02, 0.2]), st.randoms(use_true_random=False))
-def test_reading_keeps_a_part_of_the_best_fixed_budgets_throughput_whatever_a_forward_costs(
+def test_reading_keeps_the_best_fixed_budgets_throughput_whatever_a_forward_costs(
     costs: Costs, gap: float, random: Random
 ) -> None:
     requests = traffic(random, gap)

@@ -13,7 +13,7 @@ import pytest
 
 from adapters_core.bank import AdapterBank
 from adapters_core.container import AdapterContainer
-from adapters_core.mixed.cuda import Function
+from adapters_core.mixed.cuda import Function, has_clusters
 from adapters_core.mixed.kernel import Kernels, on_cuda
 from adapters_core.mixed.kernel_source import add_source
 from adapters_core.mixed.launches import STACK_COUNTS
@@ -340,8 +340,16 @@ def test_the_kernels_themselves_compute_what_the_products_do(rows: int, tmp_path
         kernels = Counting()
         for each in (kernels, Kernels(with_base=False), Kernels(compiles=False)):
             assert relative_error(served.logits(each, mine, steps=3), expected) < 0.02
-        has_clusters = int(mx.device_info(mx.default_device())["compute_capability_major"]) >= 9
-        assert (kernels.count > 0) == (has_clusters and rows <= 32)
+        assert (kernels.count > 0) == (has_clusters() and rows <= 32)
+
+
+@pytest.mark.skipif(not on_cuda(), reason="needs a CUDA GPU")
+def test_the_kernels_themselves_leave_what_others_compute_alone_in_long_evaluations(tmp_path: Path) -> None:
+    served = Served(tmp_path, half_precision(), size=0.05)
+    for kernels in every_kind_of_kernel():
+        for rows in (32, 8, 1):
+            served.logits(kernels, shared_out(served.adapters, rows), steps=60)
+            assert mx.sum(mx.ones(1000, dtype=mx.int32)).item() == 1000
 
 
 @pytest.mark.skipif(not on_cuda(), reason="needs a CUDA GPU")
@@ -418,6 +426,7 @@ def test_the_kernels_themselves_compute_factors_of_half_precision(
 
 
 def every_kind_of_kernel() -> list[Kernels]:
+    """Those that this device and MLX's settings allow."""
     return [Kernels(), Kernels(with_base=False), Kernels(compiles=False), Kernels(clusters=False)]
 
 
