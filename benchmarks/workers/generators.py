@@ -23,7 +23,8 @@ from server.cli.serve import prepare_mlx
 
 prepare_mlx(default_cache_dir())
 
-from mlx_lm import load  # noqa: E402 (MLX may be imported only from here on)
+import mlx.core as mx  # noqa: E402 (MLX may be imported only from here on)
+from mlx_lm import load  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.tokenizer_utils import TokenizerWrapper  # noqa: E402
 
@@ -48,17 +49,23 @@ class Generation(NamedTuple):
     close: Callable[[], None]
 
 
+_FREED_SHARE = 8  # of the memory, for freed buffers: on CUDA MLX keeps them all, and other sides have theirs
+
+
 def main() -> None:
     """Serve loads until the input ends."""
     answers = private_output()
+    mx.set_cache_limit(mx.get_memory_limit() // _FREED_SHARE)
     path, kind = sys.argv[1:]
     if kind == "bare":
         model, tokenizer, *_ = load(path)
         make = lambda: bare_generator(model, tokenizer)  # noqa: E731
     else:
-        context = ModelContext.build(load_model(path), prompt_cache_bytes=0)
-        tokenizer = context.tokenizer
-        make = lambda: loop_generator(context)  # noqa: E731
+        loaded = load_model(path)
+        tokenizer = loaded.info.tokenizer
+        loop = GenerationLoop(ModelContext.build(loaded, prompt_cache_bytes=0), LoopOptions())
+        loop.warm(loaded.info.context_tokens)
+        make = lambda: loop_generator(loop, tokenizer)  # noqa: E731
     for line in sys.stdin:
         wanted = json.loads(line)
         result = generate(make(), tokenizer, wanted["chats"], wanted["max_tokens"], wanted["arrivals"])
@@ -89,10 +96,9 @@ def bare_generator(model: Any, tokenizer: TokenizerWrapper) -> Generation:
     return Generation(insert, step, generator.close)
 
 
-def loop_generator(context: ModelContext) -> Generation:
-    """This project's loop, with the server's defaults."""
-    loop = GenerationLoop(context, LoopOptions())
-    stops = frozenset(context.tokenizer.eos_token_ids)
+def loop_generator(loop: GenerationLoop, tokenizer: TokenizerWrapper) -> Generation:
+    """This project's loop, which is idle and warm as the server's is."""
+    stops = frozenset(tokenizer.eos_token_ids)
 
     def insert(index: int, prompt: list[int], max_tokens: int) -> None:
         greedy = SamplingParams(temperature=0.0)
