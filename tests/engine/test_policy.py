@@ -15,7 +15,7 @@ from server.engine.prompt_cache import PromptMatch
 from server.engine.requests import Reading, Request
 from server.engine.scheduler import LoopOptions, Scheduler, StepWork
 
-BOUND = 0.93
+BOUND = 0.92
 WAIT = 6
 FIXED_BUDGETS = (64, 256, 1024, 4096, 16384)
 
