@@ -19,6 +19,7 @@ from .kernel import Call, Kernels, plan_calls, run_calls
 from .layout import Layout
 from .plan import BatchPlan, Pass
 from .products import Products
+from .rounds import Round, rounds_of
 from .routing import Routing
 from .stacks import Stack
 
@@ -89,11 +90,11 @@ class ProjectionGroup:
             if calls is not None:
                 return run_calls(x, calls)
         copies = self.routing.forms.copies(plan.batch_size, x.size // (plan.batch_size * x.shape[-1]))
-        return Products(x, work.products, plan.batch_size, copies)
+        return Products(x, work.products, work.rounds_at, plan.batch_size, copies)
 
     def _lay_out(self, plan: BatchPlan) -> Work:
         found = ((one, self.stacks.get(one.layout)) for one in plan.passes)
-        return Work(tuple((one, stack) for one, stack in found if stack is not None))
+        return Work(tuple((one, stack) for one, stack in found if stack is not None), plan.batch_size)
 
 
 class Work:
@@ -103,11 +104,21 @@ class Work:
     `lookups` are those of embeddings, all but those for a tied head alone.
     """
 
-    def __init__(self, steps: tuple[tuple[Pass, Stack], ...]) -> None:
+    def __init__(self, steps: tuple[tuple[Pass, Stack], ...], batch_size: int) -> None:
         self.steps = steps
+        self._batch_size = batch_size
+        self._rounds: dict[str, tuple[Round, ...]] = {}
         self.lookups = tuple(step for step in steps if not step[1].layout.head_only)
         self.products = tuple(step for step in steps if not step[1].layout.lookup_only)
         self._calls: dict[mx.Dtype, tuple[Call, ...] | None] = {}
+
+    def rounds_at(self, path: str) -> tuple[Round, ...]:
+        """The rounds of the `products` that the layer at `path` has a part in."""
+        if path not in self._rounds:
+            numbered = enumerate(self.products)
+            own = [(number, step) for number, step in numbered if path in step[1].layout.ranks]
+            self._rounds[path] = rounds_of(own, self._batch_size)
+        return self._rounds[path]
 
     def calls_for(
         self, dtype: mx.Dtype, plan: BatchPlan, kernels: Kernels, bases: dict[str, nn.Module]

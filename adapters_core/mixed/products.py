@@ -7,12 +7,13 @@ the `Forms` say so. Knows no plans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .plan import Pass
+from .rounds import Round
 from .stacks import Stack
 
 __all__ = ["Products"]
@@ -25,12 +26,21 @@ class Products:
     """
 
     def __init__(
-        self, x: mx.array, steps: Sequence[tuple[Pass, Stack]], batch_size: int, copies: bool
+        self,
+        x: mx.array,
+        steps: Sequence[tuple[Pass, Stack]],
+        rounds_at: Callable[[str], tuple[Round, ...]],
+        batch_size: int,
+        copies: bool,
     ) -> None:
-        """`copies`: factors are copied, not read by `gather_mm`, where a product has the choice."""
+        """`rounds_at` gives the rounds of `steps` that a layer has, by its path.
+
+        `copies`: factors are copied, not read by `gather_mm`, where a product has the choice.
+        """
         self._x = x
         self._batch_size = batch_size
         self._copies = copies
+        self._rounds_at = rounds_at
         rows = _as_rows(x, batch_size)
         self._shrunk = [(one, stack, self._shrink(rows, one, stack)) for one, stack in steps]
 
@@ -38,10 +48,8 @@ class Products:
         """The output, in the form of the input, of the layer at `path`, whose base is `linear`."""
         base = linear(self._x)
         y = _as_rows(base, self._batch_size)
-        for one, stack, parts in self._shrunk:
-            h = parts.get(path)
-            if h is not None:
-                y = self._expand(y, h, one, stack, path, linear)
+        for one in self._rounds_at(path):
+            y = self._added(y, one, path, linear)
         return y if base.ndim == 3 else y.reshape(base.shape)
 
     def _gathers(self, dtype: mx.Dtype) -> bool:
@@ -64,33 +72,49 @@ class Products:
             return dict.fromkeys(layout.ranks, h)
         return dict(zip(layout.ranks, mx.split(h, layout.splits, axis=-1), strict=True))
 
-    def _expand(
-        self, y: mx.array, h: mx.array, one: Pass, stack: Stack, path: str, linear: nn.Module
+    def _added(self, y: mx.array, one: Round, path: str, linear: nn.Module) -> mx.array:
+        """y (B, L, out) with the terms of this round; rows that have none keep their bits."""
+        steps = [self._shrunk[number] for number in one.numbers]
+        new = self._fused(y, one, path)
+        if new is None:
+            new = y + one.spread([self._term(*step, path, y.dtype) for step in steps])
+        if one.has_dora:
+            slots = [(of.slots, stack) for of, stack, _ in steps if stack.layout.is_dora]
+            f = one.spread_dora([stack.factor(path)[each][:, None, :] for each, stack in slots])
+            f, bias = f.astype(y.dtype), linear.get("bias")
+            scaled = f * new if bias is None else f * (new - bias) + bias
+            new = scaled if one.dora is None else mx.where(one.dora, scaled, new)
+        return one.kept(new, y)
+
+    def _fused(self, y: mx.array, one: Round, path: str) -> mx.array | None:
+        """y (B, L, out) plus the term of all its rows in one operation; None where it takes more."""
+        of, stack, parts = self._shrunk[one.numbers[0]]
+        layout, h = stack.layout, parts[path]
+        reads = of.slot is not None or h.shape[1] > 1 or not self._gathers(layout.dtype)
+        if not one.covers_in_order or not reads or y.dtype != layout.dtype or layout.has_bias:
+            return None
+        if of.is_weighted and layout.weighs_last:
+            return None
+        return mx.addmm(y, h, stack.b(path)[of.slots] if of.slot is None else stack.b(path, of.slot))
+
+    def _term(
+        self, one: Pass, stack: Stack, parts: dict[str, mx.array], path: str, dtype: mx.Dtype
     ) -> mx.array:
-        """y (B, L, out) with the term of this pass added to the rows concerned; h as from `_shrink`."""
-        layout = stack.layout
-        old = one.of(y)
-        is_last = one.is_weighted and layout.weighs_last
-        if one.slot is None and h.shape[1] == 1 and self._gathers(layout.dtype):
+        """What is added to the base output of the rows concerned, (E, L, out); `parts` as from `_shrink`."""
+        layout, h = stack.layout, parts[path]
+        if one.slot is not None:
+            z = h @ stack.b(path, one.slot)
+        elif h.shape[1] == 1 and self._gathers(layout.dtype):
             z = mx.gather_mm(h, stack.b(path), None, one.slots)
-            new = old + (one.weighted(z) if is_last else z).astype(y.dtype)
         else:
             # B is small beside the outputs of a prompt, so that gathering it costs less than a sum apart.
-            b = stack.b(path)[one.slots] if one.slot is None else stack.b(path, one.slot)
-            if y.dtype == b.dtype and not is_last:
-                new = mx.addmm(old, h, b)
-            else:
-                z = h @ b
-                new = old + (one.weighted(z) if is_last else z).astype(y.dtype)
+            z = h @ stack.b(path)[one.slots]
+        if one.is_weighted and layout.weighs_last:
+            z = one.weighted(z)
         if layout.has_bias:
             added = stack.bias(path)[one.slots][:, None, :]
-            added = one.weighted(added) if one.is_weighted else added
-            new = new + added.astype(y.dtype)
-        if layout.is_dora:
-            f = stack.factor(path)[one.slots][:, None, :].astype(y.dtype)
-            bias = linear.get("bias")
-            new = f * new if bias is None else f * (new - bias) + bias
-        return one.replaced(y, new)
+            z = z + (one.weighted(added) if one.is_weighted else added)
+        return z.astype(dtype)
 
 
 def _as_rows(x: mx.array, batch_size: int) -> mx.array:

@@ -28,6 +28,7 @@ from adapters_core.mixed.linear import ProjectionGroup
 from adapters_core.mixed.plan import BatchPlan, Placement
 from adapters_core.mixed.products import Products
 from adapters_core.mixed.residents import ResidentAdapter, RowAdapters, make_row
+from adapters_core.mixed.rounds import rounds_of
 from adapters_core.mixed.routing import Routing
 from adapters_core.mixed.stacks import Shelf
 from tests.mixed.architectures import tiny
@@ -156,7 +157,8 @@ def test_products_of_float16_factors_weigh_last(
     x, linear = drawn((3, length, IN), 1.0, 5), nn.Linear(IN, OUT, bias=False)
     linear.set_dtype(mx.float16)
     steps = [(one, shelf.stacks["group"]) for one in plan.passes]
-    found = Products(x, steps, 3, on_cuda).output("p", linear)
+    rounds = rounds_of(list(enumerate(steps)), 3)
+    found = Products(x, steps, lambda _: rounds, 3, on_cuda).output("p", linear)
     for row, term in enumerate(batch):
         expected = linear(x[row])
         if term is not None:
