@@ -17,17 +17,20 @@ from tests.models import make_adapter, tiny_llama
 
 
 class Clock:
-    """Seconds that pass only in forwards: one for each, and a hundredth for each token."""
+    """Seconds that pass only in forwards: a hundredth for each token, and `forward` for each."""
 
-    def __init__(self) -> None:
+    def __init__(self, forward: float) -> None:
         self.read: list[int] = []
+        self._forward = forward
 
     def __call__(self) -> float:
-        return len(self.read) + sum(self.read) / 100
+        return self._forward * len(self.read) + sum(self.read) / 100
 
 
-def timed_loop(model: nn.Module, **options: Any) -> tuple[GenerationLoop, Clock]:
-    clock = Clock()
+def timed_loop(
+    model: nn.Module, forward_seconds: float = 0.01, **options: Any
+) -> tuple[GenerationLoop, Clock]:
+    clock = Clock(forward_seconds)
     context = make_context(CountingModel(model, clock.read))
     return GenerationLoop(context, LoopOptions(**options), clock), clock
 
@@ -49,15 +52,16 @@ def test_running_streams_go_on_while_long_prompts_are_read() -> None:
         transcript.add(events)
         if any(isinstance(event, Token) and name == "first" for name, event in events):
             gaps.append(clock() - before)
-    # 3,050 tokens take 30 s, a decoding step 1 s, and reading beside it about 2 s for each row that waits.
-    assert max(gaps) < 12
-    assert sum(gap > 3 for gap in gaps) >= 4
+    # 3,050 tokens take 30 s, a decoding step 0.02 s, and a read of the least size, 32 tokens, 0.33 s: more of
+    # them only where that finishes prompts.
+    assert max(gaps) < 2
+    assert sum(gap > 0.2 for gap in gaps) >= 20
     for number, prompt in enumerate(long):
         assert transcript.tokens(f"long{number}") == reference(model, prompt, 4)
     assert transcript.tokens("first") == reference(model, first, 200)
 
 
-def test_a_long_prompt_holds_up_many_streams_by_about_two_steps_time() -> None:
+def test_a_long_prompt_holds_up_many_streams_by_about_four_steps_time() -> None:
     model = tiny_llama()
     loop, clock = timed_loop(model, max_batch_size=16)
     for number, prompt in enumerate(prompts([5] * 12, seed=2)):
@@ -75,13 +79,14 @@ def test_a_long_prompt_holds_up_many_streams_by_about_two_steps_time() -> None:
         loop.step()
         if loop.stats.running_rows == 13:
             worst = max(worst, clock() - before)
-    assert decode < worst <= 4 * decode
+    assert 3 * decode < worst <= 7 * decode
 
 
 def test_short_prompts_that_come_together_are_read_in_few_steps() -> None:
     model = tiny_llama()
-    loop, clock = timed_loop(model, max_batch_size=16)
+    loop, clock = timed_loop(model, 1.0, max_batch_size=16)
     run(loop, *(submit(f"w{number}", [number], 9) for number in range(9)), submit("w", list(range(60)), 9))
+    run(loop, submit("another size", list(range(400)), 2))
     clock.read.clear()
     requests = {f"r{number}": prompt for number, prompt in enumerate(prompts([45] * 16, seed=4))}
     transcript = run(loop, *(submit(name, prompt, 24) for name, prompt in requests.items()))

@@ -118,24 +118,24 @@ def test_no_forward_is_larger_than_a_step_however_long_the_answers_are() -> None
 
 
 class Clock:
-    """A second for each forward and a hundredth for each of its tokens."""
+    """A hundredth of a second for each forward and for each of its tokens."""
 
     def __init__(self) -> None:
         self.read: list[int] = []
 
     def __call__(self) -> float:
-        return len(self.read) + sum(self.read) / 100
+        return (len(self.read) + sum(self.read)) / 100
 
 
 @pytest.mark.parametrize("reads_too", [False, True])
-def test_streams_go_on_beside_it_with_gaps_of_about_two_steps(reads_too: bool) -> None:
+def test_streams_go_on_beside_it_with_gaps_of_a_few_steps(reads_too: bool) -> None:
     model, clock = tiny_llama(), Clock()
     loop = GenerationLoop(
         make_context(CountingModel(model, clock.read)), LoopOptions(max_batch_size=16), clock
     )
-    streams = {f"r{index}": prompt for index, prompt in enumerate(prompts([5] * 4, seed=26))}
+    streams = {f"r{index}": prompt for index, prompt in enumerate(prompts([5] * 12, seed=26))}
     for name, prompt in streams.items():
-        loop.submit(submit(name, prompt, 50))
+        loop.submit(submit(name, prompt, 90))
     transcript = Transcript()
     for _ in range(8):
         transcript.add(loop.step())
@@ -155,12 +155,12 @@ def test_streams_go_on_beside_it_with_gaps_of_about_two_steps(reads_too: bool) -
         gaps.append(clock() - before)
     assert len(gaps) >= 8
     # The last of a prompt is worth a longer gap.
-    assert decode < np.median(gaps[3:]) <= 4 * decode
-    assert max(gaps[3:]) <= 6 * decode
+    assert decode < np.median(gaps[3:]) <= 6 * decode
+    assert max(gaps[3:]) <= 8 * decode
     run(loop, transcript=transcript)
     check(model, transcript, job)
     for name, prompt in streams.items():
-        assert transcript.tokens(name) == reference(model, prompt, 50)
+        assert transcript.tokens(name) == reference(model, prompt, 90)
 
 
 def test_a_short_request_does_not_wait_for_a_long_ones_end() -> None:
